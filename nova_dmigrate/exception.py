@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every error that this package raises on purpose, in one hierarchy.
+
+Each class carries a sentence for the operator in ``msg_fmt``; whoever raises it names the parts
+of that sentence as keywords, and they stay readable in ``kwargs`` for code that has to decide
+by them. A message says what happened, to which instance, volume or peer, and why.
+"""
+
+from typing import Any, ClassVar
+
+
+class DMigrateError(Exception):
+    """The base of all: catch this to catch what nova-dmigrate raises on purpose."""
+
+    msg_fmt: ClassVar[str] = "An unknown error occurred in nova-dmigrate"
+
+    def __init__(self, message: str | None = None, **kwargs: Any) -> None:
+        """Format ``msg_fmt`` with the keywords, unless a whole message is given.
+
+        An error path must never end in an error about its own message, so a keyword that is
+        missing leaves the sentence unformatted, followed by the keywords that there are.
+        """
+        self.kwargs = kwargs
+        super().__init__(self._format() if message is None else message)
+
+    def _format(self) -> str:
+        try:
+            return self.msg_fmt % self.kwargs
+        except (KeyError, TypeError, ValueError):
+            known = ", ".join(f"{name}={value!r}" for name, value in sorted(self.kwargs.items()))
+            return f"{self.msg_fmt} ({known})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy with the keywords, which Exception alone would lose."""
+        return _rebuild, (type(self), str(self), self.kwargs)
+
+
+def _rebuild(cls: type[DMigrateError], message: str, kwargs: dict[str, Any]) -> DMigrateError:
+    return cls(message, **kwargs)
+
+
+# Configuration and the description of one session
+
+
+class ConfigurationError(DMigrateError):
+    """An option or a combination of options cannot work."""
+
+    msg_fmt = "Configuration: %(reason)s"
+
+
+class SessionError(ConfigurationError):
+    """The description of one migration, as handed to a relay, cannot work."""
+
+    msg_fmt = "Session %(instance)s: %(reason)s"
+
+
+# What is parsed: the stream, the buffer map, the memory layout
+
+
+class StreamError(DMigrateError):
+    """QEMU's migration stream broke off, or was asked for something that it cannot express."""
+
+    msg_fmt = "Migration stream: %(reason)s"
+
+
+class BufferMapError(DMigrateError):
+    """A buffer map is malformed, contradictory, or beyond the limits."""
+
+    msg_fmt = "Buffer map: %(reason)s"
+
+
+class MemoryLayoutError(DMigrateError):
+    """QEMU's description of the guest's physical memory could not be understood."""
+
+    msg_fmt = "Memory layout: %(reason)s"
+
+
+# Volumes
+
+
+class VolumeError(DMigrateError):
+    """Something went wrong with one volume at the destination."""
+
+    msg_fmt = "Volume %(volume)s: %(reason)s"
+
+
+class VolumeOpenError(VolumeError):
+    """The volume could not be opened; its pages travel over the network."""
+
+
+class VolumeReadError(VolumeError):
+    """A range of the volume could not be read; its references are misses."""
+
+
+class VolumeBoundsError(VolumeError):
+    """A read would leave the volume's bounds, or is not aligned to volume blocks."""
+
+
+# The wire between the two relays
+
+
+class WireError(DMigrateError):
+    """The connection to the other relay cannot go on."""
+
+    msg_fmt = "Peer %(peer)s: %(reason)s"
+
+
+class HandshakeError(WireError):
+    """The two relays did not come to terms."""
+
+
+class AuthenticationError(HandshakeError):
+    """The peer could not prove that it belongs to this migration."""
+
+
+class VersionMismatch(HandshakeError):
+    """The two relays have no version of the wire protocol in common."""
+
+
+class FrameError(WireError):
+    """The peer sent a frame that the protocol does not allow."""
+
+
+class PeerLost(WireError):
+    """The peer closed the connection, was reset, or stayed silent for too long."""
+
+
+# One migration
+
+
+class RelayError(DMigrateError):
+    """A relay had to give up its migration; the guest stays where it runs."""
+
+    msg_fmt = "Relay of %(instance)s: %(reason)s"
+
+
+class QemuError(RelayError):
+    """QEMU's migration socket failed or was closed early."""
+
+
+class MigrationCancelled(RelayError):
+    """The migration was cancelled, by the operator or by QEMU."""
+
+
+class UnsupportedStream(RelayError):
+    """The stream uses a feature with which a relay in between cannot work at all."""
