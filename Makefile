@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+# "make test" on a bare Debian 12 machine installs what it needs and runs everything.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup test unit integration style format docs sample bench corpus clean
+
+# What of "make bench": BENCH_SHAPES=50:50,50:100 (network:volume in MB/s), BENCH_ONLY=relay
+export BENCH_SHAPES BENCH_ONLY
+# Which tests of a suite: make unit TESTS=stream
+TESTS ?=
+
+help:           ## Say what can be made
+	@sed -n 's/^\([a-z]*\): *[a-z]* *## /\1\t/p' $(MAKEFILE_LIST)
+
+setup:          ## Install the system packages and the virtual environment that all else needs
+	@tools/install_system_packages.sh
+	@tools/make_venv.sh
+
+test: setup     ## Run all checks and suites; the last line counts the tests
+	@tools/test_all.sh
+
+unit: setup     ## Run the unit suite
+	@tools/run_suite.sh unit $(TESTS)
+
+integration: setup ## Run the integration suite: real QEMU
+	@tools/run_suite.sh integration $(TESTS)
+
+style: setup    ## Check style, format, types, release notes
+	@tools/check_style.sh
+
+format: setup   ## Repair what of the style repairs itself
+	@.venv/bin/ruff check --fix . ; .venv/bin/ruff format .
+
+docs: setup     ## Build the documentation into doc/build
+	@tools/build_docs.sh
+
+sample: setup   ## Write the sample configuration anew from the options
+	@.venv/bin/oslo-config-generator --config-file etc/nova-dmigrate/nova-dmigrate-config-generator.conf
+
+bench: setup    ## Measure; writes bench.json
+	@.venv/bin/python -m tests.bench
+
+corpus: setup   ## Record the corpus of real migration streams anew
+	@.venv/bin/python tools/record_corpus.py
+
+clean:          ## Remove what was made, the virtual environment too
+	rm -rf .venv .make .stestr .mypy_cache .ruff_cache .hypothesis doc/build *.egg-info build dist

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of nova-dmigrate, one module per group.
+
+There is no global configuration object here: an entry point in ``cmd/`` makes its own, has the
+options registered on it, and hands plain settings to the layers below, which know nothing of
+oslo.config.
+"""
+
+import copy
+
+from oslo_config import cfg
+
+from nova_dmigrate.conf import buffer_map, relay, volume, wire
+
+GROUPS = (relay, volume, wire, buffer_map)
+
+
+def register_opts(conf: cfg.ConfigOpts) -> None:
+    """Register all groups and their options on ``conf``."""
+    for module in GROUPS:
+        # oslo.config keeps values in the group: two configurations must not share one
+        group = copy.deepcopy(module.GROUP)
+        conf.register_group(group)
+        conf.register_opts(module.OPTIONS, group=group.name)
+
+
+__all__ = ["GROUPS", "register_opts"]

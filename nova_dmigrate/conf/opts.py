@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point of oslo-config-generator and of the configuration reference."""
+
+from oslo_config import cfg
+
+from nova_dmigrate import conf
+
+
+def list_opts() -> list[tuple[cfg.OptGroup, list[cfg.Opt]]]:
+    """Return every group with its options, in the order of the sample file."""
+    return [(module.GROUP, list(module.OPTIONS)) for module in conf.GROUPS]

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+# Sourced by the other scripts: the shell's strictness, the root of the repository, the tools.
+# shellcheck shell=bash
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$ROOT"
+VENV=$ROOT/.venv
+STATE=$ROOT/.make # results of the last run, kept for a look; "make clean" removes it
+mkdir -p "$STATE"
+
+say() { printf '\n=== %s\n' "$*"; }

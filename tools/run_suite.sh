@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Run one suite of tests: run_suite.sh unit|integration [stestr's arguments, as a regex of names].
+# The raw results go to .make/SUITE.subunit as they arrive, so that they are there even when the
+# run is killed; tools/count_results.py adds them up.
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+suite=$1
+shift
+case $suite in
+unit)
+    config=.stestr.conf
+    concurrency=$(nproc)
+    test_timeout=120
+    suite_timeout=900
+    ;;
+integration)
+    config=tests/integration/stestr.conf
+    concurrency=2
+    test_timeout=300
+    suite_timeout=3900
+    ;;
+*)
+    echo "No such suite: $suite" >&2
+    exit 2
+    ;;
+esac
+export OS_TEST_TIMEOUT=${OS_TEST_TIMEOUT:-$test_timeout} # seconds; see tests/base.py
+export PYTHONFAULTHANDLER=1
+export PATH=$VENV/bin:$PATH # stestr starts its workers as "python"
+
+mkdir -p "$STATE/stestr-$suite"
+
+# The last resort against a hang that even a test's own timeout does not end
+timeout --kill-after=30 "${SUITE_TIMEOUT:-$suite_timeout}" \
+    stestr --config "$config" --repo-url "$STATE/stestr-$suite" \
+    run --subunit --concurrency "${CONCURRENCY:-$concurrency}" "$@" |
+    tee "$STATE/$suite.subunit" |
+    python -c 'import subunit.test_results, stestr.subunit_trace as t; t.main()' \
+        --no-failure-debug --fails

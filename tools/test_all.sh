@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# What "make test" does once everything is installed: every stage runs, whatever the others did,
+# and the last line is the count of all tests.
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+suites=(unit integration)
+failed=()
+times=()
+
+stage() {
+    local name=$1 began=$SECONDS
+    shift
+    say "$name"
+    "$@" || failed+=("$name")
+    times+=("$name $((SECONDS - began)) s")
+}
+
+# A count of an earlier run must never stand for this one
+for suite in "${suites[@]}"; do rm -f "$STATE/$suite.subunit"; done
+
+stage style tools/check_style.sh
+stage docs tools/build_docs.sh
+for suite in "${suites[@]}"; do
+    stage "$suite" tools/run_suite.sh "$suite"
+done
+
+say "Summary: $(printf '%s; ' "${times[@]}")total $SECONDS s"
+if [ "${#failed[@]}" -gt 0 ]; then echo "Failed stages: ${failed[*]}"; fi
+status=0
+"$VENV/bin/python" tools/count_results.py "$STATE/unit.subunit" "$STATE/integration.subunit" || status=1
+[ "${#failed[@]}" -eq 0 ] || status=1
+exit $status
