@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The buffer map as a sequence of chunks: compact to send, and safe to receive from a guest.
+
+Every chunk is a header and a zlib-compressed body (integers little-endian)::
+
+    magic "NDBM", u8 version, u8 kind, u16 flags (1 = last), u32 index, u32 length of the body
+    before compression, 16 bytes BLAKE3 of the header up to here and the compressed body
+
+The first chunk (kind VOLUMES) lists the volumes: u32 count, then for each u8 length of its name,
+the name, u64 size in bytes, u64 entries, u64 pages, u8 form (0 single pages, 1 runs). The others
+(kind ENTRIES) carry the entries of the volumes in that order: u32 volume, u32 entries, then
+
+- the gap between the end of the previous entry and this one in guest pages (u32 each),
+- the distance from the block that would continue the previous entry to this entry's (u32 each,
+  modulo 2**32, zigzag so that small steps back are small numbers),
+- for runs the length less one (u32 each),
+
+each as four planes of bytes, because the high bytes are nearly all zero and compress to nothing.
+Gaps cannot be negative, so the form itself cannot express entries that overlap or are unsorted.
+"""
+
+import dataclasses
+import enum
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import blake3
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_dmigrate import exception
+from nova_dmigrate.buffermap import volume
+
+DEFAULT_CHUNK_BYTES = 1 << 20
+MIN_CHUNK_BYTES = 4096
+
+_MAGIC = b"NDBM"
+_VERSION = 1
+_LAST = 1
+_HEADER = struct.Struct("<4sBBHII")
+_DIGEST_BYTES = 16
+_PREFIX_BYTES = _HEADER.size + _DIGEST_BYTES
+_COUNT = struct.Struct("<I")
+_VOLUME = struct.Struct("<QQQB")
+_ENTRIES = struct.Struct("<II")
+_COMPRESSION_LEVEL = 1
+
+_U32 = np.dtype("<u4")
+
+
+class _Kind(enum.IntEnum):
+    VOLUMES = 1
+    ENTRIES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class MapLimits:
+    """What the receiver of a map puts up with.
+
+    ``max_pages``: mapped guest pages, all volumes together. ``max_volumes``: volumes.
+    ``max_chunk_bytes``: size of a chunk, and of its body after decompression, in bytes.
+    ``max_guest_page``: highest number of a mapped guest page.
+    """
+
+    max_pages: int = 1 << 28  # 1 TiB of guest memory
+    max_volumes: int = 256
+    max_chunk_bytes: int = DEFAULT_CHUNK_BYTES
+    max_guest_page: int = volume.MAX_PAGES - 1
+
+
+def encode(volumes: tuple[volume.VolumeMap, ...], max_chunk_bytes: int) -> Iterator[bytes]:
+    """The chunks of a map, each of at most ``max_chunk_bytes``.
+
+    :raises BufferMapError: if such chunks are too small for the list of volumes.
+    """
+    # What does not compress grows by a few bytes per 16 KiB (zlib's compressBound).
+    capacity = max_chunk_bytes - _PREFIX_BYTES - (max_chunk_bytes >> 10) - 64
+    table = _encode_volumes(volumes)
+    if max_chunk_bytes < MIN_CHUNK_BYTES or len(table) > capacity:
+        raise exception.BufferMapError(
+            reason=f"chunks of {max_chunk_bytes} bytes are too small for {len(volumes)} volumes"
+        )
+    yield from _seal(_bodies(volumes, table, capacity))
+
+
+def decode(chunks: Iterable[bytes], limits: MapLimits) -> tuple[volume.VolumeMap, ...]:
+    """The volume maps in ``chunks``; overlaps between volumes are left to the caller.
+
+    :raises BufferMapError: for anything that ``encode`` would not have made, or beyond ``limits``.
+    """
+    bodies = _unseal(chunks, limits)
+    kind, table = next(bodies)
+    if kind is not _Kind.VOLUMES:
+        raise _error("the first chunk does not list the volumes")
+    pending = [_Receiver(*entry, limits) for entry in _decode_volumes(table, limits)]
+    current = 0
+    for kind, body in bodies:
+        while current < len(pending) and pending[current].complete:
+            current += 1
+        if kind is not _Kind.ENTRIES or current == len(pending):
+            raise _error("it holds more than it announced")
+        pending[current].add(current, body)
+    return tuple(receiver.finish() for receiver in pending)
+
+
+def _seal(bodies: Iterator[tuple[_Kind, bytes]]) -> Iterator[bytes]:
+    """Chunks of bodies: header, checksum, compressed body. The last one is marked."""
+    following = next(bodies, None)
+    index = 0
+    while following is not None:
+        (kind, body), following = following, next(bodies, None)
+        flags = _LAST if following is None else 0
+        header = _HEADER.pack(_MAGIC, _VERSION, kind, flags, index, len(body))
+        packed = zlib.compress(body, _COMPRESSION_LEVEL)
+        yield header + _digest(header, packed) + packed
+        index += 1
+
+
+def _unseal(chunks: Iterable[bytes], limits: MapLimits) -> Iterator[tuple[_Kind, bytes]]:
+    """The bodies of chunks, at least one, each checked to be the next one, whole and in limits."""
+    last = False
+    index = -1
+    for index, chunk in enumerate(chunks):
+        if last:
+            raise _error("chunks follow the last one")
+        if not _PREFIX_BYTES < len(chunk) <= limits.max_chunk_bytes:
+            raise _error(f"chunk {index} has {len(chunk)} bytes")
+        header, packed = chunk[: _HEADER.size], chunk[_PREFIX_BYTES:]
+        magic, version, kind, flags, number, length = _HEADER.unpack(header)
+        if magic != _MAGIC:
+            raise _error(f"chunk {index} is not a chunk of a buffer map")
+        if version != _VERSION:
+            raise _error(f"chunk {index} has version {version}, known is {_VERSION}")
+        if _digest(header, packed) != chunk[_HEADER.size : _PREFIX_BYTES]:
+            raise _error(f"chunk {index} is damaged")
+        if number != index:
+            raise _error(f"chunk {number} came where chunk {index} was expected")
+        if kind not in _Kind.__members__.values() or flags & ~_LAST:
+            raise _error(f"chunk {index} has kind {kind} and flags {flags:#x}")
+        last = bool(flags & _LAST)
+        yield _Kind(kind), _decompress(packed, length, index, limits)
+    if not last:
+        raise _error(f"it breaks off after {index + 1} chunks")
+
+
+def _decompress(packed: bytes, length: int, index: int, limits: MapLimits) -> bytes:
+    """Decompress into exactly ``length`` bytes; never produces more than one byte beyond it."""
+    if length > limits.max_chunk_bytes:
+        raise _error(f"chunk {index} announces {length} bytes")
+    unpacker = zlib.decompressobj()
+    try:
+        body = unpacker.decompress(packed, length + 1)
+    except zlib.error as error:
+        raise _error(f"chunk {index} cannot be decompressed: {error}") from error
+    if len(body) != length or not unpacker.eof or unpacker.unused_data:
+        raise _error(f"chunk {index} does not hold the {length} bytes that it announces")
+    return body
+
+
+def _digest(header: bytes, packed: bytes) -> bytes:
+    hasher = blake3.blake3(header)
+    hasher.update(packed)
+    return hasher.digest(length=_DIGEST_BYTES)
+
+
+def _bodies(
+    volumes: tuple[volume.VolumeMap, ...], table: bytes, capacity: int
+) -> Iterator[tuple[_Kind, bytes]]:
+    yield _Kind.VOLUMES, table
+    for number, each in enumerate(volumes):
+        entry_bytes = volume.FLAT_ENTRY_BYTES if each.lengths is None else volume.RUN_ENTRY_BYTES
+        count = (capacity - _ENTRIES.size) // entry_bytes
+        next_guest = next_block = 0
+        for start in range(0, each.guest_pages.size, count):
+            guest = each.guest_pages[start : start + count]
+            block = each.volume_blocks[start : start + count]
+            step: Any = 1 if each.lengths is None else each.lengths[start : start + count]
+            behind_guest: volume.U32 = guest + step
+            behind_block: volume.U32 = block + step
+            planes = [
+                _ENTRIES.pack(number, guest.size),
+                _to_planes(guest - _shifted(behind_guest, next_guest)),
+                _to_planes(_zigzag(block - _shifted(behind_block, next_block))),
+            ]
+            if each.lengths is not None:
+                planes.append(_to_planes(step - np.uint32(1)))
+            next_guest, next_block = int(behind_guest[-1]), int(behind_block[-1])
+            yield _Kind.ENTRIES, b"".join(planes)
+
+
+def _encode_volumes(volumes: tuple[volume.VolumeMap, ...]) -> bytes:
+    parts = [_COUNT.pack(len(volumes))]
+    for each in volumes:
+        name = each.volume_id.encode("ascii")
+        form = 0 if each.lengths is None else 1
+        parts.append(bytes([len(name)]) + name)
+        parts.append(_VOLUME.pack(each.size, each.guest_pages.size, each.page_count, form))
+    return b"".join(parts)
+
+
+def _decode_volumes(table: bytes, limits: MapLimits) -> list[tuple[str, int, int, int, int]]:
+    """(name, size, entries, pages, form) of each volume, within limits and without repetition."""
+    try:
+        (count,) = _COUNT.unpack_from(table)
+        if count > limits.max_volumes:
+            raise _error(f"{count} volumes are more than the {limits.max_volumes} allowed")
+        position = _COUNT.size
+        volumes = []
+        for _ in range(count):
+            length = table[position]
+            name = table[position + 1 : position + 1 + length].decode("ascii")
+            position += 1 + length
+            size, entries, pages, form = _VOLUME.unpack_from(table, position)
+            position += _VOLUME.size
+            volume.check_volume(name, size)
+            if form > 1 or not entries <= pages or (form == 0 and entries != pages):
+                raise _error(f"volume {name}: {entries} entries cannot be {pages} pages")
+            volumes.append((name, size, entries, pages, form))
+    except (struct.error, IndexError, UnicodeDecodeError) as error:
+        raise _error("the list of volumes is malformed") from error
+    if position != len(table) or len({entry[0] for entry in volumes}) != count:
+        raise _error("the list of volumes is malformed or names a volume twice")
+    if sum(entry[3] for entry in volumes) > limits.max_pages:
+        raise _error(f"it has more than the {limits.max_pages} pages allowed")
+    return volumes
+
+
+class _Receiver:
+    """Collects the entries of one volume and checks each of them as it comes."""
+
+    def __init__(
+        self, name: str, size: int, entries: int, pages: int, form: int, limits: MapLimits
+    ) -> None:
+        self._name = name
+        self._size = size
+        self._entries_left = entries
+        self._pages_left = pages
+        self._columns = 2 + form
+        self._guest_limit = min(limits.max_guest_page + 1, volume.MAX_PAGES)
+        self._next_guest = 0
+        self._next_block = 0
+        self._pieces: list[tuple[volume.U32, ...]] = []
+
+    @property
+    def complete(self) -> bool:
+        return not self._entries_left
+
+    def add(self, number: int, body: bytes) -> None:
+        """Take the body of one chunk of entries."""
+        if len(body) < _ENTRIES.size:
+            raise self._error("a chunk of its entries is too short")
+        owner, count = _ENTRIES.unpack_from(body)
+        if owner != number or not 0 < count <= self._entries_left:
+            raise self._error(f"{count} entries of volume {owner} came where they do not belong")
+        if len(body) != _ENTRIES.size + count * 4 * self._columns:
+            raise self._error(f"a chunk does not hold the {count} entries that it announces")
+        columns = np.frombuffer(body, np.uint8, offset=_ENTRIES.size).reshape(-1, 4, count)
+        # In 64 bits: the sums of a chunk stay far below 2**64, so nothing wraps unseen.
+        step = np.ones(count, np.uint64)
+        if self._columns == 3:
+            step += _from_planes(columns[2])
+        pages = int(step.sum())
+        if pages > self._pages_left:
+            raise self._error("it holds more pages than it announced")
+        guest = self._guest_pages(_from_planes(columns[0]), step)
+        block = self._volume_blocks(_from_planes(columns[1]), step)
+        self._entries_left -= count
+        self._pages_left -= pages
+        self._pieces.append((guest, block, step.astype(np.uint32))[: self._columns])
+
+    def finish(self) -> volume.VolumeMap:
+        """The volume's map; the receiver is empty afterwards."""
+        if self._entries_left or self._pages_left:
+            raise self._error("entries are missing")
+        nothing = (np.empty(0, np.uint32),) * self._columns
+        columns = [
+            np.concatenate(column) for column in zip(*self._pieces or [nothing], strict=True)
+        ]
+        self._pieces = []
+        lengths = columns[2] if self._columns == 3 else None
+        return volume.VolumeMap.from_runs(self._name, self._size, columns[0], columns[1], lengths)
+
+    def _guest_pages(self, gaps: volume.U32, step: volume.U64) -> volume.U32:
+        """Guest pages from gaps."""
+        behind = np.cumsum(step + gaps) + np.uint64(self._next_guest)
+        if int(behind[-1]) > self._guest_limit:
+            raise self._error("a guest page is beyond the limit")
+        self._next_guest = int(behind[-1])
+        return (behind - step).astype(np.uint32)
+
+    def _volume_blocks(self, distances: volume.U32, step: volume.U64) -> volume.U32:
+        """Volume blocks from zigzag distances, modulo 2**32 as they were made."""
+        behind = np.cumsum(step + _unzigzag(distances)) + np.uint64(self._next_block)
+        block = (behind - step).astype(np.uint32)
+        behind = step + block
+        if int(behind.max()) > volume.block_count(self._size):
+            raise self._error(f"an entry ends beyond its {self._size} bytes")
+        self._next_block = int(behind[-1])
+        return block
+
+    def _error(self, what: str) -> exception.BufferMapError:
+        return _error(f"volume {self._name}: {what}")
+
+
+def _error(reason: str) -> exception.BufferMapError:
+    return exception.BufferMapError(reason=reason)
+
+
+def _shifted(behind: volume.U32, before_first: int) -> volume.U32:
+    """``behind`` one entry later, with ``before_first`` in front."""
+    shifted = np.empty_like(behind)
+    shifted[0] = before_first
+    shifted[1:] = behind[:-1]
+    return shifted
+
+
+def _zigzag(values: volume.U32) -> volume.U32:
+    signed = values.view(np.int32)
+    return ((signed << 1) ^ (signed >> 31)).view(np.uint32)
+
+
+def _unzigzag(values: volume.U32) -> volume.U32:
+    return (values >> np.uint32(1)) ^ (np.uint32(0) - (values & np.uint32(1)))
+
+
+def _to_planes(values: volume.U32) -> bytes:
+    return values.astype(_U32, copy=False).view(np.uint8).reshape(-1, 4).T.tobytes()
+
+
+def _from_planes(planes: NDArray[np.uint8]) -> volume.U32:
+    """u32 (n,) from four planes of n bytes, shape (4, n)."""
+    return np.ascontiguousarray(planes.T).view(_U32).reshape(-1).astype(np.uint32, copy=False)
