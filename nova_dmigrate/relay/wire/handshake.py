@@ -40,6 +40,7 @@ class _Channel:
         self.sock = sock
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
+        self._interruption: str | None = None
 
     def hurry(self) -> None:
         """Let the next call to the socket last no longer than what is left."""
@@ -84,6 +85,8 @@ class _Channel:
         """Put into words what ended the handshake."""
         if isinstance(error, Refusal):
             return error
+        if self._interruption:
+            return Refusal("busy", self._interruption)
         if isinstance(error, TimeoutError):
             return Refusal("timeout", f"the handshake was not done within {self._timeout:g} s")
         if isinstance(error, EOFError):
@@ -93,6 +96,13 @@ class _Channel:
             return Refusal(code, tls_module.explain(error))
         text = error.strerror if isinstance(error, OSError) else None
         return Refusal("failed", f"{text or error} during the handshake")
+
+    def interrupt(self, reason: str) -> None:
+        """Let the thread that shakes hands fail at once, with ``reason``."""
+        self._interruption = reason
+        # An error: it has ended, or TLS is just taking over the socket. Then the caller tries again.
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
     def abandon(self) -> None:
         """Close such that what was written last arrives."""
@@ -242,7 +252,7 @@ class Listener:
         self._thread.join()
         with self._changed:
             for channel in self._handshakes:
-                _interrupt(channel)
+                channel.interrupt("the listener is closed")
             self._changed.wait_for(lambda: not self._handshakes, 2 * _LINGER_SECONDS)
             waiting = list(self._accepted)
             self._accepted.clear()
@@ -281,7 +291,9 @@ class Listener:
                 oldest, started = next(iter(self._handshakes.items()))
                 left = started + self._fair_time - time.monotonic()
                 if left <= 0:
-                    _interrupt(oldest)
+                    oldest.interrupt(
+                        "it gave way to newer connections, of which there are too many"
+                    )
                     left = 0.01
                 self._changed.wait(left)
             return not self._closed
@@ -361,10 +373,3 @@ class Listener:
             LOG.warning(
                 "Refused the connection of %s (%d refused by now): %s", peer, count, refusal.reason
             )
-
-
-def _interrupt(channel: _Channel) -> None:
-    """Let the thread of a handshake fail at once."""
-    # An error: it has ended, or TLS is just taking over the socket. Then the caller tries again.
-    with contextlib.suppress(OSError):
-        socket.socket.shutdown(channel.sock, socket.SHUT_RDWR)

@@ -17,7 +17,7 @@ import hmac
 import json
 import secrets
 import struct
-from typing import Any, Protocol
+from typing import Protocol
 
 from nova_dmigrate import exception
 from nova_dmigrate.relay.wire.frames import Role
@@ -90,7 +90,7 @@ class Channel(Protocol):
         """Send all of ``data``."""
 
 
-def encode(fields: dict[str, Any]) -> bytes:
+def encode(fields: dict[str, object]) -> bytes:
     """Return the message that carries ``fields``."""
     text = json.dumps(fields, separators=(",", ":")).encode()
     if len(text) > MAX_MESSAGE:
@@ -98,7 +98,7 @@ def encode(fields: dict[str, Any]) -> bytes:
     return PREFIX.pack(MAGIC, len(text)) + text
 
 
-def _read(channel: Channel) -> tuple[bytes, dict[str, Any]]:
+def _read(channel: Channel) -> tuple[bytes, dict[str, object]]:
     prefix = channel.read(PREFIX.size)
     magic, length = PREFIX.unpack(prefix)
     if magic != MAGIC:
@@ -115,7 +115,7 @@ def _read(channel: Channel) -> tuple[bytes, dict[str, Any]]:
     return prefix + text, fields
 
 
-def _read_answer(channel: Channel) -> tuple[bytes, dict[str, Any]]:
+def _read_answer(channel: Channel) -> tuple[bytes, dict[str, object]]:
     """Read what the server says, which may be that it refuses."""
     raw, fields = _read(channel)
     if "error" in fields:
@@ -202,26 +202,26 @@ def _proof(credentials: Credentials, side: bytes, hello: bytes, challenge: bytes
     return hmac.digest(credentials.token, text, "sha256")
 
 
-def _check_proof(fields: dict[str, Any], expected: bytes) -> None:
+def _check_proof(fields: dict[str, object], expected: bytes) -> None:
     if not hmac.compare_digest(_text(fields, "proof").encode(), expected.hex().encode()):
         raise Refusal("token", "the token is wrong")
 
 
-def _common_version(fields: dict[str, Any]) -> int:
+def _common_version(fields: dict[str, object]) -> int:
     versions = fields.get("versions")
     if not isinstance(versions, list) or not 0 < len(versions) <= _MAX_ITEMS:
         raise Refusal("malformed", "versions is not a list of the right length")
     if not all(type(version) is int for version in versions):
         raise Refusal("malformed", "versions is not a list of integers")
-    common = set(versions) & set(VERSIONS)
+    common = set(VERSIONS) & set(versions)
     if not common:
         ours = ", ".join(map(str, VERSIONS))
-        theirs = ", ".join(f"{version:.3g}" for version in versions[:8])
+        theirs = ", ".join(str(version)[:8] for version in versions[:8])
         raise Refusal("version", f"no common protocol version: client {theirs}, server {ours}")
     return max(common)
 
 
-def _text(fields: dict[str, Any], name: str) -> str:
+def _text(fields: dict[str, object], name: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str) or len(value) > _MAX_TEXT or not _is_encodable(value):
         raise Refusal("malformed", f"{name} is not a text of at most {_MAX_TEXT} characters")
@@ -233,19 +233,21 @@ def _is_encodable(value: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
-def _integer(fields: dict[str, Any], name: str, maximum: int) -> int:
-    value: object = fields.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= maximum:
+def _integer(fields: dict[str, object], name: str, maximum: int) -> int:
+    value = fields.get(name)
+    if not isinstance(value, int) or value is True or value is False:
+        raise Refusal("malformed", f"{name} is not an integer")
+    if not 0 <= value <= maximum:
         raise Refusal("malformed", f"{name} is not an integer from 0 to {maximum}")
     return value
 
 
-def _check_nonce(fields: dict[str, Any]) -> None:
+def _check_nonce(fields: dict[str, object]) -> None:
     if len(_text(fields, "nonce")) != 2 * _NONCE_SIZE:
         raise Refusal("malformed", f"nonce is not {2 * _NONCE_SIZE} characters long")
 
 
-def _capabilities(fields: dict[str, Any]) -> frozenset[str]:
+def _capabilities(fields: dict[str, object]) -> frozenset[str]:
     value = fields.get("capabilities")
     if not isinstance(value, list) or len(value) > _MAX_ITEMS:
         raise Refusal("malformed", f"capabilities is not a list of at most {_MAX_ITEMS} items")
