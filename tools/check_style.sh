@@ -4,8 +4,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 status=0
-"$VENV/bin/ruff" check . || status=1
-"$VENV/bin/ruff" format --check . || status=1
+"$VENV/bin/ruff" check --output-format=concise . || status=1
+"$VENV/bin/ruff" format --check --output-format=concise . || status=1
 "$VENV/bin/mypy" --strict nova_dmigrate || status=1
 "$VENV/bin/reno" --quiet lint || status=1
 while read -r file; do

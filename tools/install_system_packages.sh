@@ -25,5 +25,9 @@ if [ "${#missing[@]}" -gt 0 ] || [ -z "$(apt-cache policy linux-image-cloud-amd6
     apt update
 fi
 if [ "${#missing[@]}" -gt 0 ]; then
-    apt install -y --no-install-recommends "${missing[@]}"
+    log=$STATE/apt.log
+    apt install -y --no-install-recommends "${missing[@]}" >"$log" 2>&1 || {
+        tail -n 40 "$log" >&2
+        exit 1
+    }
 fi
