@@ -100,7 +100,7 @@ class _Channel:
     def interrupt(self, reason: str) -> None:
         """Let the thread that shakes hands fail at once, with ``reason``."""
         self._interruption = reason
-        # An error: it has ended, or TLS is just taking over the socket. Then the caller tries again.
+        # An error: it has ended, or TLS is just taking over the socket. The caller tries again.
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
@@ -291,9 +291,7 @@ class Listener:
                 oldest, started = next(iter(self._handshakes.items()))
                 left = started + self._fair_time - time.monotonic()
                 if left <= 0:
-                    oldest.interrupt(
-                        "it gave way to newer connections, of which there are too many"
-                    )
+                    oldest.interrupt("too many connections: it gave way to newer ones")
                     left = 0.01
                 self._changed.wait(left)
             return not self._closed
