@@ -19,14 +19,18 @@ ZERO_RECORD: Final = np.dtype([("header", ">u8"), ("fill", "u1")])
 PAGE_CONTINUE: Final = fmt.PAGE | fmt.CONTINUE
 ZERO_CONTINUE: Final = fmt.ZERO | fmt.CONTINUE
 
-# The first look covers this many headers, each further one STEP_GROWTH times as many: a stream
-# that alternates between short runs must not pay for a look at the whole buffer at each of them.
+# The first FEW headers are looked at one by one, then FIRST_STEP at once, then STEP_GROWTH times
+# as many at each further step: a stream that alternates between short runs must not pay for a look
+# at the whole buffer at each of them.
+FEW: Final = 6
 FIRST_STEP: Final = 32
 STEP_GROWTH: Final = 16
 
 Mask: TypeAlias = NDArray[np.bool_]
 
 _BIG_ENDIAN: Final = np.dtype(">u8")
+_UINT64: Final = np.dtype(np.uint64)
+_HEADER_AT: Final = fmt.U64.unpack_from
 _FLAGS: Final = np.uint64(fmt.FLAGS)
 
 
@@ -76,8 +80,16 @@ def run_offsets(
     :param used_length: of the block, bytes, a multiple of 4 KiB
     :returns: (n,) uint64 offsets, n >= 1, an array of its own
     """
-    count = 1
-    found: list[Offsets] = []
+    # Short runs are common, and calls into NumPy are what they would cost.
+    few = [first]
+    for position in range(start + stride, start + min(limit, FEW) * stride, stride):
+        offset = _HEADER_AT(data, position)[0] ^ flags
+        if offset & fmt.FLAGS or offset >= used_length:
+            limit = 0
+            break
+        few.append(offset)
+    count = len(few)
+    found: list[Offsets] = [np.array(few, _UINT64)]
     step = FIRST_STEP
     wanted = np.uint64(flags)
     while count < limit:
@@ -86,7 +98,7 @@ def run_offsets(
         )
         # With the wanted flags out of the header a good one is a multiple of 4 KiB below
         # used_length; any other flags leave some of the low bits set.
-        offsets = headers.astype(np.uint64)
+        offsets: Offsets = headers.astype(_UINT64)
         offsets ^= wanted
         good: Mask = offsets < used_length
         good &= (offsets & _FLAGS) == 0
@@ -98,10 +110,4 @@ def run_offsets(
         found.append(offsets)
         count += len(offsets)
         step *= STEP_GROWTH
-    result = np.empty(count, dtype=np.uint64)
-    result[0] = first
-    position = 1
-    for offsets in found:
-        result[position : position + len(offsets)] = offsets
-        position += len(offsets)
-    return result
+    return found[0] if len(found) == 1 else np.concatenate(found)
