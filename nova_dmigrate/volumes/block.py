@@ -104,9 +104,8 @@ class BlockReader(base.VolumeReader):
         fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | extra_flags)
         try:
             self._check_kind(fd)
-            # Some file systems accept O_DIRECT and refuse the first read.
-            os.preadv(fd, [base.aligned_buffer(base.BLOCK_SIZE)], 0)
-        except BaseException:
+            _probe(fd)
+        except (OSError, exception.VolumeOpenError):
             os.close(fd)
             raise
         return fd
@@ -202,6 +201,19 @@ class BlockReader(base.VolumeReader):
         return exception.VolumeReadError(
             volume=self.volume_id, reason=f"reading at byte {offset}: {reason}"
         )
+
+
+def _probe(fd: int) -> None:
+    """Read the first block: some file systems accept O_DIRECT and refuse to read then.
+
+    :raises OSError: (EINVAL) if this one does. Any other error is that of one block, and must
+        not cost the whole volume.
+    """
+    try:
+        os.preadv(fd, [base.aligned_buffer(base.BLOCK_SIZE)], 0)
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise
 
 
 def _merged(

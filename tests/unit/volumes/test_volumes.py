@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from nova_dmigrate import exception, volumes
+from tests import base
+
+
+class OpenVolumeTest(base.TestCase):
+    def test_a_volume_is_opened_with_the_driver_of_its_specification(self):
+        path = self.make_directory() / "volume"
+        path.write_bytes(bytes(8192))
+        with volumes.open_volume(volumes.VolumeSpec("vol", "block", str(path))) as reader:
+            self.assertIsInstance(reader, volumes.BlockReader)
+            self.assertEqual(("vol", 8192), (reader.volume_id, reader.size))
+
+    def test_an_unknown_driver_is_refused_with_the_known_ones_named(self):
+        error = self.assertRaises(
+            exception.VolumeOpenError, volumes.open_volume, volumes.VolumeSpec("vol", "tape", "x")
+        )
+        self.assertIn("Volume vol: there is no driver 'tape'; known: block", str(error))
+
+
+class Store(volumes.VolumeReader):
+    """A volume in memory, one block of which cannot be read."""
+
+    volume_id = "vol"
+    size = 8 * 4096
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        self.check_range(offset, buffer.nbytes)
+        if offset == 4096:
+            raise exception.VolumeReadError(volume=self.volume_id, reason="scratched")
+        buffer[:] = bytes([offset // 4096]) * buffer.nbytes
+
+    def close(self) -> None:
+        self.size = 0
+
+
+class ReaderTest(base.TestCase):
+    def test_a_range_that_fails_does_not_stop_the_others(self):
+        buffers = [volumes.aligned_buffer(4096) for _ in range(4)]
+        offsets = [2 * 4096, 4096, 8 * 4096, 3 * 4096]
+        results = Store().read_ranges(list(zip(offsets, buffers, strict=True)))
+        self.assertEqual([2, 0, 0, 3], [buffer[4095] for buffer in buffers])
+        self.assertEqual(
+            [type(None), exception.VolumeReadError, exception.VolumeBoundsError, type(None)],
+            [type(result) for result in results],
+        )
+
+    def test_a_reader_is_closed_at_the_end_of_its_block(self):
+        with Store() as reader:
+            self.assertEqual(8 * 4096, reader.size)
+        self.assertEqual(0, reader.size)
+
+    def test_ranges_outside_the_volume_or_its_blocks_are_refused(self):
+        store = Store()
+        store.check_range(0, store.size)
+        store.check_range(store.size - 4096, 4096)
+        for offset, length in (
+            (0, 0),
+            (0, -4096),
+            (0, 4095),
+            (512, 4096),
+            (-4096, 4096),
+            (store.size, 4096),
+            (store.size - 4096, 8192),
+            (2**64, 4096),
+        ):
+            self.assertRaises(exception.VolumeBoundsError, store.check_range, offset, length)
+
+    def test_an_aligned_buffer_has_the_size_asked_for_and_is_zero(self):
+        for size in (1, 4096, 5000):
+            self.assertEqual(bytes(size), bytes(volumes.aligned_buffer(size)))
