@@ -36,10 +36,10 @@ _LINGER_BYTES = 64 << 10
 class _Channel:
     """Bytes over a socket until a deadline, which is for all of the handshake."""
 
-    def __init__(self, sock: socket.socket, timeout: float):
+    def __init__(self, sock: socket.socket, timeout: float, start: float):
         self.sock = sock
         self._timeout = timeout
-        self._deadline = time.monotonic() + timeout
+        self._deadline = start + timeout
         self._interruption: str | None = None
 
     def hurry(self) -> None:
@@ -151,7 +151,7 @@ def connect(
     except OSError as error:
         reason = f"cannot connect: {error.strerror or error}"
         raise exception.HandshakeError(peer=peer, reason=reason) from error
-    channel = _Channel(sock, timeout - (time.monotonic() - start))
+    channel = _Channel(sock, timeout, start)
     try:
         prepare_socket(sock)
         if context is not None and tls is not None:
@@ -246,6 +246,8 @@ class Listener:
     def close(self) -> None:
         """Stop to listen, drop unfinished handshakes and connections that nobody has accepted."""
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
             self._changed.notify_all()
         self._wake_writer.send(b"x")
@@ -297,9 +299,10 @@ class Listener:
             return not self._closed
 
     def _start_handshake(self, sock: socket.socket, peer: str) -> None:
-        channel = _Channel(sock, self._timeout)
+        start = time.monotonic()
+        channel = _Channel(sock, self._timeout, start)
         with self._changed:
-            self._handshakes[channel] = time.monotonic()
+            self._handshakes[channel] = start
         thread = threading.Thread(
             target=self._run_handshake, args=(channel, peer), name=f"wire-{peer}", daemon=True
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nova_dmigrate.relay.wire.tls import TlsSettings
 
-_NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2")
+_NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256")
 
 
 class Authority:
@@ -18,15 +18,21 @@ class Authority:
         self._key = directory / f"{name}.key"
         self._directory = directory
         self._name = name
-        _make(self.certificate, self._key, name, "basicConstraints=critical,CA:TRUE")
+        constraint = "basicConstraints=critical,CA:TRUE"
+        _make(self.certificate, self._key, name, "", constraint, ["-days", "2", "-nodes"])
 
-    def issue(self, *names: str) -> tuple[str, str]:
-        """Return the files of a certificate for DNS names and addresses, and of its key."""
+    def issue(self, *names: str, days: int = 2, password: str = "") -> tuple[str, str]:
+        """Return the files of a certificate for DNS names and addresses, and of its key.
+
+        :param days: how long it is valid; with -1 it has expired
+        :param password: encrypts the key
+        """
         stem = self._directory / f"{self._name}-{len(list(self._directory.iterdir()))}"
         certificate, key = stem.with_suffix(".pem"), stem.with_suffix(".key")
         alternatives = "subjectAltName=" + ",".join(_alternative(name) for name in names)
-        signer = ("-CA", str(self.certificate), "-CAkey", str(self._key))
-        _make(certificate, key, names[0], alternatives, "basicConstraints=CA:FALSE", signer=signer)
+        options = ["-CA", str(self.certificate), "-CAkey", str(self._key), "-days", str(days)]
+        options += ["-passout", f"pass:{password}"] if password else ["-nodes"]
+        _make(certificate, key, names[0], alternatives, "basicConstraints=CA:FALSE", options)
         return str(certificate), str(key)
 
     def settings(self, *names: str, peer: str) -> TlsSettings:
@@ -43,10 +49,10 @@ def _alternative(name: str) -> str:
 
 
 def _make(
-    certificate: Path, key: Path, name: str, *extensions: str, signer: tuple[str, ...] = ()
+    certificate: Path, key: Path, name: str, names: str, constraint: str, options: list[str]
 ) -> None:
-    command = ["openssl", "req", "-x509", *_NEW_KEY, "-subj", f"/CN={name}", *signer]
-    for extension in extensions:
+    command = ["openssl", "req", "-x509", *_NEW_KEY, "-subj", f"/CN={name}", *options]
+    for extension in filter(None, (names, constraint)):
         command += ["-addext", extension]
     command += ["-out", str(certificate), "-keyout", str(key)]
     subprocess.run(command, check=True, capture_output=True)

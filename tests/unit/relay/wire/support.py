@@ -17,6 +17,7 @@ from nova_dmigrate.relay.wire import (
     Connection,
     Credentials,
     Frame,
+    FrameType,
     Header,
     Listener,
     Role,
@@ -113,10 +114,14 @@ class WireTestCase(base.TestCase):
         self.addCleanup(destination.close)
         self.assert_carries(source, destination)
 
-    def assert_carries(self, sender: Connection, receiver: Connection) -> None:
-        from nova_dmigrate.relay.wire import FrameType
-
-        sender.send(FrameType.VERBATIM, seq=7, payload=[b"sea"])
+    def assert_carries(
+        self,
+        sender: Connection,
+        receiver: Connection,
+        frame_type: FrameType = FrameType.VERBATIM,
+    ) -> None:
+        """Let a frame go across."""
+        sender.send(frame_type, seq=7, payload=[b"sea"])
         frame = receiver.receive(allocate)
         self.assertEqual((7, b"sea"), (frame.header.seq, bytes(frame.payload)))
 

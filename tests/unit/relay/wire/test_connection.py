@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import random
+import signal
 import socket
 import struct
 import threading
@@ -69,6 +70,10 @@ def _valid_frames(draw: strategies.DrawFn) -> tuple[Header, bytes]:
     return header, bytes([seed]) * length
 
 
+def _ignore(number: int, frame: object) -> None:
+    """Handle a signal, so that it interrupts system calls."""
+
+
 class ConnectionTest(support.WireTestCase):
     def test_frames_arrive_as_they_were_sent(self) -> None:
         sender, receiver = self.pair()
@@ -91,22 +96,26 @@ class ConnectionTest(support.WireTestCase):
             self.assertEqual(joined, bytes(frame.payload))
         self.assertEqual(sender.bytes_sent, receiver.bytes_received)
 
-    def test_largest_frames_survive_partial_sends(self) -> None:
+    def test_largest_frames_survive_signals_and_partial_sends(self) -> None:
         sender, receiver = self.pair()
-        sender._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)
-        # A short timeout ends every blocking call early, in the middle of a frame.
-        sender.set_timeout(10)
+        self.addCleanup(signal.signal, signal.SIGUSR1, signal.signal(signal.SIGUSR1, _ignore))
         generator = np.random.default_rng(5)
         data = generator.integers(0, 256, frames.MAX_PAYLOAD, dtype=np.uint8)
-        cuts = sorted(random.Random(3).sample(range(len(data)), 3000))
-        parts = np.split(data, cuts)
-        with support.in_thread(
-            lambda: [sender.send(FrameType.VERBATIM, payload=parts) for _ in range(3)]
-        ) as result:
-            received = support.receive_all(receiver, 3)
-            self.assertEqual([16 + len(data)] * 3, result())
-        for frame in received:
-            self.assertEqual(data.tobytes(), bytes(frame.payload))
+        parts = np.split(data, sorted(random.Random(3).sample(range(len(data)), 3000)))
+        sent = threading.Event()
+
+        def interrupt() -> None:
+            while not sent.wait(0.0005):
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+        with support.in_thread(lambda: support.receive_all(receiver, 6)) as result:
+            with support.in_thread(interrupt):
+                for payload in [parts, [data]] * 3:
+                    size = sender.send(FrameType.VERBATIM, payload=payload)
+                    self.assertEqual(16 + len(data), size)
+                sent.set()
+            for frame in result():
+                self.assertEqual(data.tobytes(), bytes(frame.payload))
 
     def test_timeout_is_for_progress_and_not_for_the_whole_frame(self) -> None:
         sender, receiver = self.pair()

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nova-dmigrate-relay: one end of one migration, as a process of its own.
+
+The session's description comes on standard input or from a file, because it holds the migration's
+token. Standard output tells, one JSON object a line, first ``{"event": "ready", ...}`` (with
+``host`` and ``port`` at the destination) and at the end ``{"event": "end", "state": ..., "reason":
+...}``.
+
+Exit status: 0 delivered, 1 failed, 2 wrong configuration or session, 3 cancelled.
+"""
+
+import json
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from oslo_config import cfg
+from oslo_log import log
+
+from nova_dmigrate import conf, exception, version
+from nova_dmigrate.relay.destination import DestinationRelay
+from nova_dmigrate.relay.session import (
+    DestinationSession,
+    RelaySettings,
+    SourceSession,
+    parse_session,
+)
+from nova_dmigrate.relay.source import SourceRelay
+
+LOG = log.getLogger(__name__)
+
+_EXIT = {"delivered": 0, "failed": 1, "cancelled": 3}
+_WRONG_CONFIGURATION = 2
+_SESSION_LIMIT = 1 << 20
+_KIB = 1 << 10
+_MIB = 1 << 20
+
+CLI_OPTIONS = [
+    cfg.StrOpt(
+        "session", default="-", help="File with the session's description; - for standard input."
+    )
+]
+
+
+def settings_from(config: cfg.ConfigOpts) -> RelaySettings:
+    """The options of this host in the units that the relays use: bytes, seconds, bytes a second."""
+    relay, volume, buffer_map = config.relay, config.volume, config.buffer_map
+    return RelaySettings(
+        window_size=relay.window_size * _MIB,
+        read_ahead=relay.read_ahead * _MIB,
+        channels=relay.channels,
+        batch_size=relay.batch_size * _KIB,
+        queue_delay=relay.queue_delay / 1000,
+        hurry_threshold=relay.hurry_threshold / 1000,
+        hold_pages=relay.hold_pages,
+        connect_timeout=relay.connect_timeout,
+        handshake_timeout=config.wire.handshake_timeout,
+        stall_timeout=relay.stall_timeout,
+        network_bandwidth=relay.network_bandwidth * _MIB,
+        volume_queue_depth=volume.queue_depth,
+        volume_read_size=volume.read_size * _KIB,
+        volume_merge_gap=volume.merge_gap * _KIB,
+        volume_bandwidth=volume.bandwidth * _MIB,
+        volume_error_limit=volume.error_limit,
+        max_map_pages=buffer_map.max_pages,
+        max_map_volumes=buffer_map.max_volumes,
+        max_map_chunk_size=buffer_map.max_chunk_size * _KIB,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one relay; returns the exit status."""
+    config = cfg.ConfigOpts()
+    conf.register_opts(config)
+    config.register_cli_opts(CLI_OPTIONS)
+    log.register_options(config)
+    try:
+        config(
+            sys.argv[1:] if arguments is None else arguments,
+            project="nova-dmigrate",
+            prog="nova-dmigrate-relay",
+            version=version.version_string(),
+        )
+        log.setup(config, "nova-dmigrate")
+        session = parse_session(_read_session(config.session))
+        settings = settings_from(config)
+    except (cfg.Error, exception.ConfigurationError, OSError) as error:
+        print(f"nova-dmigrate-relay: {error}", file=sys.stderr)
+        return _WRONG_CONFIGURATION
+    return _run(session, settings)
+
+
+def _read_session(name: str) -> str:
+    if name == "-":
+        return sys.stdin.read(_SESSION_LIMIT)
+    with Path(name).open() as file:
+        return file.read(_SESSION_LIMIT)
+
+
+def _run(session: SourceSession | DestinationSession, settings: RelaySettings) -> int:
+    relay: SourceRelay | DestinationRelay
+    ready: dict[str, Any] = {"event": "ready"}
+    try:
+        if isinstance(session, SourceSession):
+            relay = SourceRelay(session, settings)
+            relay.prepare()
+        else:
+            relay = DestinationRelay(session, settings)
+            ready["host"], ready["port"] = relay.prepare()
+    except exception.DMigrateError as error:
+        LOG.error("Instance %s: the relay cannot start: %s", session.instance, error)
+        _tell({"event": "end", "state": "failed", "reason": str(error)})
+        return _EXIT["failed"]
+
+    def on_signal(number: int, frame: object) -> None:
+        # Not in the handler itself: the main thread may hold what cancelling needs.
+        threading.Thread(target=relay.cancel, name="cancel", daemon=True).start()
+
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    _tell(ready)
+    summary = relay.run()
+    _tell({"event": "end", "state": summary["state"], "reason": summary["reason"]})
+    return _EXIT[summary["state"]]
+
+
+def _tell(event: dict[str, Any]) -> None:
+    print(json.dumps(event), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

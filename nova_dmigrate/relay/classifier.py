@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What becomes of each RAM page at the source: raw, a zero record, or a reference to a volume
+block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_dmigrate.relay.buffers import PooledBuffer
+from nova_dmigrate.relay.digest import digest_pages
+from nova_dmigrate.relay.outbox import Outbox, Parcel
+from nova_dmigrate.relay.pagemap import PageMap
+from nova_dmigrate.relay.window import Window
+from nova_dmigrate.relay.wire.frames import REFERENCE, FrameType
+from nova_dmigrate.stream.elements import Delta, PageRun, ZeroRun
+from nova_dmigrate.stream.records import page_records
+
+Run = PageRun | ZeroRun
+
+
+@dataclass
+class PageCounts:
+    """Guest pages by the way that they went, and why mapped ones went raw."""
+
+    raw: int = 0
+    zero: int = 0
+    referenced: int = 0
+    #: Mapped pages that went raw because the window was full.
+    window_full: int = 0
+    #: Mapped pages that QEMU sent again, dirtied since it sent them first.
+    resent: int = 0
+
+
+class Classifier:
+    """Turns runs of pages into frames, in stream order. Used by one thread.
+
+    A mapped page is referenced at most once, the first time that QEMU sends it, and only in QEMU's
+    first pass over RAM: a page that is sent again has changed since, so the volume does not have
+    it.
+    """
+
+    def __init__(self, page_map: PageMap, window: Window, outbox: Outbox) -> None:
+        self._map = page_map
+        self._window = window
+        self._outbox = outbox
+        self._spoken = np.zeros(len(page_map), np.bool_)
+        self._front = -1
+        #: QEMU's passes over RAM that have begun; the first is the bulk.
+        self.passes = 0
+        self.counts = PageCounts()
+
+    @property
+    def position(self) -> int:
+        """The position of the last page seen."""
+        return self._front
+
+    def handle(self, runs: Sequence[Run], buffer: PooledBuffer) -> None:
+        """Send the runs, which view ``buffer``, on their way.
+
+        Pages of different runs may change their order on the way, those with the same position may
+        not: a batch is cut wherever positions do not ascend.
+        """
+        begin = 0
+        for number, run in enumerate(runs):
+            positions = self._map.positions(run.block, run.offsets)
+            first = int(positions[0])
+            if first <= self._front or self.passes == 0:
+                self._send(runs[begin:number], buffer)
+                begin = number
+                self.passes += 1
+            if len(positions) > 1 and not bool((positions[1:] > positions[:-1]).all()):
+                self._send(runs[begin:number], buffer)
+                for piece in _ascending(run, positions):
+                    self._send([piece], buffer)
+                begin = number + 1
+            self._front = int(positions[-1])
+        self._send(runs[begin:], buffer)
+
+    def _send(self, runs: Sequence[Run], buffer: PooledBuffer) -> None:
+        """Send runs of strictly ascending position."""
+        start = 0
+        for number in range(1, len(runs) + 1):
+            if number == len(runs) or runs[number].block != runs[start].block:
+                block = runs[start].block
+                same = runs[start:number]
+                self._send_pages(block, [run for run in same if isinstance(run, PageRun)], buffer)
+                self._send_zeros(block, [run for run in same if isinstance(run, ZeroRun)], buffer)
+                start = number
+
+    def _send_zeros(self, block: int, runs: list[ZeroRun], buffer: PooledBuffer) -> None:
+        if not runs:
+            return
+        if len(self._map):
+            for run in runs:
+                entries = self._map.entries(self._map.positions(block, run.offsets))
+                self._spoken[entries[entries >= 0]] = True
+        self.counts.zero += sum(len(run.offsets) for run in runs)
+        self._forward(FrameType.ZEROS, block, runs, buffer)
+
+    def _send_pages(self, block: int, runs: list[PageRun], buffer: PooledBuffer) -> None:
+        if not runs:
+            return
+        if not len(self._map):
+            self.counts.raw += sum(len(run.offsets) for run in runs)
+            self._forward(FrameType.PAGES, block, runs, buffer)
+            return
+        offsets = np.concatenate([run.offsets for run in runs])
+        entries = self._map.entries(self._map.positions(block, offsets))
+        mapped = np.flatnonzero(entries >= 0)
+        fresh = mapped[~self._spoken[entries[mapped]]]
+        self._spoken[entries[mapped]] = True
+        self.counts.resent += len(mapped) - len(fresh)
+        referable = fresh if self.passes <= 1 else fresh[:0]
+        slots = self._window.reserve(entries[referable])
+        self.counts.window_full += len(referable) - len(slots)
+        referable = referable[: len(slots)]
+        self.counts.raw += len(entries) - len(slots)
+        if not len(slots):
+            self._forward(FrameType.PAGES, block, runs, buffer)
+            return
+        pages = runs[0].pages if len(runs) == 1 else np.concatenate([run.pages for run in runs])
+        if len(slots) == len(entries):
+            self._refer(entries, slots, pages)
+            return
+        self._refer(entries[referable], slots, pages[referable])
+        rest = np.ones(len(entries), np.bool_)
+        rest[referable] = False
+        records = page_records(offsets[rest], pages[rest])
+        self._outbox.put(
+            Parcel(FrameType.PAGES, [memoryview(records)], records.nbytes, block=block)
+        )
+
+    def _refer(
+        self, entries: NDArray[np.int64], slots: NDArray[np.uint32], pages: NDArray[np.uint8]
+    ) -> None:
+        self._window.keep(slots, pages)
+        references = np.empty(len(slots), REFERENCE)
+        references["entry"] = entries
+        references["slot"] = slots
+        references["digest"] = digest_pages(pages)
+        self.counts.referenced += len(slots)
+        self._outbox.put(
+            Parcel(FrameType.REFERENCES, [memoryview(references.view(np.uint8))], references.nbytes)
+        )
+        self._window.publish(slots)
+
+    def _forward(
+        self, kind: FrameType, block: int, runs: Sequence[Run], buffer: PooledBuffer
+    ) -> None:
+        """Send whole runs as they are, straight from the buffer that QEMU's bytes were received
+        into.
+        """
+        payload: list[memoryview] = []
+        size = 0
+        for run in runs:
+            if run.head != 8:
+                # The first record names its block; on the wire the frame does, for all of its
+                # records.
+                payload.append(continued(run))
+                payload.append(run.data[run.head :])
+                size += 8 + len(run.data) - run.head
+            else:
+                payload.append(run.data)
+                size += len(run.data)
+        buffer.hold()
+        self._outbox.put(Parcel(kind, payload, size, block=block, done=buffer.release))
+
+
+def continued(run: Run | Delta) -> memoryview:
+    """The header of a run's first record as it reads when the block need not be named."""
+    header = int.from_bytes(run.data[:8], "big") | 0x20
+    return memoryview(header.to_bytes(8, "big"))
+
+
+def _ascending(run: Run, positions: NDArray[np.int64]) -> list[Run]:
+    """Cut a run into runs of strictly ascending position."""
+    stride = 4104 if isinstance(run, PageRun) else 9
+    cuts = [0, *(np.flatnonzero(positions[1:] <= positions[:-1]) + 1).tolist(), len(positions)]
+    pieces: list[Run] = []
+    for low, high in zip(cuts, cuts[1:], strict=False):
+        # A record's payload begins `head` bytes in; record i > 0 begins 8 bytes before its payload.
+        begin = 0 if low == 0 else run.head + low * stride - 8
+        data = run.data[begin : run.head + high * stride - 8]
+        head = run.head if low == 0 else 8
+        if isinstance(run, PageRun):
+            pieces.append(
+                PageRun(data, run.block, run.offsets[low:high], run.pages[low:high], head)
+            )
+        else:
+            pieces.append(ZeroRun(data, run.block, run.offsets[low:high], run.fill[low:high], head))
+    return pieces

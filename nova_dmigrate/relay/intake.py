@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source QEMU's end: its connection, and its stream cut into elements."""
+
+import contextlib
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from nova_dmigrate import exception
+from nova_dmigrate.relay.buffers import BufferPool, PooledBuffer
+from nova_dmigrate.stream.elements import Element
+from nova_dmigrate.stream.reader import StreamParser
+
+_RECEIVE_FLOOR = 64 << 10
+
+
+class QemuListener:
+    """The UNIX socket on which the source QEMU's migration stream arrives; exactly one connection
+    is served.
+    """
+
+    def __init__(self, path: Path, instance: str) -> None:
+        """:raises QemuError: the socket cannot be made."""
+        self._path = path
+        self._instance = instance
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            # A socket that a killed relay left behind would keep the next migration from starting.
+            path.unlink(missing_ok=True)
+            self._socket.bind(str(path))
+            self._socket.listen(1)
+        except OSError as error:
+            self._socket.close()
+            raise exception.QemuError(
+                instance=instance, reason=f"cannot listen on {path}: {error}"
+            ) from error
+
+    def accept(self) -> socket.socket:
+        """Wait for QEMU.
+
+        :raises QemuError: the listener was closed.
+        """
+        try:
+            return self._socket.accept()[0]
+        except OSError as error:
+            raise exception.QemuError(
+                instance=self._instance, reason=f"QEMU did not connect to {self._path}: {error}"
+            ) from error
+
+    def watch(self) -> None:
+        """Wait for a further connection: with multifd QEMU opens one for each channel.
+
+        :raises UnsupportedStream: there was one. Returns when the listener is closed.
+        """
+        try:
+            self._socket.accept()[0].close()
+        except OSError:
+            return
+        raise exception.UnsupportedStream(
+            instance=self._instance,
+            reason="QEMU opened a second connection: multifd does not go through a relay",
+        )
+
+    def close(self) -> None:
+        """Stop listening and remove the socket."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+        self._path.unlink(missing_ok=True)
+
+
+class Intake:
+    """Reads QEMU's stream into pooled buffers and yields what a buffer's bytes are made of.
+
+    ``limit`` is what may be taken from the socket at once, in bytes; whoever paces QEMU changes it.
+    """
+
+    def __init__(
+        self, connection: socket.socket, pool: BufferPool, parser: StreamParser, instance: str
+    ) -> None:
+        self._connection = connection
+        self._pool = pool
+        self._parser = parser
+        self._instance = instance
+        self.limit = pool.size
+        self.bytes = 0
+
+    def batches(self) -> Iterator[tuple[list[Element], PooledBuffer]]:
+        """Yield the elements of each buffer; they view its memory, so whoever keeps them holds the
+        buffer.
+
+        Ends when QEMU closes the connection.
+
+        :raises QemuError: the connection broke.
+        """
+        rest = memoryview(b"")
+        previous: PooledBuffer | None = None
+        while True:
+            buffer = self._pool.take()
+            if buffer is None:
+                return
+            try:
+                carried = len(rest)
+                buffer.view[:carried] = rest
+                if previous is not None:
+                    previous.release()
+                    previous = None
+                filled = self._fill(buffer.view, carried)
+                if filled == carried:
+                    return
+                elements, consumed = self._parser.parse(buffer.view[:filled])
+                rest = buffer.view[consumed:filled]
+                yield elements, buffer
+                buffer.hold()
+                previous = buffer
+            finally:
+                buffer.release()
+
+    def _fill(self, view: memoryview, filled: int) -> int:
+        """Take what the socket has, at least a byte and at most the limit; returns the buffer's
+        fill.
+        """
+        carried = filled
+        end = min(len(view), filled + max(self.limit, _RECEIVE_FLOOR))
+        flags = 0
+        try:
+            while filled < end:
+                count = self._connection.recv_into(view[filled:end], 0, flags)
+                if not count:
+                    break
+                filled += count
+                # Only the first call waits: what has come is not kept back for what may come.
+                flags = socket.MSG_DONTWAIT
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            raise exception.QemuError(
+                instance=self._instance, reason=f"QEMU's connection broke: {error}"
+            ) from error
+        self.bytes += filled - carried
+        return filled

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The threads of one relay: they run together, and the first failure of one ends them all."""
+
+import threading
+from collections.abc import Callable
+
+from oslo_log import log
+
+from nova_dmigrate import exception
+
+LOG = log.getLogger(__name__)
+
+
+class Lifecycle:
+    """Starts named threads and remembers the first failure.
+
+    A failure calls the closers, which wake whatever blocks (sockets are shut down, queues are
+    closed), so that all threads come to their end. What they raise after that is a consequence and
+    is logged as such.
+    """
+
+    def __init__(self, instance: str) -> None:
+        self._instance = instance
+        self._threads: list[threading.Thread] = []
+        self._closers: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self.failure: exception.DMigrateError | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything has failed."""
+        return self.failure is not None
+
+    def on_failure(self, closer: Callable[[], None]) -> None:
+        """Have ``closer`` called at the first failure; at once if that has been."""
+        with self._lock:
+            self._closers.append(closer)
+            failed = self.failed
+        if failed:
+            closer()
+
+    def fail(self, error: BaseException) -> None:
+        """Something ended that must not end."""
+        if not isinstance(error, exception.DMigrateError):
+            LOG.exception("Unexpected error in the relay of %s", self._instance, exc_info=error)
+            error = exception.RelayError(
+                instance=self._instance, reason=f"unexpected {type(error).__name__}: {error}"
+            )
+        with self._lock:
+            if self.failure is not None:
+                LOG.debug("After the failure of the relay of %s: %s", self._instance, error)
+                return
+            self.failure = error
+            closers = list(self._closers)
+        for closer in closers:
+            closer()
+
+    def start(self, name: str, target: Callable[[], None]) -> threading.Thread:
+        """Run ``target`` in a thread of its own; what it raises is a failure."""
+        thread = threading.Thread(target=self._guarded, args=(target,), name=name, daemon=True)
+        with self._lock:
+            self._threads.append(thread)
+        thread.start()
+        return thread
+
+    def join(self) -> None:
+        """Wait for all threads; then raise the first failure, if any."""
+        for thread in self._threads:
+            thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def _guarded(self, target: Callable[[], None]) -> None:
+        try:
+            target()
+        except BaseException as error:  # a thread that ends silently would leave the others waiting
+            self.fail(error)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the source has to send, in the order in which it goes: copies that were asked for, then the
+stream, then, when the network would idle while the volume is busy, copies of what the destination
+would read last.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_dmigrate.relay.window import Window
+from nova_dmigrate.relay.wire.frames import COPY, FrameType
+
+#: Pages in one frame of copies: 1 MiB, small enough to be spread over the connections.
+COPIES_PER_FRAME = 256
+
+
+@dataclass
+class Parcel:
+    """A frame on its way out. ``done`` is called once its bytes were handed to the kernel."""
+
+    type: FrameType
+    payload: Sequence[memoryview]
+    size: int
+    flags: int = 0
+    block: int = 0
+    seq: int = 0
+    done: Callable[[], None] | None = None
+
+
+def copies_parcel(
+    entries: NDArray[np.int64], slots: NDArray[np.uint32], pages: NDArray[np.uint8]
+) -> Parcel:
+    """The frame that carries page copies: uint8 (n, 4096) for entries (n,), slots (n,)."""
+    records = np.empty(len(slots), COPY)
+    records["entry"] = entries
+    records["slot"] = slots
+    records["page"] = pages
+    return Parcel(FrameType.COPIES, [memoryview(records.view(np.uint8))], records.nbytes)
+
+
+class Outbox:
+    """The source's send queue, shared by one thread that fills it and one per connection that
+    empties it.
+
+    The queue is short in time, not in bytes: QEMU derives the guest's downtime from the rate at
+    which its socket takes data, so nothing between QEMU and the network may swallow more than a
+    moment's worth.
+    """
+
+    def __init__(
+        self,
+        window: Window,
+        *,
+        delay: float,
+        floor: int,
+        fill: Callable[[], NDArray[np.uint32] | None],
+    ) -> None:
+        """:param delay: seconds of the network's rate that may wait here.
+        :param floor: bytes that may always wait here.
+        :param fill: the destination's reading order when waiting references should be sent as
+            copies because the volume is what everybody waits for, else None. Asked only when
+            nothing else is to be sent.
+        """
+        self._window = window
+        self._delay = delay
+        self._floor = floor
+        self._fill = fill
+        lock = threading.Lock()
+        self._work = threading.Condition(lock)
+        self._room = threading.Condition(lock)
+        self._queue: deque[Parcel] = deque()
+        self._queued = 0
+        self._seq = 0
+        self._ended = False
+        self._aborted = False
+        self._in_hand = 0
+        self._busy_since = 0.0
+        self._busy_seconds = 0.0
+        self._busy_bytes = 0
+        self._rate_mark = (0, 0.0)
+        #: Bytes a second that the network has taken while there was something to send.
+        self.rate = 0.0
+        #: Seconds that the stream waited for room here.
+        self.blocked_seconds = 0.0
+        self.copies_asked = 0
+        self.copies_unasked = 0
+
+    def put(self, parcel: Parcel) -> None:
+        """Queue a frame of the stream; waits for room. After an abort frames are thrown away."""
+        with self._room:
+            if self._queued >= self._limit() and not self._aborted:
+                begin = time.monotonic()
+                self._room.wait_for(lambda: self._queued < self._limit() or self._aborted)
+                self.blocked_seconds += time.monotonic() - begin
+            if not self._aborted:
+                self._queue.append(parcel)
+                self._queued += parcel.size
+                self._work.notify()
+                return
+        if parcel.done is not None:
+            parcel.done()
+
+    def end(self, parcel: Parcel) -> None:
+        """Queue the last frame; nothing is sent after it."""
+        self.put(parcel)
+        with self._work:
+            self._ended = True
+            self._work.notify_all()
+
+    def abort(self, parcel: Parcel) -> None:
+        """Throw away what waits and send this frame as the last one."""
+        with self._work:
+            dropped, self._queue = self._queue, deque([parcel])
+            self._queued = parcel.size
+            self._ended = self._aborted = True
+            self._work.notify_all()
+            self._room.notify_all()
+        for lost in dropped:
+            if lost.done is not None:
+                lost.done()
+
+    def wake(self) -> None:
+        """Something that only the window or the reader's progress shows may have to be sent now."""
+        with self._work:
+            self._work.notify()
+
+    def take(self, timeout: float) -> Parcel | None:
+        """The next frame, numbered, or None when ``timeout`` seconds brought none.
+
+        :raises EOFError: the last frame has been taken.
+        """
+        with self._work:
+            deadline = time.monotonic() + timeout
+            while True:
+                parcel = self._choose()
+                if parcel is not None:
+                    break
+                if self._ended:
+                    self._work.notify_all()
+                    raise EOFError
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return None
+                self._work.wait(left)
+            parcel.seq = self._seq
+            self._seq += 1
+            if not self._in_hand:
+                self._busy_since = time.monotonic()
+            self._in_hand += 1
+            return parcel
+
+    def sent(self, parcel: Parcel) -> None:
+        """Account for a frame whose bytes the kernel has taken."""
+        with self._work:
+            now = time.monotonic()
+            self._busy_bytes += parcel.size
+            self._busy_seconds += now - self._busy_since
+            self._busy_since = now
+            self._in_hand -= 1
+            bytes_then, seconds_then = self._rate_mark
+            if self._busy_seconds - seconds_then >= 0.1:
+                self.rate = (self._busy_bytes - bytes_then) / (self._busy_seconds - seconds_then)
+                self._rate_mark = (self._busy_bytes, self._busy_seconds)
+        if parcel.done is not None:
+            parcel.done()
+
+    @property
+    def busy_seconds(self) -> float:
+        """Seconds in which at least one connection had something to send."""
+        return self._busy_seconds
+
+    def _limit(self) -> float:
+        return max(self._floor, self.rate * self._delay)
+
+    def _choose(self) -> Parcel | None:
+        if not self._aborted:
+            asked = self._window.take_missed(COPIES_PER_FRAME)
+            if asked is not None:
+                self.copies_asked += len(asked[1])
+                return copies_parcel(*asked)
+        if self._queue:
+            parcel = self._queue.popleft()
+            self._queued -= parcel.size
+            self._room.notify()
+            return parcel
+        if self._ended:
+            return None
+        rank = self._fill()
+        unasked = None if rank is None else self._window.take_last(COPIES_PER_FRAME, rank)
+        if unasked is not None:
+            self.copies_unasked += len(unasked[1])
+            return copies_parcel(*unasked)
+        return None

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page map: the buffer map as two relays see it, in the terms of one migration stream.
+
+Both relays derive it from the same inputs (buffer map, memory layout, RAMBlocks of the stream), so
+that they number its entries alike and an entry's number can stand on the wire for guest page and
+volume block.
+
+*Position*: number of a 4 KiB guest page when all RAMBlocks are laid one after another in stream
+order. *Volume position*: number of a 4 KiB block when all volumes of the map are laid one after
+another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_dmigrate import exception
+from nova_dmigrate.buffermap import PAGE_SIZE, BufferMap
+from nova_dmigrate.memory_layout import MemoryLayout
+from nova_dmigrate.stream.elements import RamBlock
+
+_U32_LIMIT = 1 << 32
+
+
+@dataclass(frozen=True)
+class MappedVolume:
+    """One volume of the map: its identity and where its blocks begin among the volume positions."""
+
+    volume_id: str
+    first: int
+    blocks: int
+
+
+class PageMap:
+    """Mapped guest pages of one stream, numbered as entries 0..n-1 in ascending position.
+
+    :ivar position: uint32 (n,), sorted, unique.
+    :ivar volume_position: uint32 (n,).
+    :ivar bases: first position of each RAMBlock, int64 (len(blocks) + 1,); the last is the total.
+    :ivar dropped: mapped pages of the buffer map that no RAMBlock of the stream holds.
+    """
+
+    def __init__(
+        self,
+        bases: NDArray[np.int64],
+        position: NDArray[np.uint32],
+        volume_position: NDArray[np.uint32],
+        volumes: tuple[MappedVolume, ...],
+        dropped: int = 0,
+    ) -> None:
+        self.bases = bases
+        self.position = position
+        self.volume_position = volume_position
+        self.volumes = volumes
+        self.dropped = dropped
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    @property
+    def total_pages(self) -> int:
+        """Guest pages of all RAMBlocks together."""
+        return int(self.bases[-1])
+
+    @classmethod
+    def build(
+        cls, blocks: Sequence[RamBlock], buffer_map: BufferMap, layout: MemoryLayout
+    ) -> "PageMap":
+        """Place a buffer map over the RAMBlocks of a stream.
+
+        Pages that fall outside of every RAMBlock are dropped and counted: the map comes from the
+        guest.
+
+        :raises BufferMapError: RAM or volumes exceed 2^32 pages of 4 KiB (16 TiB).
+        """
+        lengths = [-(-block.used_length // PAGE_SIZE) for block in blocks]
+        bases = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64)
+        volumes = []
+        first = 0
+        for volume in buffer_map.volumes:
+            volumes.append(MappedVolume(volume.volume_id, first, volume.size // PAGE_SIZE))
+            first += volume.size // PAGE_SIZE
+        if bases[-1] > _U32_LIMIT or first > _U32_LIMIT:
+            raise exception.BufferMapError(reason="RAM or volumes are larger than 16 TiB")
+        index = {block.idstr: number for number, block in enumerate(blocks)}
+        first_of = {volume.volume_id: volume.first for volume in volumes}
+        positions: list[NDArray[np.uint32]] = []
+        volume_positions: list[NDArray[np.uint32]] = []
+        placed = 0
+        for part in layout.to_blocks(buffer_map):
+            number = index.get(part.block)
+            if number is None:
+                continue
+            inside = part.page < lengths[number]
+            positions.append((part.page[inside] + bases[number]).astype(np.uint32))
+            volume_positions.append(
+                (part.block_number[inside] + np.int64(first_of[part.volume_id])).astype(np.uint32)
+            )
+            placed += int(np.count_nonzero(inside))
+        mapped = sum(volume.page_count for volume in buffer_map.volumes)
+        if not positions:
+            empty = np.empty(0, np.uint32)
+            return cls(bases, empty, empty, tuple(volumes), mapped)
+        position = np.concatenate(positions)
+        volume_position = np.concatenate(volume_positions)
+        order = np.argsort(position, kind="stable")
+        position, volume_position = position[order], volume_position[order]
+        if len(position) > 1 and bool((position[1:] == position[:-1]).any()):
+            # Two guest-physical ranges may alias one RAMBlock page; the first mapping serves.
+            keep = np.concatenate(([True], position[1:] != position[:-1]))
+            position, volume_position = position[keep], volume_position[keep]
+        return cls(bases, position, volume_position, tuple(volumes), mapped - len(position))
+
+    @classmethod
+    def empty(cls, blocks: Sequence[RamBlock]) -> "PageMap":
+        """The map of a guest of which nothing is known."""
+        lengths = [-(-block.used_length // PAGE_SIZE) for block in blocks]
+        bases = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64)
+        none = np.empty(0, np.uint32)
+        return cls(bases, none, none, ())
+
+    def positions(self, block: int, offsets: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Positions of the pages at ``offsets`` (bytes, uint64 (n,)) in RAMBlock ``block``."""
+        positions: NDArray[np.int64] = (offsets >> np.uint64(12)).astype(np.int64)
+        positions += self.bases[block]
+        return positions
+
+    def entries(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Entry numbers, int64 (n,), of positions; -1 where a page is not mapped."""
+        if not len(self.position):
+            return np.full(len(positions), -1, np.int64)
+        found = np.searchsorted(self.position, positions.astype(np.uint32))
+        found[found == len(self.position)] = 0
+        return np.where(self.position[found] == positions, found, -1)
+
+    def place(self, entries: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+        """Split entries by RAMBlock: ``(block, indices into entries)``, one pair per block that
+        occurs.
+        """
+        blocks = np.searchsorted(self.bases, self.position[entries], side="right") - 1
+        first = int(blocks[0])
+        if bool((blocks == first).all()):
+            return [(first, np.arange(len(entries)))]
+        return [(int(block), np.flatnonzero(blocks == block)) for block in np.unique(blocks)]
+
+    def offsets(self, block: int, entries: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Byte offsets, uint64 (n,), in RAMBlock ``block`` of entries that lie in it."""
+        return ((self.position[entries].astype(np.int64) - self.bases[block]) * PAGE_SIZE).astype(
+            np.uint64
+        )
