@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Buffers that are filled from a socket and lent out until all that was made of them has been used."""
+"""Buffers that are filled from a socket and lent out until what was made of them has been used."""
 
 import mmap
 import threading

@@ -54,7 +54,7 @@ _ABORT_SECONDS = 2.0
 
 
 class DestinationRelay:
-    """One migration, seen from the destination host. Call :meth:`prepare`, then :meth:`run`, once."""
+    """One migration, seen from the destination host: :meth:`prepare`, then :meth:`run`, once."""
 
     def __init__(self, session: DestinationSession, settings: RelaySettings) -> None:
         self._session = session

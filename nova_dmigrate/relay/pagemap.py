@@ -147,6 +147,7 @@ class PageMap:
 
     def offsets(self, block: int, entries: NDArray[np.int64]) -> NDArray[np.uint64]:
         """Byte offsets, uint64 (n,), in RAMBlock ``block`` of entries that lie in it."""
-        return ((self.position[entries].astype(np.int64) - self.bases[block]) * PAGE_SIZE).astype(
-            np.uint64
-        )
+        offsets: NDArray[np.uint64] = self.position[entries].astype(np.uint64)
+        offsets -= np.uint64(self.bases[block])
+        offsets *= np.uint64(PAGE_SIZE)
+        return offsets

@@ -38,7 +38,7 @@ _NONE = np.empty(0, np.int64)
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """One read: consecutive blocks of one volume and the entries that they serve, sorted by block."""
+    """One read: consecutive blocks of one volume, and the entries served, sorted by block."""
 
     volume: int
     first: int

@@ -274,12 +274,12 @@ class SourceRelay:
             self._intake.limit = _LATE_LIMIT if self._classifier.passes <= 1 else self._pace()
 
     def _pace(self) -> int:
-        """Bytes to take from QEMU at once in the late passes: what the network carries in a moment."""
+        """Bytes to take from QEMU at once in late passes: what the network carries in a moment."""
         wanted = int(self._outbox.rate * self._settings.queue_delay)
         return min(max(wanted, _LATE_LIMIT), self._settings.batch_size)
 
     def _hold(self) -> None:
-        """Do not take from QEMU what would let it stop the guest while references are unresolved."""
+        """Do not let QEMU get so far that it stops the guest while references are unresolved."""
         if self._window.unresolved:
             begin = time.monotonic()
             self._drain()
@@ -301,7 +301,7 @@ class SourceRelay:
             self._page_map = PageMap.empty(setup.blocks)
         self._classifier = Classifier(self._page_map, self._window, self._outbox)
         LOG.info(
-            "Instance %s: machine %s, %d RAMBlocks, %d MiB of RAM, %d pages mapped to volumes, %d dropped",
+            "Instance %s: machine %s, %d RAMBlocks, %d MiB of RAM, %d pages mapped, %d dropped",
             self._session.instance,
             self._parser.machine,
             len(setup.blocks),
@@ -547,9 +547,11 @@ class SourceRelay:
 def describe(summary: Report) -> str:
     """The one line that an operator reads."""
     line = (
-        f"{summary['state']}: {summary['guest_bytes'] >> 20} MiB of the guest in {summary['wire_bytes'] >> 20} MiB on "
-        f"the wire and {summary['volume_bytes'] >> 20} MiB from volumes, {summary['referenced_pages']} pages by "
-        f"reference, {sum(summary['misses'].values())} misses"
+        f"{summary['state']}: {summary['guest_bytes'] >> 20} MiB of the guest,"
+        f" {summary['wire_bytes'] >> 20} MiB over the network,"
+        f" {summary['volume_bytes'] >> 20} MiB from volumes,"
+        f" {summary['referenced_pages']} pages by reference,"
+        f" {sum(summary['misses'].values())} misses"
     )
     for key in ("reason", "pass_through"):
         if summary[key]:

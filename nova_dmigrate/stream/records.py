@@ -105,7 +105,6 @@ def run_offsets(
         length = int(good.argmin())
         if not good[length]:
             found.append(offsets[:length])
-            count += length
             break
         found.append(offsets)
         count += len(offsets)

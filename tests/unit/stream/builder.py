@@ -2,12 +2,14 @@
 """Builds migration streams as QEMU sends them: by hand for tests, large ones for benchmarks."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from struct import pack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nova_dmigrate.stream import records
+from nova_dmigrate.stream.elements import Buffer
 
 PAGE = 4096
 BLOCKS = (("pc.ram", 64 << 20), ("/rom@etc/acpi/tables", 128 << 10), ("pc.bios", 256 << 10))
@@ -19,14 +21,18 @@ DEVICES = (
 _POOL_PAGES = 256
 
 
+@lru_cache(maxsize=4)
+def _pool(seed: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(seed).integers(1, 256, (_POOL_PAGES, PAGE), dtype=np.uint8)
+
+
 def page_contents(numbers: ArrayLike, seed: int = 0) -> NDArray[np.uint8]:
     """Pages that do not compress, as a function of their numbers and the seed; no two are alike.
 
     :returns: (n, 4096) uint8
     """
     index = np.asarray(numbers, dtype=np.uint64)
-    pool = np.random.default_rng(seed).integers(1, 256, (_POOL_PAGES, PAGE), dtype=np.uint8)
-    pages: NDArray[np.uint8] = pool[index % _POOL_PAGES]
+    pages = np.take(_pool(seed), (index % _POOL_PAGES).astype(np.intp), axis=0)
     marks = pages[:, :16].view(np.uint64)
     marks[:, 0] = index
     marks[:, 1] = seed + 1
@@ -47,9 +53,9 @@ class StreamBuilder:
         self.section_id = section_id
         self.footers = footers
         self.last_block: int | None = None
-        self._parts: list[bytes] = []
+        self._parts: list[Buffer] = []
 
-    def raw(self, data: bytes) -> "StreamBuilder":
+    def raw(self, data: Buffer) -> "StreamBuilder":
         self._parts.append(data)
         return self
 
@@ -125,14 +131,14 @@ class StreamBuilder:
         where = np.asarray(offsets, dtype=np.uint64)
         contents = np.asarray(page_contents(where // PAGE) if pages is None else pages, np.uint8)
         self.record(block, int(where[0]), 0x08, contents[0].tobytes(), named)
-        return self.raw(records.page_records(where[1:], contents[1:]).tobytes())
+        return self.raw(records.page_records(where[1:], contents[1:]))
 
     def zeros(
         self, block: int, offsets: ArrayLike, fill: int = 0, named: bool = False
     ) -> "StreamBuilder":
         where = np.asarray(offsets, dtype=np.uint64)
         self.record(block, int(where[0]), 0x02, bytes([fill]), named)
-        return self.raw(records.zero_records(where[1:], fill).tobytes())
+        return self.raw(records.zero_records(where[1:], fill))
 
     def delta(self, block: int, offset: int, delta: bytes, named: bool = False) -> "StreamBuilder":
         return self.record(block, offset, 0x40, pack(">BH", 1, len(delta)) + delta, named)

@@ -77,6 +77,8 @@ class LatchTest(unittest.TestCase):
 
     def test_a_second_or_late_configuration(self) -> None:
         self.between(lambda b: b.configuration(), fmt.UNKNOWN_SECTION)
+        before = StreamBuilder().header().configuration().data()
+        self.check(before, StreamBuilder().configuration("q35").data(), fmt.UNKNOWN_SECTION)
 
     def test_lengths_beyond_any_element(self) -> None:
         self.early(lambda b: b.raw(b"\x07" + pack(">I", 0xFFFFFFFF)), fmt.ELEMENT_TOO_LONG)
