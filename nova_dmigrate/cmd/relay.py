@@ -24,6 +24,7 @@ from nova_dmigrate.relay.destination import DestinationRelay
 from nova_dmigrate.relay.session import (
     DestinationSession,
     RelaySettings,
+    SessionDefaults,
     SourceSession,
     parse_session,
 )
@@ -70,6 +71,20 @@ def settings_from(config: cfg.ConfigOpts) -> RelaySettings:
     )
 
 
+def defaults_from(config: cfg.ConfigOpts) -> SessionDefaults:
+    """What sessions may leave to this host."""
+    return SessionDefaults(
+        tls=config.wire.tls,
+        ca=config.wire.ca_file,
+        certificate=config.wire.certificate_file,
+        key=config.wire.key_file,
+        listen_host=config.wire.listen_address,
+        listen_port=config.wire.port,
+        summaries=Path(config.relay.summary_directory),
+        runtime=Path(config.relay.runtime_directory),
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one relay; returns the exit status."""
     config = cfg.ConfigOpts()
@@ -84,8 +99,9 @@ def main(arguments: list[str] | None = None) -> int:
             version=version.version_string(),
         )
         log.setup(config, "nova-dmigrate")
-        session = parse_session(_read_session(config.session))
+        session = parse_session(_read_session(config.session), defaults_from(config))
         settings = settings_from(config)
+        _make_directories(session)
     except (cfg.Error, exception.ConfigurationError, OSError) as error:
         print(f"nova-dmigrate-relay: {error}", file=sys.stderr)
         return _WRONG_CONFIGURATION
@@ -97,6 +113,12 @@ def _read_session(name: str) -> str:
         return sys.stdin.read(_SESSION_LIMIT)
     with Path(name).open() as file:
         return file.read(_SESSION_LIMIT)
+
+
+def _make_directories(session: SourceSession | DestinationSession) -> None:
+    for path in (session.control_socket, session.summary):
+        if path is not None:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def _run(session: SourceSession | DestinationSession, settings: RelaySettings) -> int:

@@ -108,7 +108,7 @@ def parse_report(payload: memoryview) -> dict[str, Any] | None:
 
 
 def map_parcels(buffer_map: BufferMap | None, layout: MemoryLayout | None) -> Iterator[Parcel]:
-    """The frames that hand over a buffer map and its layout; the last one alone if there is none."""
+    """The frames that hand over a buffer map and its layout; the last one alone if none."""
     if buffer_map is not None and layout is not None:
         text = json.dumps([[r.gpa, r.length, r.block, r.offset] for r in layout.ranges]).encode()
         yield Parcel(FrameType.MAP, [memoryview(text)], len(text), flags=MAP_LAYOUT)

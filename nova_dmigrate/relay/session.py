@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +87,38 @@ class DestinationSession(SessionBase):
     volumes: tuple[VolumeSpec, ...]
 
 
-def parse_session(text: str) -> SourceSession | DestinationSession:
+@dataclass(frozen=True)
+class SessionDefaults:
+    """What a session's description may leave to the host that the relay runs on.
+
+    :ivar tls: whether a session in the clear is refused.
+    :ivar ca, certificate, key: the host's files for TLS.
+    :ivar summaries, runtime: directories of summaries and control sockets; None for none of them.
+    """
+
+    tls: bool = False
+    ca: str | None = None
+    certificate: str | None = None
+    key: str | None = None
+    listen_host: str | None = None
+    listen_port: int | None = None
+    summaries: Path | None = None
+    runtime: Path | None = None
+
+
+def parse_session(
+    text: str, defaults: SessionDefaults | None = None
+) -> SourceSession | DestinationSession:
     """Read a session's description, a JSON object.
 
-    Common keys: ``role`` ("source" or "destination"), ``instance``, ``session_id``, ``token`` (64
-    hexadecimal digits), ``qemu_socket``, ``host``, ``port``, and optionally ``tls`` (``ca``,
-    ``certificate``, ``key``, ``peer_name``), ``control_socket``, ``summary``. Source: optionally
-    ``buffer_map`` with ``memory_layout``. Destination: optionally ``volumes``, a list of
-    ``volume_id``, ``driver``, ``location``.
+    Keys: ``role`` ("source" or "destination"), ``instance``, ``session_id``, ``token`` (64
+    hexadecimal digits), ``qemu_socket``; ``host`` and ``port``, which the destination may leave to
+    the host; ``tls``, an object with ``peer_name`` and optionally ``ca``, ``certificate``, ``key``;
+    optionally ``control_socket`` and ``summary``. Source only: optionally ``buffer_map`` with
+    ``memory_layout``. Destination only: optionally ``volumes``, a list of ``volume_id``,
+    ``driver``, ``location``.
 
-    :raises SessionError: something is missing, unknown or of the wrong type.
+    :raises SessionError: something is missing, unknown, of the wrong type, or not allowed here.
     """
     try:
         data = json.loads(text)
@@ -104,60 +126,75 @@ def parse_session(text: str) -> SourceSession | DestinationSession:
         raise exception.SessionError(instance="?", reason=f"is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise exception.SessionError(instance="?", reason="is not a JSON object")
-    return _Description(data).session()
+    return _Description(data, defaults or SessionDefaults()).session()
 
 
 class _Description:
     """A JSON object from which each key is taken once, so that what remains is unknown."""
 
     def __init__(
-        self, data: Mapping[str, Any], instance: str | None = None, where: str = ""
+        self,
+        data: Mapping[str, Any],
+        defaults: SessionDefaults,
+        instance: str | None = None,
+        where: str = "",
     ) -> None:
         self._data = dict(data)
+        self._defaults = defaults
         self._where = where
         self._instance = instance or str(self._data.get("instance", "?"))
 
     def session(self) -> SourceSession | DestinationSession:
         role = self.text("role")
+        if role not in ("source", "destination"):
+            raise self.error(f"role is {role!r}, neither 'source' nor 'destination'")
+        listens = role == "destination"
+        session_id = self.text("session_id")
         common: dict[str, Any] = {
             "instance": self.text("instance"),
-            "credentials": Credentials(self.text("session_id"), self._token()),
+            "credentials": Credentials(session_id, self._token()),
             "qemu_socket": Path(self.text("qemu_socket")),
-            "host": self.text("host"),
-            "port": self._port(),
+            "host": self.text("host", self._defaults.listen_host if listens else None),
+            "port": self._port(self._defaults.listen_port if listens else None),
             "tls": self._tls(),
-            "control_socket": self.path("control_socket"),
-            "summary": self.path("summary"),
+            "control_socket": self.path(
+                "control_socket", self._defaults.runtime, f"{session_id}-{role}.sock"
+            ),
+            "summary": self.path("summary", self._defaults.summaries, f"{session_id}-{role}.json"),
         }
-        session: SourceSession | DestinationSession
-        if role == "source":
-            session = SourceSession(
-                **common,
-                buffer_map=self.path("buffer_map"),
-                memory_layout=self.path("memory_layout"),
-            )
-            if (session.buffer_map is None) != (session.memory_layout is None):
-                raise self.error("buffer_map and memory_layout go together")
-        elif role == "destination":
-            session = DestinationSession(**common, volumes=self._volumes())
-        else:
-            raise self.error(f"role is {role!r}, neither 'source' nor 'destination'")
+        session = self._destination(common) if listens else self._source(common)
         self.nothing_left()
         return session
+
+    def _source(self, common: dict[str, Any]) -> SourceSession:
+        session = SourceSession(
+            **common,
+            buffer_map=self.path("buffer_map"),
+            memory_layout=self.path("memory_layout"),
+        )
+        if (session.buffer_map is None) != (session.memory_layout is None):
+            raise self.error("buffer_map and memory_layout go together")
+        return session
+
+    def _destination(self, common: dict[str, Any]) -> DestinationSession:
+        return DestinationSession(**common, volumes=self._volumes())
 
     def error(self, reason: str) -> exception.SessionError:
         return exception.SessionError(instance=self._instance, reason=self._where + reason)
 
-    def text(self, key: str) -> str:
-        value = self._data.pop(key, None)
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._data.pop(key, default)
         if not isinstance(value, str) or not value:
             raise self.error(f"{key} is missing or not a text")
         return value
 
-    def path(self, key: str) -> Path | None:
-        return (
-            Path(self.text(key)) if self._data.get(key) is not None else self._data.pop(key, None)
-        )
+    def path(self, key: str, directory: Path | None = None, name: str = "") -> Path | None:
+        """A path that may be missing; then it is ``name`` in ``directory``, if there is one."""
+        if self._data.get(key) is not None:
+            return Path(self.text(key))
+        self._data.pop(key, None)
+        # The session's id becomes part of a file's name, so it must not be more than that.
+        return directory / name.replace("/", "_") if directory is not None else None
 
     def nothing_left(self) -> None:
         if self._data:
@@ -172,8 +209,8 @@ class _Description:
             raise self.error(f"token is not {2 * _TOKEN_SIZE} hexadecimal digits")
         return token
 
-    def _port(self) -> int:
-        port = self._data.pop("port", None)
+    def _port(self, default: int | None) -> int:
+        port = self._data.pop("port", default)
         if not isinstance(port, int) or isinstance(port, bool) or not 0 <= port < 65536:
             raise self.error(f"port is {port!r}, not a number from 0 to 65535")
         return port
@@ -181,16 +218,23 @@ class _Description:
     def _inner(self, value: Any, where: str) -> "_Description":
         if not isinstance(value, dict):
             raise self.error(f"{where} is not a JSON object")
-        return _Description(value, self._instance, f"{where}: ")
+        return _Description(value, self._defaults, self._instance, f"{where}: ")
 
     def _tls(self) -> TlsSettings | None:
         value = self._data.pop("tls", None)
         if value is None:
+            if self._defaults.tls:
+                raise self.error("has no tls, and this host does not migrate in the clear")
             return None
         inner = self._inner(value, "tls")
-        taken = {field.name: inner.text(field.name) for field in fields(TlsSettings)}
+        settings = TlsSettings(
+            ca=inner.text("ca", self._defaults.ca),
+            certificate=inner.text("certificate", self._defaults.certificate),
+            key=inner.text("key", self._defaults.key),
+            peer_name=inner.text("peer_name"),
+        )
         inner.nothing_left()
-        return TlsSettings(**taken)
+        return settings
 
     def _volumes(self) -> tuple[VolumeSpec, ...]:
         value = self._data.pop("volumes", None)
