@@ -89,7 +89,7 @@ class _Channel:
             return Refusal("busy", self._interruption)
         if isinstance(error, TimeoutError):
             return Refusal("timeout", f"the handshake was not done within {self._timeout:g} s")
-        if isinstance(error, EOFError):
+        if isinstance(error, EOFError) or tls_module.is_end(error):
             return Refusal("closed", "it closed the connection during the handshake")
         if isinstance(error, ssl.SSLError):
             code = "certificate" if tls_module.is_about_certificates(error) else "tls"

@@ -105,7 +105,6 @@ _SENTENCES = {
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "this side's certificate has expired",
     "SSLV3_ALERT_CERTIFICATE_REVOKED": "this side's certificate is revoked",
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "it does not accept this side's certificate",
-    "UNEXPECTED_EOF_WHILE_READING": "it closed the connection during TLS",
 }
 
 
@@ -114,10 +113,15 @@ def explain(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         message = getattr(error, "verify_message", None)
         return f"its certificate is refused: {message}" if message else str(error.args[-1])
-    if isinstance(error, ssl.SSLEOFError):
-        return _SENTENCES["UNEXPECTED_EOF_WHILE_READING"]
+    if is_end(error):
+        return "it closed the connection"
     reason = error.reason or str(error)
     return _SENTENCES.get(reason, f"TLS failed: {reason.replace('_', ' ').lower()}")
+
+
+def is_end(error: Exception) -> bool:
+    """Say whether the peer has just gone, with or without TLS's own good-bye."""
+    return isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError)
 
 
 def is_about_certificates(error: ssl.SSLError) -> bool:

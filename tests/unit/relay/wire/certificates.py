@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nova_dmigrate.relay.wire.tls import TlsSettings
 
-_NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256")
+_NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-days", "2")
 
 
 class Authority:
@@ -19,18 +19,17 @@ class Authority:
         self._directory = directory
         self._name = name
         constraint = "basicConstraints=critical,CA:TRUE"
-        _make(self.certificate, self._key, name, "", constraint, ["-days", "2", "-nodes"])
+        _make(self.certificate, self._key, name, "", constraint, ["-nodes"])
 
-    def issue(self, *names: str, days: int = 2, password: str = "") -> tuple[str, str]:
+    def issue(self, *names: str, password: str = "") -> tuple[str, str]:
         """Return the files of a certificate for DNS names and addresses, and of its key.
 
-        :param days: how long it is valid; with -1 it has expired
         :param password: encrypts the key
         """
         stem = self._directory / f"{self._name}-{len(list(self._directory.iterdir()))}"
         certificate, key = stem.with_suffix(".pem"), stem.with_suffix(".key")
         alternatives = "subjectAltName=" + ",".join(_alternative(name) for name in names)
-        options = ["-CA", str(self.certificate), "-CAkey", str(self._key), "-days", str(days)]
+        options = ["-CA", str(self.certificate), "-CAkey", str(self._key)]
         options += ["-passout", f"pass:{password}"] if password else ["-nodes"]
         _make(certificate, key, names[0], alternatives, "basicConstraints=CA:FALSE", options)
         return str(certificate), str(key)
