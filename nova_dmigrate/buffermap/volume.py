@@ -149,9 +149,9 @@ class VolumeMap:
         wanted = np.asarray(guest).astype(np.uint32, casting="safe", copy=False)
         if not self.guest_pages.size:
             return np.full(wanted.shape, -1, np.int64)
+        # Pages before the first entry get the last one (-1), and modulo 2**32 a distance from it
+        # that no entry is long enough for.
         entry = np.searchsorted(self.guest_pages, wanted, side="right") - 1
-        np.maximum(entry, 0, out=entry)
-        # A page before its entry wraps to a distance that no entry is long enough for.
         distance = wanted - self.guest_pages[entry]
         mapped = distance < (1 if self.lengths is None else self.lengths[entry])
         found = (self.volume_blocks[entry] + distance).astype(np.int64)

@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 
 PAGE = 4096
 
-_FREE, _RESERVED, _PENDING, _MISSED, _COPIED = range(5)
+_FREE, _RESERVED, _PENDING, _WAITING, _MISSED, _COPIED = range(6)
 
 
 class Window:
     """A bounded arena of page copies; thread safe.
 
-    A slot goes FREE -> RESERVED -> PENDING (its reference is queued) and from there back to FREE
-    when it is settled; or to MISSED and, once its copy was taken for the network, to FREE; or to
-    COPIED when the source sends the copy unasked, and to FREE with the answer that then still
-    comes. RESERVED keeps a copy from being sent unasked before the reference that it belongs to; an
-    answer can come as early as that.
+    A slot goes FREE -> RESERVED -> PENDING (its reference is queued) -> WAITING (the answer did not
+    come at once) and from any of these back to FREE when it is settled; or to MISSED and, once its
+    copy was taken for the network, to FREE; or from WAITING to COPIED when the source sends the
+    copy unasked, and to FREE with the answer that then still comes. RESERVED keeps a copy from
+    being sent before the reference that it belongs to, PENDING from being sent when the
+    destination has the block already.
     """
 
     def __init__(self, size: int) -> None:
@@ -72,6 +73,11 @@ class Window:
         """The references of these slots are queued: from now on copies may be sent unasked."""
         with self._changed:
             self._state[slots[self._state[slots] == _RESERVED]] = _PENDING
+
+    def ripen(self) -> None:
+        """Some time has passed: what is pending now counts as waiting."""
+        with self._changed:
+            self._state[self._state == _PENDING] = _WAITING
 
     def settle(self, slots: NDArray[np.uint32]) -> None:
         """The references are resolved, or something newer replaced them: the copies may go.
@@ -124,7 +130,7 @@ class Window:
         :param rank: uint32 per entry, ascending in the order in which the destination reads.
         """
         with self._changed:
-            pending = np.flatnonzero(self._state == _PENDING)
+            pending = np.flatnonzero(self._state == _WAITING)
             if not len(pending):
                 return None
             if len(pending) > limit:

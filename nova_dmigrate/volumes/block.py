@@ -248,7 +248,7 @@ def _bytes(buffer: memoryview) -> memoryview:
 
 
 def _is_aligned(buffer: memoryview) -> bool:
-    address: int = np.frombuffer(buffer, np.uint8).ctypes.data
+    address: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
     return address % base.BLOCK_SIZE == 0
 
 

@@ -175,6 +175,12 @@ class ToBlocksTest(base.TestCase):
         built = maps.build(("v", 9, [(255, 1, 1), (2**32 - 2, 2, 1)]))
         self.assertEqual(["near"], [result.block for result in layout.to_blocks(built)])
 
+    def test_pages_are_in_the_order_of_the_block_not_of_the_addresses(self):
+        layout = MemoryLayout((MemoryRange(MIB, MIB, "a", MIB), MemoryRange(2 * MIB, MIB, "a", 0)))
+        (result,) = layout.to_blocks(maps.build(("v", 9, [(256, 1, 1), (515, 2, 1)])))
+        self.assertEqual([3, 256], result.page.tolist())
+        self.assertEqual([2, 1], result.block_number.tolist())
+
     @maps.PROPERTY
     @hypothesis.given(maps.disjoint_volumes(), st.data())
     def test_each_page_in_a_range_comes_out_once_at_its_place(self, volumes, data):

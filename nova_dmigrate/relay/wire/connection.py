@@ -115,10 +115,8 @@ class Connection:
         buffers: list[Buffer] = [b""]
         length = 0
         for buffer in payload:
-            size = memoryview(buffer).nbytes
-            if size:
-                length += size
-                buffers.append(buffer)
+            length += memoryview(buffer).nbytes
+            buffers.append(buffer)
         rule = self._rules.get(type)
         if rule is None:
             raise exception.FrameError(
@@ -132,7 +130,7 @@ class Connection:
             if self._lost is not None:
                 raise self._peer_lost()
             try:
-                self._transport.send(buffers)
+                self._transport.send(buffers, size)
             except OSError as error:
                 self._fail(error, f"while sending a {rule.type.name} frame")
             except BaseException:

@@ -33,8 +33,8 @@ _TLS_WRITE = 256 << 10
 class Transport(Protocol):
     """What a connection needs of a socket."""
 
-    def send(self, buffers: Sequence[Buffer]) -> None:
-        """Send all of ``buffers``, none of which is empty."""
+    def send(self, buffers: Sequence[Buffer], size: int) -> None:
+        """Send all of ``buffers``, ``size`` bytes together."""
 
     def receive_into(self, view: memoryview, spill: memoryview) -> int:
         """Fill ``view`` (bytes, not empty); return how many bytes after it went into ``spill``."""
@@ -63,18 +63,9 @@ class PlainTransport:
         sock.settimeout(None)
         self._sock = sock
 
-    def send(self, buffers: Sequence[Buffer]) -> None:
-        count = len(buffers)
-        if count <= _IOV_MAX:
-            self._send_some(buffers)
-            return
-        for first in range(0, count, _IOV_MAX):
-            self._send_some(buffers[first : first + _IOV_MAX])
-
-    def _send_some(self, buffers: Sequence[Buffer]) -> None:
-        total = sum([memoryview(buffer).nbytes for buffer in buffers])
-        sent = self._sock.sendmsg(buffers)
-        if sent < total:
+    def send(self, buffers: Sequence[Buffer], size: int) -> None:
+        sent = self._sock.sendmsg(buffers[:_IOV_MAX])
+        if sent < size:
             self._send_rest([byte_view(buffer) for buffer in buffers], sent)
 
     def _send_rest(self, views: list[memoryview], sent: int) -> None:
@@ -86,7 +77,7 @@ class PlainTransport:
             if first == len(views):
                 return
             views[first] = views[first][sent:]
-            sent = self._sock.sendmsg(views[first:])
+            sent = self._sock.sendmsg(views[first : first + _IOV_MAX])
 
     def receive_into(self, view: memoryview, spill: memoryview) -> int:
         wanted = len(view)
@@ -119,7 +110,7 @@ class TlsTransport:
     def __init__(self, sock: ssl.SSLSocket):
         self._sock = sock
 
-    def send(self, buffers: Sequence[Buffer]) -> None:
+    def send(self, buffers: Sequence[Buffer], size: int) -> None:
         joined = bytearray()
         for buffer in buffers:
             view = byte_view(buffer)

@@ -113,6 +113,23 @@ class ReadTest(BlockTestCase):
         for offset, buffer in zip(offsets, buffers, strict=True):
             self.assertEqual(CONTENT[offset : offset + BLOCK], bytes(buffer))
 
+    def test_ranges_that_are_whole_blocks_only_together_are_refused(self):
+        buffer = volumes.aligned_buffer(2 * BLOCK)
+        ranges = [(0, buffer[:2048]), (2048, buffer[2048:BLOCK]), (BLOCK, buffer[BLOCK:])]
+        results = self.open().read_ranges(ranges)
+        self.assertIsInstance(results[0], exception.VolumeBoundsError)
+        self.assertIsInstance(results[1], exception.VolumeBoundsError)
+        self.assertIsNone(results[2])
+        self.assertEqual(bytes(BLOCK) + CONTENT[BLOCK : 2 * BLOCK], bytes(buffer))
+
+    def test_an_empty_range_is_refused_between_others_too(self):
+        buffer = volumes.aligned_buffer(2 * BLOCK)
+        ranges = [(0, buffer[:BLOCK]), (BLOCK, buffer[:0]), (BLOCK, buffer[BLOCK:])]
+        results = self.open().read_ranges(ranges)
+        self.assertIsInstance(results[1], exception.VolumeBoundsError)
+        self.assertEqual([None, None], results[::2])
+        self.assertEqual(CONTENT[: 2 * BLOCK], bytes(buffer))
+
     def test_more_neighbours_than_one_call_takes_are_read(self):
         self.path.write_bytes(CONTENT * 40)
         buffer = volumes.aligned_buffer(len(CONTENT) * 40)

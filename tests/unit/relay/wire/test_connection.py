@@ -212,7 +212,7 @@ class ConnectionTest(support.WireTestCase):
         for size in (4104, 1 << 20):
             sender, receiver = self.pair()
             header = frames.HEADER.pack(FrameType.VERBATIM, 0, 0, size, 0)
-            sender._transport.send([header, b"only a part"])
+            sender._transport.send([header, b"only a part"], 27)
             receiver.set_timeout(support.SHORT)
             error = self.assertRaises(exception.PeerLost, receiver.receive, support.allocate)
             self.assertIn("nothing moved for 0.2 s in the middle of a VERBATIM frame", str(error))
@@ -249,7 +249,7 @@ class ConnectionTest(support.WireTestCase):
 
     def test_shutdown_wakes_a_thread_that_receives_a_payload(self) -> None:
         sender, receiver = self.pair()
-        sender._transport.send([frames.HEADER.pack(FrameType.VERBATIM, 0, 0, 1 << 20, 0)])
+        sender._transport.send([frames.HEADER.pack(FrameType.VERBATIM, 0, 0, 1 << 20, 0)], 16)
         with support.in_thread(lambda: receiver.receive(support.allocate)) as result:
             time.sleep(0.05)
             receiver.shutdown()
@@ -300,7 +300,7 @@ class ConnectionTest(support.WireTestCase):
 
     def test_garbage_is_a_frame_error_for_ever(self) -> None:
         sender, receiver = self.pair()
-        sender._transport.send([b"GET / HTTP/1.1\r\n"])
+        sender._transport.send([b"GET / HTTP/1.1\r\n"], 16)
         error = self.assertRaises(exception.FrameError, receiver.receive, support.allocate)
         self.assertIn(f"{sender._sock.getsockname()[1]}: frame type 71 is unknown", str(error))
         error = self.assertRaises(exception.PeerLost, receiver.receive, support.allocate)

@@ -19,7 +19,8 @@ connection, _ = connect(
     Role.DATA if half == "half" else Role.ACKS, 0, TlsSettings(*tls) if tls else None, 60,
 )
 if half == "half":
-    connection._transport.send([frames.HEADER.pack(FrameType.VERBATIM, 0, 0, 1 << 20, 0), b"half"])
+    header = frames.HEADER.pack(FrameType.VERBATIM, 0, 0, 1 << 20, 0)
+    connection._transport.send([header, b"half"], 20)
 print("ready", flush=True)
 time.sleep(600)
 """
