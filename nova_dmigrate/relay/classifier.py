@@ -50,6 +50,8 @@ class Classifier:
         self._front = -1
         #: QEMU's passes over RAM that have begun; the first is the bulk.
         self.passes = 0
+        #: Whether mapped pages may be referenced at this moment.
+        self.referring = True
         self.counts = PageCounts()
 
     @property
@@ -113,7 +115,7 @@ class Classifier:
         fresh = mapped[~self._spoken[entries[mapped]]]
         self._spoken[entries[mapped]] = True
         self.counts.resent += len(mapped) - len(fresh)
-        referable = fresh if self.passes <= 1 else fresh[:0]
+        referable = fresh if self.referring and self.passes <= 1 else fresh[:0]
         slots = self._window.reserve(entries[referable])
         self.counts.window_full += len(referable) - len(slots)
         referable = referable[: len(slots)]

@@ -53,8 +53,10 @@ LOG = log.getLogger(__name__)
 _BUFFERS = 8
 #: Bytes that may wait for the network whatever its rate.
 _QUEUE_FLOOR = 256 << 10
-#: Of the last part of the bulk so much is taken from QEMU at once: less than its socket holds.
-_LATE_LIMIT = 64 << 10
+#: Of the last part of the bulk so much is taken from QEMU at once.
+_LATE_LIMIT = 256 << 10
+#: In the late passes no less, however slow the network is.
+_PACE_FLOOR = 64 << 10
 #: Seconds that an abort may take to tell the destination.
 _ABORT_SECONDS = 2.0
 
@@ -95,6 +97,7 @@ class SourceRelay:
         self._late = False
         self._bulk_resolved = False
         self._held_seconds = 0.0
+        self._holding = False
         self._misses: dict[str, int] = {}
         self._return_ended = threading.Event()
 
@@ -255,6 +258,8 @@ class SourceRelay:
         if not runs:
             return
         assert self._classifier is not None and self._page_map is not None
+        # Near the end of the bulk a reference must not wait for its block.
+        self._classifier.referring = not self._late or not self._peer.volume_left
         self._classifier.handle(runs, buffer)
         last = runs[-1]
         size = 4104 if isinstance(last, PageRun) else 9
@@ -276,13 +281,15 @@ class SourceRelay:
     def _pace(self) -> int:
         """Bytes to take from QEMU at once in late passes: what the network carries in a moment."""
         wanted = int(self._outbox.rate * self._settings.queue_delay)
-        return min(max(wanted, _LATE_LIMIT), self._settings.batch_size)
+        return min(max(wanted, _PACE_FLOOR), self._settings.batch_size)
 
     def _hold(self) -> None:
         """Do not let QEMU get so far that it stops the guest while references are unresolved."""
         if self._window.unresolved:
             begin = time.monotonic()
+            self._holding = True
             self._drain()
+            self._holding = False
             self._held_seconds += time.monotonic() - begin
         if self._classifier is not None and self._classifier.passes > 1:
             self._bulk_resolved = True
@@ -368,7 +375,10 @@ class SourceRelay:
         page_map = self._page_map
         if page_map is None or not self._window.unresolved:
             return None
-        if self._peer.volume_seconds_left() <= self._settings.hurry_threshold:
+        # While the stream is held back the network has nothing else to do.
+        if not self._holding and (
+            self._peer.volume_seconds_left() <= self._settings.hurry_threshold
+        ):
             return None
         return page_map.volume_position
 
