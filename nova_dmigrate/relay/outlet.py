@@ -50,11 +50,12 @@ class QemuOutlet:
         """
         if self._transport is None:
             raise self._error("the stream began before its first bytes")
+        size = sum([memoryview(buffer).nbytes for buffer in buffers])
         try:
-            self._transport.send(buffers)
+            self._transport.send(buffers, size)
         except OSError as error:
             raise self._error(f"QEMU does not take the stream any more: {error}") from error
-        self.bytes += sum(memoryview(buffer).nbytes for buffer in buffers)
+        self.bytes += size
 
     def finish(self) -> None:
         """QEMU gets the end of file; its return path stays open."""
