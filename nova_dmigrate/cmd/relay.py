@@ -98,6 +98,9 @@ def main(arguments: list[str] | None = None) -> int:
             prog="nova-dmigrate-relay",
             version=version.version_string(),
         )
+        if not (config.log_file or config.log_dir or config.use_journal):
+            # Standard output, where oslo.log would write otherwise, belongs to the events.
+            config.set_override("use_stderr", True)
         log.setup(config, "nova-dmigrate")
         session = parse_session(_read_session(config.session), defaults_from(config))
         settings = settings_from(config)
