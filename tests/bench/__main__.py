@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure what the environment asks for.
+
+``BENCH_ONLY``: a part, ``relay``, ``efficiency`` or ``ordinary``; ``quick`` for a short run of the
+first; all parts without it. ``BENCH_SHAPES``: network:volume in MB/s, separated by commas.
+``BENCH_ROUNDS``: runs of which the median is taken. ``BENCH_OUTPUT``: the file, bench.json.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.bench import machine, source_path, table, throughput
+from tests.integration.lab.processes import workspace
+
+PARTS = ("relay", "efficiency", "ordinary")
+
+
+def relay(rounds: int, raw_pages: int) -> dict[str, Any]:
+    """Synthetic streams through a pair of relays, and the source's data path alone."""
+    with workspace() as directory:
+        bench = throughput.Bench(directory, raw_pages=raw_pages, zero_pages=64 * raw_pages)
+        results = throughput.measure(bench, rounds)
+        results["source"] = source_path.measure(bench.raw, directory, rounds)
+    referenced = next(row for row in results["relay"] if row["kind"] == "referenced")
+    results["source"]["process_cpu_s_per_gb"] = referenced["source_cpu_s_per_gb"]
+    return results
+
+
+def main() -> int:
+    only = os.environ.get("BENCH_ONLY") or ""
+    if only not in ("", "quick", *PARTS):
+        print(f"BENCH_ONLY={only}: not one of {', '.join(PARTS)}, quick", file=sys.stderr)
+        return 2
+    rounds = int(os.environ.get("BENCH_ROUNDS") or 0)
+    results: dict[str, Any] = {"machine": machine.describe(), "relay": [], "efficiency": []}
+    if only in ("", "relay"):
+        results |= relay(rounds or 3, 1 << 18)
+    elif only == "quick":
+        results |= relay(rounds or 1, 1 << 16)
+    path = Path(os.environ.get("BENCH_OUTPUT") or "bench.json")
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(table.render(results))
+    print(f"\n{path}: {len(results['relay'])} relay rows, {len(results['efficiency'])} shapes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

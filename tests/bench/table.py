@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The results for the eye."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+#: Sections of bench.json, and which of their keys stand in the table under which heading.
+_TABLES: Sequence[tuple[str, str, Sequence[tuple[str, str]]]] = (
+    (
+        "relay",
+        "Relay pair (GB of guest memory; CPU of both relays; socat alike, with or without TLS)",
+        (
+            ("kind", "pages"),
+            ("tls", "TLS"),
+            ("gb_per_s", "GB/s"),
+            ("ratio_to_socat", "of socat"),
+            ("cpu_s_per_gb", "CPU s/GB"),
+            ("source_cpu_s_per_gb", "source"),
+            ("destination_cpu_s_per_gb", "destination"),
+            ("referenced_share", "by reference"),
+        ),
+    ),
+    (
+        "socat",
+        "socat pair",
+        (("kind", "pages"), ("tls", "TLS"), ("gb_per_s", "GB/s"), ("cpu_s_per_gb", "CPU s/GB")),
+    ),
+    (
+        "efficiency",
+        "Efficiency: ideal by measured time on a shaped link; stock: the same guest without relays",
+        (
+            ("network_mb_s", "network MB/s"),
+            ("volume_mb_s", "volume MB/s"),
+            ("mapped_share", "mapped"),
+            ("stock_s", "stock s"),
+            ("ideal_s", "ideal s"),
+            ("measured_s", "measured s"),
+            ("efficiency", "efficiency"),
+            ("downtime_ms", "downtime ms"),
+            ("stock_downtime_ms", "stock ms"),
+        ),
+    ),
+)
+_PAIRS = (
+    ("source", "Source relay, in process, one core"),
+    ("ordinary", "Ordinary guest: empty map, 1 Gbit/s"),
+)
+
+
+def render(results: Mapping[str, Any]) -> str:
+    """A table for each section that the results have."""
+    parts = []
+    for name, title, columns in _TABLES:
+        if results.get(name):
+            parts.append(f"{title}\n{_grid(results[name], columns)}")
+    for name, title in _PAIRS:
+        if results.get(name):
+            lines = [f"  {key.replace('_', ' ')}: {_text(v)}" for key, v in results[name].items()]
+            parts.append("\n".join([title, *lines]))
+    return "\n\n".join(parts)
+
+
+def _grid(rows: Iterable[Row], columns: Sequence[tuple[str, str]]) -> str:
+    cells = [[heading for _, heading in columns]]
+    cells += [[_text(row.get(key, "")) for key, _ in columns] for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]
+    return "\n".join(
+        "  " + "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    )
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
