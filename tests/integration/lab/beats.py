@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Downtime as a client of the guest sees it: the largest gap between the guest's heartbeats.
 
-The guest's own clock stops together with the guest, so no clock loop inside it can see a downtime. It
-sends a byte about every millisecond instead, and the recorder notes when each arrives, from whichever
-QEMU it comes.
+The guest's own clock stops together with the guest, so no clock loop inside it can see a downtime.
+It sends a byte about every millisecond instead, and the recorder notes when each arrives, from
+whichever QEMU it comes.
 """
 
 import contextlib
@@ -22,7 +22,10 @@ from tests.integration.lab.qmp import connect_unix
 
 
 class HeartbeatRecorder:
-    """Records the beats of several QEMUs of one guest. A context manager; `beat on` is up to the caller."""
+    """Records the beats of several QEMUs of one guest; `beat on` is up to the caller.
+
+    A context manager.
+    """
 
     def __init__(self, *guests: Guest) -> None:
         self._sockets = [connect_unix(guest.beat_path, 10) for guest in guests]
@@ -47,12 +50,12 @@ class HeartbeatRecorder:
             connection.close()
 
     def times(self, guest: int | None = None) -> NDArray[np.float64]:
-        """time.monotonic() of the beats so far, of one guest (by its place in the arguments) or of all."""
+        """time.monotonic() of the beats so far, of one guest (by place in arguments) or all."""
         chosen = self._times if guest is None else [self._times[guest]]
         return np.sort(np.concatenate([np.array(times[:]) for times in chosen]))
 
     def largest_gap(self, since: float | None = None, until: float | None = None) -> float:
-        """The longest silence in seconds between two beats, optionally within a span of time.monotonic().
+        """The longest silence in seconds between two beats, if wanted within a span of monotonic().
 
         :raises ValueError: fewer than two beats.
         """
@@ -66,7 +69,7 @@ class HeartbeatRecorder:
         return float(np.diff(times).max())
 
     def handover_gap(self) -> float:
-        """Silence in seconds from the first guest's last beat to the second's first; negative if both lived."""
+        """Seconds from the first guest's last beat to the second's first; negative: both lived."""
         return float(self.times(1)[0] - self.times(0)[-1])
 
     def _record(self) -> None:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real QEMU (TCG) with the lab's test guest in it.
 
-    disk = create_disk(directory / "disk.raw", 256)
-    spec = GuestSpec(disk=disk, fill_mb=256, mapped=90)
-    with Guest.start_source(spec) as source, Guest.start_destination(spec) as destination:
-        gpa, offset = source.buffer_map_extents()
-        source.migrate(destination.listen(destination.directory / "in.sock"))
-        assert source.wait_migration()["status"] == "completed"
-        destination.wait_incoming()
-        assert not differing_pages(source, destination).size
-        destination.kill()
-        source.cont()  # works again and again: one booted guest serves many migrations
+disk = create_disk(directory / "disk.raw", 256)
+spec = GuestSpec(disk=disk, fill_mb=256, mapped=90)
+with Guest.start_source(spec) as source, Guest.start_destination(spec) as destination:
+    gpa, offset = source.buffer_map_extents()
+    source.migrate(destination.listen(destination.directory / "in.sock"))
+    assert source.wait_migration()["status"] == "completed"
+    destination.wait_incoming()
+    assert not differing_pages(source, destination).size
+    destination.kill()
+    source.cont()  # works again and again: one booted guest serves many migrations
 """
 
 import contextlib
@@ -34,6 +34,7 @@ from tests.integration.lab.processes import drop_workspace, end, make_workspace,
 from tests.integration.lab.qmp import QMPClient, QMPClosed, connect_unix
 
 PAGE_SIZE = 4096
+ENDED = ("completed", "failed", "cancelled")
 KERNEL_ARGUMENTS = (
     "console=ttyS0 quiet loglevel=4 panic=-1 nokaslr mitigations=off random.trust_cpu=on"
     " tsc=reliable no_timer_check init_on_alloc=0 transparent_hugepage=never 8250.nr_uarts=4"
@@ -192,8 +193,9 @@ class Guest:
     def command(self, line: str, timeout: float = 60) -> str:
         """Send one command line to the guest's program, return what follows "ok" in its answer.
 
-        Commands: `dirty SHARE RATE [touch|full|same]` (percent of the frames, MB/s of pages; rate 0 stops
-        it, and once it has answered nothing more is written), `map`, `sum`, `beat on|off`, `ping`.
+        Commands: `dirty SHARE RATE [touch|full|same]` (percent of the frames, MB/s of pages; rate 0
+        stops it, and once it has answered nothing more is written; `touch` changes 64 bytes of each
+        page, `full` all of it, `same` nothing), `map`, `sum`, `beat on|off`, `ping`.
 
         :raises GuestError: the guest refused it or did not answer in time.
         """
@@ -204,11 +206,13 @@ class Guest:
             raise GuestError(f"{line!r}: {answer}")
         return rest
 
-    def buffer_map_extents(self, *, refresh: bool = True) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    def buffer_map_extents(
+        self, *, refresh: bool = True
+    ) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
         """Guest-physical address and byte offset on the data disk of each mapped 4 KiB page.
 
-        With refresh the (running) guest writes its map anew, else the last one written is read. The map says
-        where a page was read from; a page that was dirtied since then stays in it, as in a DBMS.
+        With refresh the (running) guest writes its map anew, else the last one written is read. The
+        map says where a page was read from; a page dirtied since then stays in it, as in a DBMS.
         """
         if refresh:
             self.command("map")
@@ -229,19 +233,19 @@ class Guest:
 
     @property
     def ram_blocks(self) -> dict[str, NDArray[np.uint8]]:
-        """Live read-only view of each RAMBlock of the guest's RAM, (pages, 4096); needs spec.shared."""
+        """Live read-only view of each RAMBlock of RAM, (pages, 4096); needs spec.shared."""
         if not self._ram:
-            raise GuestError("RAM is not shared: use save_ram")
+            raise GuestError("RAM is not shared: use pmemsave")
         return self._ram
 
     def page_of(self, gpa: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Page index in `ram` of guest-physical addresses; guests of up to 2 GiB have no hole in RAM."""
+        """Page index in `ram` of guest-physical addresses (up to 2 GiB there is no hole)."""
         if self.spec.ram_mb > 2048 or self.spec.numa_nodes > 1:
-            raise GuestError("guest-physical addresses are RAM offsets only up to 2 GiB, without NUMA")
+            raise GuestError("addresses are RAM offsets only up to 2 GiB, without NUMA")
         return (gpa // np.uint64(PAGE_SIZE)).astype(np.int64)
 
     def pmemsave(self, path: Path, start: int = 0, size: int | None = None) -> Path:
-        """Let QEMU write guest-physical memory to a file (default: all RAM of a guest up to 2 GiB)."""
+        """Let QEMU write guest-physical memory to a file (default: all RAM, up to 2 GiB)."""
         size = self.spec.ram_mb << 20 if size is None else size
         self.qmp("pmemsave", val=start, size=size, filename=str(path))
         return path
@@ -259,7 +263,7 @@ class Guest:
         self.qmp("migrate-set-parameters", **parameters)
 
     def listen(self, address: str | Path) -> str:
-        """Let a destination listen (a URI, or a path for a UNIX socket). Returns the URI to migrate to."""
+        """Let a destination listen at a URI or UNIX socket path. Returns the URI to migrate to."""
         uri = f"unix:{address}" if isinstance(address, Path) else address
         self.qmp("migrate-incoming", uri=uri)
         return uri
@@ -272,9 +276,9 @@ class Guest:
         """QEMU's query-migrate: status, ram, total-time and downtime (ms), error-desc ..."""
         return dict(self.qmp("query-migrate"))
 
-    def wait_migration(self, timeout: float = 120, until: tuple[str, ...] = (
-            "completed", "failed", "cancelled")) -> dict[str, Any]:  # fmt: skip
-        """Wait until the migration has one of the statuses; returns query-migrate of that moment."""
+    def wait_migration(self, timeout: float = 120,
+                       until: tuple[str, ...] = ENDED) -> dict[str, Any]:  # fmt: skip
+        """Wait until the migration has one of the statuses; returns query-migrate then."""
         deadline = time.monotonic() + timeout
         while True:
             state = self.migration()
@@ -285,7 +289,7 @@ class Guest:
             time.sleep(0.02)
 
     def wait_incoming(self, timeout: float = 30) -> str:
-        """Wait until a destination has taken over the guest's state; returns its run state ("paused").
+        """Wait until a destination has taken over the guest; returns its run state ("paused").
 
         :raises GuestError: QEMU ended (the stream was broken), or it took too long.
         """

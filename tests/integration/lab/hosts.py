@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two hosts on one machine: network namespaces joined by one link that can be shaped, stalled and cut.
+"""Two hosts on one machine: network namespaces and a link that can be shaped, stalled and cut.
 
     with HostPair() as (a, b):
         a.pair.shape(50e6)                      # 50 MB/s in each direction
@@ -53,7 +53,9 @@ class Host:
             self.argv(argv), **{"capture_output": True, "text": True, "check": True, **options}
         )
 
-    def popen(self, argv: Sequence[str | os.PathLike[str]], **options: Any) -> "subprocess.Popen[Any]":
+    def popen(
+        self, argv: Sequence[str | os.PathLike[str]], **options: Any
+    ) -> "subprocess.Popen[Any]":
         """Start a registered process in this host; end it with processes.end or terminate."""
         return spawn(self.argv(argv), **options)
 
@@ -80,13 +82,13 @@ class HostPair:
         self.close()
 
     def shape(self, rate: float | None) -> None:
-        """Limit each direction to `rate` bytes a second (of frames, headers included); None: no limit."""
+        """Limit each direction to `rate` bytes/s of frames, headers included; None: no limit."""
         for host in self._hosts():
             if rate is None:
                 host.run(["tc", "qdisc", "del", "dev", "eth0", "root"], check=False)
                 continue
-            # 3 ms of data, never less than one unsegmented 64 KiB packet; a short queue, so that the
-            # sender's TCP feels the rate at once and nothing is dropped.
+            # 3 ms of data, never less than one unsegmented 64 KiB packet; a short queue, so that
+            # the sender's TCP feels the rate at once and nothing is dropped.
             burst = max(int(rate * 0.003), 70_000)
             shaper = f"tbf rate {int(rate * 8)}bit burst {burst} limit {4 * burst}".split()
             host.run(["tc", "qdisc", "replace", "dev", "eth0", "root", *shaper])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The guest's kernel, initramfs and data disk. Kernel and initramfs are built once and cached.
 
-The cache is the directory NDM_CACHE (default ~/.cache/nova-dmigrate). The kernel is Debian's cloud kernel,
-downloaded as a package and unpacked, never installed.
+The cache is the directory NDM_CACHE (default ~/.cache/nova-dmigrate). The kernel is Debian's cloud
+kernel, downloaded as a package and unpacked, never installed.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 META_PACKAGE = "linux-image-cloud-amd64"
-# In the order in which they depend on each other; a kernel that has one built in just lacks the file.
+# In the order of their dependencies; a kernel that has one built in just lacks the file.
 MODULES = (
     "virtio_ring",
     "virtio",
@@ -83,7 +83,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _into_place(target: Path, build: Callable[[Path], None]) -> None:
-    """Build in a directory beside the target and rename it: the target exists whole or not at all."""
+    """Build beside the target, then rename: the target exists whole or not at all."""
     directory = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         build(directory)

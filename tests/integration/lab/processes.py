@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything the lab starts or makes is registered here and ends even when the test process is killed.
+"""What the lab starts or makes is registered here and ends even when the test process is killed.
 
-A reaper, one small process for each test process, reads the register from a pipe. When the pipe closes,
-for whatever reason, it kills the processes, removes the namespaces and deletes the directories that are
-still registered. A parent-death signal would not do: the kernel sends it when the starting *thread* ends.
+A reaper, one small process for each test process, reads the register from a pipe. When the pipe
+closes, for whatever reason, it kills the processes, removes the namespaces and deletes the
+directories that are still registered. A parent-death signal would not do: the kernel sends it when
+the starting *thread* ends.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ from typing import Any
 
 
 def start_time(pid: int) -> str | None:
-    """Boot-relative start of a process in clock ticks (pid and start identify it), None if it is gone."""
+    """Start of a process in clock ticks (with the pid it identifies it), None if it is gone."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -70,7 +71,7 @@ def spawn(argv: Sequence[str | os.PathLike[str]], **options: Any) -> "subprocess
 
 
 def end(process: "subprocess.Popen[Any]", signals: Sequence[tuple[int, float]] = ()) -> int:
-    """End a process: each (signal, seconds of patience) in turn, SIGKILL at last. Returns its status."""
+    """End a process: each (signal, patience in seconds) in turn, SIGKILL at last; its status."""
     started = start_time(process.pid)
     for number, patience in signals:
         if process.poll() is None:
@@ -95,7 +96,7 @@ def terminate(process: "subprocess.Popen[Any]", patience: float = 10) -> int:
 
 @contextlib.contextmanager
 def workspace(parent: Path | None = None) -> Iterator[Path]:
-    """A directory of its own with a short path (UNIX sockets allow 107 bytes), deleted at the end."""
+    """A directory with a short path (UNIX sockets allow 107 bytes), deleted at the end."""
     path = make_workspace(parent)
     try:
         yield path

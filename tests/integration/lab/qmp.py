@@ -22,7 +22,7 @@ class QMPClosed(Exception):
 
 
 class QMPClient:
-    """One monitor. Thread-safe: a command and its answer are one step. Events are kept in `events`."""
+    """One monitor. Thread-safe: command and answer are one step. Events are kept in `events`."""
 
     def __init__(self, path: Path, timeout: float = 30) -> None:
         self._lock = threading.Lock()
