@@ -201,11 +201,11 @@ static void read_run(int fd, uint64_t first, uint64_t from, int count)
 		die("cannot read the data disk");
 }
 
-static void fill(int fd, long megabytes, long mapped, long zero, uint64_t seed, int huge)
+static void allocate(int disk, long megabytes, int huge)
 {
-	uint64_t state = seed, size = 0;
+	uint64_t size = 0;
 	frames = (megabytes > 0 ? megabytes : 1) * 1024UL * 1024 / FRAME;
-	if (ioctl(fd, BLKGETSIZE64, &size) < 0)
+	if (ioctl(disk, BLKGETSIZE64, &size) < 0)
 		die("size of the data disk");
 	disk_frames = size / FRAME;
 	memory = mmap(NULL, frames * FRAME, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -215,28 +215,37 @@ static void fill(int fd, long megabytes, long mapped, long zero, uint64_t seed, 
 		die("memory");
 	if (huge)
 		madvise(memory, frames * FRAME, MADV_HUGEPAGE);
+	/* A touch in an order of its own makes physical order differ from both virtual and disk order. */
+	for (uint64_t i = 0; i < frames; i++)
+		for (uint64_t page = 0; page < FRAME; page += PAGE)
+			*(volatile uint8_t *)(memory + (i * 7919) % frames * FRAME + page) = 0;
+	for (uint64_t i = 0; i < frames * PAGES_PER_FRAME; i++)
+		*(volatile uint8_t *)(memory + i * PAGE) = 0;
+	if (mlockall(MCL_CURRENT) < 0)
+		die("mlockall");
+}
 
-	for (uint64_t i = 0; i < frames; i++) {
-		order[i] = i;
-		disk_frame[i] = -1;
-	}
+static void shuffle(uint64_t *state)
+{
 	for (uint64_t i = frames - 1; i > 0; i--) {
-		uint64_t j = below(&state, i + 1);
+		uint64_t j = below(state, i + 1);
 		uint32_t swap = order[i];
 		order[i] = order[j];
 		order[j] = swap;
 	}
-	uint64_t from_disk = frames * mapped / 100, stay_zero = frames * zero / 100;
-	if (from_disk > disk_frames) {
-		errno = ENOSPC;
-		die("the data disk is smaller than the mapped share");
+}
+
+/* Gives all frames their content; false if the disk has too few. Can be done again and again. */
+static int fill(int disk, long mapped, long zero, uint64_t seed)
+{
+	uint64_t state = seed, from_disk = frames * mapped / 100, stay_zero = frames * zero / 100;
+	if (from_disk > disk_frames || from_disk + stay_zero > frames)
+		return 0;
+	for (uint64_t i = 0; i < frames; i++) {
+		order[i] = i;
+		disk_frame[i] = -1;
 	}
-	/* A touch in an order of its own makes physical order differ from both virtual and disk order. */
-	for (uint64_t i = 0; i < frames; i++)
-		for (uint64_t page = 0; page < FRAME; page += PAGE)
-			*(volatile uint8_t *)(memory + order[(i * 7919) % frames] * FRAME + page) = 0;
-	for (uint64_t i = 0; i < frames * PAGES_PER_FRAME; i++)
-		*(volatile uint8_t *)(memory + i * PAGE) = 0;
+	shuffle(&state);
 
 	/* Selection sampling: from_disk of the disk's frames, in disk order, into random memory frames. */
 	uint64_t chosen = 0, first = 0;
@@ -245,7 +254,7 @@ static void fill(int fd, long megabytes, long mapped, long zero, uint64_t seed, 
 		if (below(&state, disk_frames - frame) >= from_disk - chosen)
 			continue;
 		if (run && (run == RUN_FRAMES || frame != first + run)) {
-			read_run(fd, first, chosen - run, run);
+			read_run(disk, first, chosen - run, run);
 			run = 0;
 		}
 		if (!run)
@@ -254,11 +263,14 @@ static void fill(int fd, long megabytes, long mapped, long zero, uint64_t seed, 
 		chosen++;
 	}
 	if (run)
-		read_run(fd, first, chosen - run, run);
-	for (uint64_t i = from_disk + stay_zero; i < frames; i++)
-		fill_own(memory + order[i] * FRAME, FRAME, &state);
-	if (mlockall(MCL_CURRENT) < 0)
-		die("mlockall");
+		read_run(disk, first, chosen - run, run);
+	for (uint64_t i = from_disk; i < frames; i++) {
+		if (i < from_disk + stay_zero)
+			memset(memory + order[i] * FRAME, 0, FRAME);
+		else
+			fill_own(memory + order[i] * FRAME, FRAME, &state);
+	}
+	return 1;
 }
 
 static uint64_t checksum(void)
@@ -369,6 +381,7 @@ static pthread_cond_t dirty_change = PTHREAD_COND_INITIALIZER;
 static double dirty_rate; /* bytes of whole pages a second */
 static uint64_t dirty_frames, dirty_pages_total;
 static enum dirty_mode dirty_mode;
+static int shuffled;
 
 static void dirty_page(uint8_t *page, uint64_t *state)
 {
@@ -418,18 +431,12 @@ static void *dirty_loop(void *unused)
 
 static void set_dirty(int share, double megabytes, enum dirty_mode mode)
 {
-	/* order[] is random, but starts with the mapped frames: shuffle a copy once, so that the chosen
-	 * share has mapped, own and zero frames alike. */
-	static int shuffled;
 	pthread_mutex_lock(&dirty_lock);
 	if (!shuffled) {
+		/* order[] is random, but starts with the mapped frames: mix it, so that the chosen share has
+		 * mapped, own and zero frames alike. */
 		uint64_t state = 0x2545f4914f6cdd1dULL;
-		for (uint64_t i = frames - 1; i > 0; i--) {
-			uint64_t j = below(&state, i + 1);
-			uint32_t swap = order[i];
-			order[i] = order[j];
-			order[j] = swap;
-		}
+		shuffle(&state);
 		shuffled = 1;
 	}
 	dirty_frames = frames * share / 100;
@@ -439,6 +446,17 @@ static void set_dirty(int share, double megabytes, enum dirty_mode mode)
 	dirty_mode = mode;
 	pthread_cond_signal(&dirty_change);
 	pthread_mutex_unlock(&dirty_lock);
+}
+
+static int refill(int disk, long mapped, long zero, uint64_t seed)
+{
+	pthread_mutex_lock(&dirty_lock);
+	dirty_rate = 0;
+	shuffled = 0;
+	empty_tlb();
+	int done = fill(disk, mapped, zero, seed);
+	pthread_mutex_unlock(&dirty_lock);
+	return done;
 }
 
 /* ---- heartbeats ----------------------------------------------------------------------------- */
@@ -480,14 +498,20 @@ static void start_thread(void *(*body)(void *), int priority)
 
 /* ---- commands ------------------------------------------------------------------------------- */
 
-static void obey(char *line, int mailbox)
+static void obey(char *line, int disk, int mailbox)
 {
 	char mode[16] = "touch";
 	int share;
+	long mapped, zero, seed;
 	double rate;
 	if (sscanf(line, "dirty %d %lf %15s", &share, &rate, mode) >= 2) {
 		set_dirty(share, rate, !strcmp(mode, "full") ? FULL : !strcmp(mode, "same") ? SAME : TOUCH);
 		say(commands, "ok %llu", (unsigned long long)dirty_pages_total);
+	} else if (sscanf(line, "fill %ld %ld %ld", &mapped, &zero, &seed) == 3) {
+		if (refill(disk, mapped, zero, seed))
+			say(commands, "ok %llu", (unsigned long long)write_map(mailbox));
+		else
+			say(commands, "error more frames than there are");
 	} else if (!strcmp(line, "map")) {
 		say(commands, "ok %llu", (unsigned long long)write_map(mailbox));
 	} else if (!strcmp(line, "sum")) {
@@ -523,8 +547,11 @@ int main(void)
 	write_text("/proc/sys/vm/compact_unevictable_allowed", "0"); /* compaction moves pages otherwise */
 	int disk = open_disk("/dev/vda", O_RDONLY), mailbox = open_disk("/dev/vdb", O_RDWR);
 	double start = now();
-	fill(disk, parameter("fill", 256), parameter("mapped", 90), parameter("zero", 5),
-	     parameter("seed", 7), huge);
+	allocate(disk, parameter("fill", 256), huge);
+	if (!fill(disk, parameter("mapped", 90), parameter("zero", 5), parameter("seed", 7))) {
+		errno = ENOSPC;
+		die("more mapped and zero frames than there are");
+	}
 	say(console, "guest: filled in %.2f s, up for %.2f s", now() - start, now());
 	write_map(mailbox);
 	start_thread(dirty_loop, 0);
@@ -537,7 +564,7 @@ int main(void)
 			die("commands");
 		if (c == '\n') {
 			line[length] = 0;
-			obey(line, mailbox);
+			obey(line, disk, mailbox);
 			length = 0;
 		} else if (c != '\r' && length < sizeof line - 1) {
 			line[length++] = c;
