@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.bench import machine, source_path, table, throughput
+from tests.bench import efficiency, machine, ordinary, source_path, table, throughput
 from tests.integration.lab.processes import workspace
 
 PARTS = ("relay", "efficiency", "ordinary")
+DEFAULT_SHAPES = "50:50,50:100,100:50"
 
 
 def relay(rounds: int, raw_pages: int) -> dict[str, Any]:
@@ -29,6 +30,15 @@ def relay(rounds: int, raw_pages: int) -> dict[str, Any]:
     return results
 
 
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    """:raises ValueError: it is not NETWORK:VOLUME,..."""
+    shapes = []
+    for part in text.split(","):
+        network, volume = part.split(":")
+        shapes.append((int(network), int(volume)))
+    return shapes
+
+
 def main() -> int:
     only = os.environ.get("BENCH_ONLY") or ""
     if only not in ("", "quick", *PARTS):
@@ -40,6 +50,13 @@ def main() -> int:
         results |= relay(rounds or 3, 1 << 18)
     elif only == "quick":
         results |= relay(rounds or 1, 1 << 16)
+    if only in ("", "efficiency"):
+        shapes = parse_shapes(os.environ.get("BENCH_SHAPES") or DEFAULT_SHAPES)
+        with workspace() as directory:
+            results["efficiency"] = efficiency.measure(directory, shapes)
+    if only in ("", "ordinary"):
+        with workspace() as directory:
+            results["ordinary"] = ordinary.measure(directory, rounds or 5)
     path = Path(os.environ.get("BENCH_OUTPUT") or "bench.json")
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(table.render(results))

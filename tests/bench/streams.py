@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nova_dmigrate.buffermap import BufferMap, VolumeExtents
+from tests.integration.lab.relays import VOLUME
 from tests.unit.stream.builder import page_contents, synthetic_chunks
 
 PAGE = 4096
@@ -58,5 +59,5 @@ def write_map(path: Path, layout: Path, pages: int) -> None:
     """
     extent = np.array([FIRST], np.uint64) * np.uint64(PAGE)
     length = np.array([(pages - FIRST) * PAGE], np.uint64)
-    BufferMap.build([VolumeExtents("volume", pages * PAGE, extent, extent, length)]).save(path)
+    BufferMap.build([VolumeExtents(VOLUME, pages * PAGE, extent, extent, length)]).save(path)
     layout.write_text(MTREE.format(end=pages * PAGE - 1))

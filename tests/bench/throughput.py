@@ -11,15 +11,16 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nova_dmigrate.relay.wire.tls import TlsSettings
-from tests.bench.relays import Measured, RelayPair, RelayRun
-from tests.bench.streams import Stream, make_stream, write_map, write_volume
+from tests.bench.cpu import Meter
+from tests.bench.streams import PAGE, Stream, make_stream, write_map, write_volume
 from tests.integration.lab.processes import end, spawn
 from tests.integration.lab.qmp import connect_unix
+from tests.integration.lab.relays import VOLUME, RelayPair, SavedMap
 from tests.unit.relay.wire.certificates import Authority
 
 #: socat at its best: its own default of 8 KiB would be no match.
@@ -46,6 +47,7 @@ class Sink:
     """What stands for the destination QEMU: takes everything and throws it away."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(1)
@@ -103,49 +105,45 @@ class Bench:
         path.mkdir()
         return path
 
-    def relay(self, kind: str, tls: bool, options: dict[str, Any] | None = None) -> Sample:
-        """Send through two relays."""
+    def relay(self, kind: str, tls: bool, **options: object) -> Sample:
+        """Send through two relays; options as of ``RelayPair``."""
         stream = self.zero if kind == "zero" else self.raw
-        run = RelayRun(self.fresh(), options=options or {})
+        directory = self.fresh()
+        sink = Sink(directory / "incoming.sock")
+        settings: dict[str, Any] = {**options}
         if tls:
-            run = replace(run, source_tls=self.source_tls, destination_tls=self.destination_tls)
+            settings["tls"] = (self.source_tls, self.destination_tls)
         if kind == "referenced":
-            run = replace(
-                run,
-                buffer_map=self.directory / "map",
-                memory_layout=self.directory / "layout",
-                volume=self.volume,
-            )
-        with RelayPair(run) as pair:
-            sink = Sink(pair.destination_socket)
-            pair.begin()
-            seconds = -send(pair.source_socket, stream) + sink.wait()
-            cpu = pair.finish()
+            settings["volumes"] = {VOLUME: self.volume}
+            settings["saved"] = SavedMap(self.directory / "map", self.directory / "layout")
+        with RelayPair(directory, sink.path, **settings) as pair:
+            meters = [Meter(relay.pid) for relay in (pair.source, pair.destination)]
+            seconds = -send(pair.outgoing, stream) + sink.wait()
+            cpu = [meter.finish() for meter in meters]
+            if pair.wait() != (0, 0):
+                raise RuntimeError(f"the relays did not deliver\n{pair.last_words()}")
+            summary = pair.source.summary()
         if sink.bytes < len(stream.data) * 0.9:
             raise RuntimeError(f"{sink.bytes} bytes of {len(stream.data)} arrived")
-        summary = pair.source_summary
-        share = summary["referenced_pages"] * 4096 / stream.guest_bytes
+        share = summary["referenced_pages"] * PAGE / stream.guest_bytes
         return _sample(stream, seconds, *cpu, share)
 
     def socat(self, kind: str, tls: bool) -> Sample:
         """Send through two socats."""
         stream = self.zero if kind == "zero" else self.raw
-        with socats(self.fresh(), self.source_tls if tls else None, self.destination_tls) as pair:
-            directory, processes = pair
-            sink = Sink(directory / "destination.sock")
-            for process in processes:
-                process.begin()
-            seconds = -send(directory / "source.sock", stream) + sink.wait()
-            cpu = [process.finish() for process in processes]
+        directory = self.fresh()
+        sink = Sink(directory / "incoming.sock")
+        with socats(directory, self.source_tls if tls else None, self.destination_tls) as pids:
+            meters = [Meter(pid) for pid in pids]
+            seconds = -send(directory / "outgoing", stream) + sink.wait()
+            cpu = [meter.finish() for meter in meters]
         if sink.bytes != len(stream.data):
             raise RuntimeError(f"{sink.bytes} bytes of {len(stream.data)} arrived")
         return _sample(stream, seconds, *cpu)
 
 
 @contextlib.contextmanager
-def socats(
-    directory: Path, client: TlsSettings | None, server: TlsSettings
-) -> Iterator[tuple[Path, list[Measured]]]:
+def socats(directory: Path, client: TlsSettings | None, server: TlsSettings) -> Iterator[list[int]]:
     """UNIX-LISTEN to TCP, TCP-LISTEN to UNIX-CONNECT; with TLS where there is a client for it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -160,19 +158,19 @@ def socats(
     base = ["socat", "-b", str(_SOCAT_BLOCK)]
     ends = (
         (
-            f"UNIX-LISTEN:{directory}/source.sock",
+            f"UNIX-LISTEN:{directory}/outgoing",
             f"{connect}:127.0.0.1:{port},{client_options}",
         ),
         (
             f"{listen}:{port},bind=127.0.0.1,reuseaddr,{server_options}",
-            f"UNIX-CONNECT:{directory}/destination.sock",
+            f"UNIX-CONNECT:{directory}/incoming.sock",
         ),
     )
     processes = [spawn([*base, *end_]) for end_ in ends]
     try:
         while f":{port:04X} " not in Path("/proc/net/tcp").read_text():
             time.sleep(0.01)
-        yield directory, [Measured(process) for process in processes]
+        yield [process.pid for process in processes]
     finally:
         for process in processes:
             end(process)
