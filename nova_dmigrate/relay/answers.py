@@ -6,13 +6,18 @@ return path.
 import threading
 import time
 from collections import deque
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nova_dmigrate.relay.entries import Slots, Verdict
 from nova_dmigrate.relay.protocol import KEEPALIVE_SECONDS, MissReason, Progress
 from nova_dmigrate.relay.wire.connection import Connection
 from nova_dmigrate.relay.wire.frames import MISS, FrameType
+
+#: A window of 4 GiB; at most 5 bytes each.
+_RECORDS_PER_FRAME = 1 << 20
 
 
 class Answers:
@@ -68,15 +73,14 @@ class Answers:
         while True:
             settled, missed, progress, others, ended = self._take()
             if settled:
-                payload = np.concatenate(settled).astype("<u4")
-                connection.send(FrameType.SETTLED, payload=[memoryview(payload.view(np.uint8))])
+                _send_records(connection, FrameType.SETTLED, np.concatenate(settled).astype("<u4"))
             if missed:
                 misses = np.empty(sum(len(slots) for _, slots in missed), MISS)
                 misses["slot"] = np.concatenate([slots for _, slots in missed])
                 misses["reason"] = np.concatenate(
                     [np.full(len(slots), reason, np.uint8) for reason, slots in missed]
                 )
-                connection.send(FrameType.MISSED, payload=[memoryview(misses.view(np.uint8))])
+                _send_records(connection, FrameType.MISSED, misses)
             if progress is not None:
                 connection.send(FrameType.PROGRESS, payload=[progress.pack()])
             for kind, data in others:
@@ -106,3 +110,10 @@ class Answers:
             self._settled, self._missed, self._progress = [], [], None
             self._frames.clear()
             return taken
+
+
+def _send_records(connection: Connection, kind: FrameType, records: NDArray[Any]) -> None:
+    """Send records in as many frames as they need."""
+    for begin in range(0, len(records), _RECORDS_PER_FRAME):
+        part = records[begin : begin + _RECORDS_PER_FRAME]
+        connection.send(kind, payload=[memoryview(part.view(np.uint8))])

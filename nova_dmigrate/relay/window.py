@@ -82,7 +82,7 @@ class Window:
     def settle(self, slots: NDArray[np.uint32]) -> None:
         """The references are resolved, or something newer replaced them: the copies may go.
 
-        :raises ValueError: a slot is out of range or not waiting for an answer.
+        :raises ValueError: a slot is out of range, not waiting for an answer, or named twice.
         """
         with self._changed:
             self._check(slots)
@@ -91,7 +91,7 @@ class Window:
     def miss(self, slots: NDArray[np.uint32]) -> None:
         """The destination asks for the copies of these slots.
 
-        :raises ValueError: a slot is out of range or not waiting for an answer.
+        :raises ValueError: a slot is out of range, not waiting for an answer, or named twice.
         """
         with self._changed:
             self._check(slots)
@@ -160,6 +160,8 @@ class Window:
         states = self._state[slots]
         if bool(((states == _FREE) | (states == _MISSED)).any()):
             raise ValueError("an answer for a page that was not asked about")
+        if len(np.unique(slots)) != len(slots):
+            raise ValueError("two answers for one page")
 
     def _release(self, slots: NDArray[np.uint32]) -> None:
         count = len(slots)
