@@ -162,6 +162,8 @@ class ReadPlanner:
         stop = blocks >= end
         stop[1:] |= blocks[1:] - blocks[:-1] > self._gap + 1
         count = int(stop.argmax()) if stop.any() else len(blocks)
+        # A map may send many pages to one block: what a read brings is bounded by its size as well.
+        count = min(count, self._size)
         entries = entries[:count]
         self._claimed[entries] = True
         begin = first - self._map.volumes[volume].first
@@ -237,12 +239,14 @@ class Prefetch:
     def _read(self, plan: ReadPlan, buffer: PooledBuffer) -> BlockBatch:
         size = plan.count * PAGE_SIZE
         view = buffer.view[:size]
+        done = 0
         self._begin()
         try:
             self._bucket.take(size)
             failed = self._read_into(plan, view)
+            done = size if len(failed) < len(plan.entries) else 0
         finally:
-            self._finish(size)
+            self._finish(done)
         entries = plan.entries
         if len(failed):
             entries = entries[~np.isin(entries, failed)]
