@@ -6,10 +6,14 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from oslo_log import log
+
 from nova_dmigrate import exception
 from nova_dmigrate.relay.buffers import BufferPool, PooledBuffer
 from nova_dmigrate.stream.elements import Element
 from nova_dmigrate.stream.reader import StreamParser
+
+LOG = log.getLogger(__name__)
 
 _RECEIVE_FLOOR = 64 << 10
 
@@ -66,7 +70,10 @@ class QemuListener:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        self._path.unlink(missing_ok=True)
+        try:
+            self._path.unlink(missing_ok=True)
+        except OSError as error:
+            LOG.warning("The socket %s stays behind: %s", self._path, error)
 
 
 class Intake:

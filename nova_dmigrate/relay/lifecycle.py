@@ -2,6 +2,7 @@
 """The threads of one relay: they run together, and the first failure of one ends them all."""
 
 import threading
+import time
 from collections.abc import Callable
 
 from oslo_log import log
@@ -9,6 +10,9 @@ from oslo_log import log
 from nova_dmigrate import exception
 
 LOG = log.getLogger(__name__)
+
+#: Seconds that threads which may hang get to come to their end.
+_HANG_SECONDS = 2.0
 
 
 class Lifecycle:
@@ -22,8 +26,10 @@ class Lifecycle:
     def __init__(self, instance: str) -> None:
         self._instance = instance
         self._threads: list[threading.Thread] = []
+        self._hanging: list[threading.Thread] = []
         self._closers: list[Callable[[], None]] = []
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         self.failure: exception.DMigrateError | None = None
 
     @property
@@ -53,13 +59,22 @@ class Lifecycle:
             self.failure = error
             closers = list(self._closers)
         for closer in closers:
-            closer()
+            try:
+                closer()
+            except Exception:  # the others have to be called all the same
+                LOG.exception("Unexpected error at the end of the relay of %s", self._instance)
+        self._closed.set()
 
-    def start(self, name: str, target: Callable[[], None]) -> threading.Thread:
-        """Run ``target`` in a thread of its own; what it raises is a failure."""
+    def start(
+        self, name: str, target: Callable[[], None], *, may_hang: bool = False
+    ) -> threading.Thread:
+        """Run ``target`` in a thread of its own; what it raises is a failure.
+
+        :param may_hang: it may be stuck in the kernel, so the end does not wait for it for long.
+        """
         thread = threading.Thread(target=self._guarded, args=(target,), name=name, daemon=True)
         with self._lock:
-            self._threads.append(thread)
+            (self._hanging if may_hang else self._threads).append(thread)
         thread.start()
         return thread
 
@@ -67,6 +82,13 @@ class Lifecycle:
         """Wait for all threads; then raise the first failure, if any."""
         for thread in self._threads:
             thread.join()
+        if self.failure is not None:
+            self._closed.wait()
+        deadline = time.monotonic() + _HANG_SECONDS
+        for thread in self._hanging:
+            thread.join(max(deadline - time.monotonic(), 0))
+            if thread.is_alive():
+                LOG.warning("%s: thread %s is left behind", self._instance, thread.name)
         if self.failure is not None:
             raise self.failure
 

@@ -137,7 +137,7 @@ class ControlServer:
     def _answer(self, line: bytes) -> Report:
         try:
             command = json.loads(line)["command"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return {"error": "expected a JSON object with a command"}
         if command == "progress":
             return self._progress()
@@ -164,7 +164,13 @@ def ask(path: Path, command: str, timeout: float = 5.0) -> Report:
 
 
 def write_summary(path: Path, summary: Report) -> None:
-    """Write a summary so that whoever sees the file sees all of it."""
+    """Write a summary so that whoever sees the file sees all of it.
+
+    A failure is logged only: how the migration ended does not depend on it.
+    """
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(summary, indent=1) + "\n")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps(summary, indent=1) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        LOG.error("The summary cannot be written: %s", error)

@@ -122,7 +122,7 @@ def parse_session(
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise exception.SessionError(instance="?", reason=f"is not JSON: {error}") from error
     if not isinstance(data, dict):
         raise exception.SessionError(instance="?", reason="is not a JSON object")
