@@ -75,11 +75,19 @@ class Classifier:
                 self.passes += 1
             if len(positions) > 1 and not bool((positions[1:] > positions[:-1]).all()):
                 self._send(runs[begin:number], buffer)
-                for piece in _ascending(run, positions):
+                for piece_number, piece in enumerate(_ascending(run, positions)):
+                    self.passes += piece_number > 0
                     self._send([piece], buffer)
                 begin = number + 1
             self._front = int(positions[-1])
         self._send(runs[begin:], buffer)
+
+    def note_delta(self, delta: Delta) -> None:
+        """A delta goes its own way; its page is not the volume's any more."""
+        if len(self._map):
+            offsets = np.array([delta.offset], np.uint64)
+            entries = self._map.entries(self._map.positions(delta.block, offsets))
+            self._spoken[entries[entries >= 0]] = True
 
     def _send(self, runs: Sequence[Run], buffer: PooledBuffer) -> None:
         """Send runs of strictly ascending position."""

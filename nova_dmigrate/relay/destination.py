@@ -92,6 +92,7 @@ class DestinationRelay:
         self._withdrawn = 0
         self._return_thread: threading.Thread | None = None
         self._volume_rate = RateMeter()
+        self._abort_timer: threading.Timer | None = None
 
     # Before the migration
 
@@ -201,7 +202,8 @@ class DestinationRelay:
             else:
                 LOG.warning("A connection too many from %s is closed", connection.peer)
                 connection.close()
-            self._stages.enter("connected")
+            if self._stages.current == "waiting":
+                self._stages.enter("connected")
 
     def _receive(self, number: int, connection: Connection) -> None:
         # A pool for each connection: a frame whose turn has not come must not keep the one before
@@ -294,7 +296,7 @@ class DestinationRelay:
         if self._buffer_map is None or self._layout is None:
             self._page_map = PageMap.empty(self._setup.blocks)
             return
-        page_map = PageMap.build(self._setup.blocks, self._buffer_map, self._layout)
+        page_map = PageMap.place_map(self._setup.blocks, self._buffer_map, self._layout)
         self._buffer_map = self._layout = None
         self._page_map = page_map
         self._table = EntryTable(len(page_map))
@@ -310,7 +312,8 @@ class DestinationRelay:
         )
         self._life.on_failure(self._prefetch.stop)
         for number in range(self._prefetch.depth):
-            self._life.start(f"volume-{number}", self._prefetch.work)
+            # A read of a volume whose storage is gone comes back late or never.
+            self._life.start(f"volume-{number}", self._prefetch.work, may_hang=True)
 
     def _exclude_unreadable(
         self, page_map: PageMap, volume: MappedVolume, reader: VolumeReader | None
@@ -478,6 +481,8 @@ class DestinationRelay:
             inside = flags & protocol.LATCH_INSIDE
             self._emit(self._writer.open_part() if inside else self._writer.close())
         self._pass_through = reason
+        if self._prefetch is not None:
+            self._prefetch.stop()
         early, self._early = self._early, []
         for batch in early:
             batch.buffer.release()
@@ -505,6 +510,8 @@ class DestinationRelay:
 
     def _dial(self) -> None:
         self._outlet.dial()
+        # Once more, because a failure may have come before there was a socket to break.
+        self._life.on_failure(self._outlet.abort)
         self._return_thread = self._life.start("return-path", self._relay_return_path)
         self._stages.enter("setup")
 
@@ -541,14 +548,14 @@ class DestinationRelay:
         if self._listener is not None:
             self._listener.close()
         self._answers.end(FrameType.FAILED, str(self._life.failure).encode()[:1024])
-        if isinstance(self._life.failure, exception.WireError):
+        if isinstance(self._life.failure, exception.PeerLost):
             self._shut_wire()
         else:
-            timer = threading.Timer(_ABORT_SECONDS, self._shut_wire)
-            timer.daemon = True
-            timer.start()
-            for connection in self._data:
-                connection.shutdown()
+            # What the source still sends is received and thrown away until it has heard the reason:
+            # a connection that breaks would reach it first.
+            self._abort_timer = threading.Timer(_ABORT_SECONDS, self._shut_wire)
+            self._abort_timer.daemon = True
+            self._abort_timer.start()
 
     def _shut_wire(self) -> None:
         for connection in [*self._data, *([self._acks] if self._acks else [])]:
@@ -566,6 +573,9 @@ class DestinationRelay:
         return summary
 
     def _close(self) -> None:
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
+            self._abort_timer.join()
         if self._listener is not None:
             self._listener.close()
         self._outlet.close()

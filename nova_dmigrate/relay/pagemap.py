@@ -15,11 +15,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from oslo_log import log
 
 from nova_dmigrate import exception
 from nova_dmigrate.buffermap import PAGE_SIZE, BufferMap
 from nova_dmigrate.memory_layout import MemoryLayout
 from nova_dmigrate.stream.elements import RamBlock
+
+LOG = log.getLogger(__name__)
 
 _U32_LIMIT = 1 << 32
 
@@ -112,6 +115,17 @@ class PageMap:
             keep = np.concatenate(([True], position[1:] != position[:-1]))
             position, volume_position = position[keep], volume_position[keep]
         return cls(bases, position, volume_position, tuple(volumes), mapped - len(position))
+
+    @classmethod
+    def place_map(
+        cls, blocks: Sequence[RamBlock], buffer_map: BufferMap, layout: MemoryLayout
+    ) -> "PageMap":
+        """As :meth:`build`, but a map that cannot be placed is as good as none, at both ends."""
+        try:
+            return cls.build(blocks, buffer_map, layout)
+        except exception.BufferMapError as error:
+            LOG.warning("The buffer map is not used: %s", error)
+            return cls.empty(blocks)
 
     @classmethod
     def empty(cls, blocks: Sequence[RamBlock]) -> "PageMap":

@@ -95,11 +95,13 @@ class SourceRelay:
         self._passing_reason: str | None = None
         self._last_record: tuple[FrameType, int, bytes] | None = None
         self._late = False
+        self._ending = False
         self._bulk_resolved = False
         self._held_seconds = 0.0
         self._holding = False
         self._misses: dict[str, int] = {}
         self._return_ended = threading.Event()
+        self._abort_timer: threading.Timer | None = None
 
     # Before the migration
 
@@ -258,8 +260,11 @@ class SourceRelay:
         if not runs:
             return
         assert self._classifier is not None and self._page_map is not None
-        # Near the end of the bulk a reference must not wait for its block.
-        self._classifier.referring = not self._late or not self._peer.volume_left
+        # Near the end of the bulk a reference must not wait for its block; behind the beginning of
+        # RAM's END, which can come within the first pass, there is none that is waited for.
+        self._classifier.referring = not self._ending and (
+            not self._late or not self._peer.volume_left
+        )
         self._classifier.handle(runs, buffer)
         last = runs[-1]
         size = 4104 if isinstance(last, PageRun) else 9
@@ -287,22 +292,22 @@ class SourceRelay:
         """Do not let QEMU get so far that it stops the guest while references are unresolved."""
         if self._window.unresolved:
             begin = time.monotonic()
-            self._holding = True
             self._drain()
-            self._holding = False
             self._held_seconds += time.monotonic() - begin
         if self._classifier is not None and self._classifier.passes > 1:
             self._bulk_resolved = True
 
     def _drain(self) -> None:
         """Wait until every reference is resolved."""
+        self._holding = True
         while not self._life.failed and not self._window.wait_empty(0.1):
             # The answer to whether copies should be sent unasked changes with time alone.
             self._outbox.wake()
+        self._holding = False
 
     def _handle_setup(self, setup: RamSetup) -> None:
         if self._buffer_map is not None and self._layout is not None:
-            self._page_map = PageMap.build(setup.blocks, self._buffer_map, self._layout)
+            self._page_map = PageMap.place_map(setup.blocks, self._buffer_map, self._layout)
             self._buffer_map = self._layout = None
         else:
             self._page_map = PageMap.empty(setup.blocks)
@@ -321,6 +326,7 @@ class SourceRelay:
     def _handle_section_start(self, element: SectionStart) -> None:
         if element.end:
             # The guest is stopped: RAM's END must not wait for a volume at the destination.
+            self._ending = True
             self._drain()
             self._stages.enter("completing")
         self._put_section(protocol.SECTION_BEGIN, element.end)
@@ -335,6 +341,8 @@ class SourceRelay:
     def _handle_delta(self, element: Delta) -> None:
         # A delta changes what the destination's page holds, so that has to be settled first.
         self._drain()
+        assert self._classifier is not None
+        self._classifier.note_delta(element)
         record = bytes(continued(element)) + bytes(element.data[element.head :])
         self._last_record = (FrameType.DELTA, element.block, record)
         self._outbox.put(
@@ -354,15 +362,14 @@ class SourceRelay:
         LOG.warning(
             "Instance %s: the stream is passed through from byte %d on: %s",
             self._session.instance,
-            self._parser.position,
+            self._parser.opaque_position,
             reason,
         )
         self._drain()
         self._stages.enter("passing")
-        if self._classifier is not None:
-            self._outbox.put(
-                protocol.latch_parcel(reason, self._parser.in_ram_section, self._last_record)
-            )
+        self._outbox.put(
+            protocol.latch_parcel(reason, self._parser.in_ram_section, self._last_record)
+        )
 
     def _put_bytes(self, kind: FrameType, data: memoryview, buffer: PooledBuffer) -> None:
         buffer.hold()
@@ -468,12 +475,12 @@ class SourceRelay:
             # QEMU sees its migration fail, and the guest goes on here.
             with contextlib.suppress(OSError):
                 self._qemu.shutdown(socket.SHUT_RDWR)
-        if isinstance(failure, exception.WireError):
+        if isinstance(failure, exception.PeerLost):
             self._shut_wire()
         else:
-            timer = threading.Timer(_ABORT_SECONDS, self._shut_wire)
-            timer.daemon = True
-            timer.start()
+            self._abort_timer = threading.Timer(_ABORT_SECONDS, self._shut_wire)
+            self._abort_timer.daemon = True
+            self._abort_timer.start()
 
     def _shut_wire(self) -> None:
         for connection in [*self._data, *([self._acks] if self._acks else [])]:
@@ -499,6 +506,9 @@ class SourceRelay:
         return summary
 
     def _close(self) -> None:
+        if self._abort_timer is not None:
+            self._abort_timer.cancel()
+            self._abort_timer.join()
         self._close_listener()
         if self._qemu is not None:
             self._qemu.close()
