@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from nova_dmigrate.stream.elements import PageRun, RamSetup, ZeroRun
+from nova_dmigrate.stream.elements import Delta, Element, Opaque, PageRun, RamSetup, ZeroRun
 from nova_dmigrate.stream.reader import StreamParser
 from tests.unit.stream.builder import DEVICES, StreamBuilder, page_contents
 
@@ -104,21 +104,73 @@ class FakeGuest:
 
 def received_memory(stream: bytes, ram_pages: int) -> tuple[NDArray[np.uint8], bytes]:
     """What a QEMU that loads ``stream`` has in its first RAMBlock, and what follows RAM."""
-    parser = StreamParser()
-    memory = np.zeros((ram_pages, PAGE), np.uint8)
-    elements, consumed = parser.parse(memoryview(stream))
-    assert consumed == len(stream), "the stream does not end where it should"
-    rest = b""
-    for element in elements:
+    loaded = Loaded(stream)
+    assert len(loaded.memory[0]) == ram_pages
+    return loaded.memory[0], loaded.rest
+
+
+class Loaded:
+    """What a QEMU has that loads a stream, up to where the parser understands it.
+
+    :ivar memory: of each RAMBlock, uint8 (pages, 4096).
+    :ivar rest: the bytes behind.
+    :ivar parser: the parser at that point; its CONTINUE state is QEMU's.
+    """
+
+    def __init__(self, stream: bytes) -> None:
+        self.parser = StreamParser()
+        self.memory: list[NDArray[np.uint8]] = []
+        self.rest = b""
+        elements, consumed = self.parser.parse(memoryview(stream))
+        assert consumed == len(stream), "the stream does not end where it should"
+        for element in elements:
+            self._load(element)
+
+    def _load(self, element: Element) -> None:
         if isinstance(element, RamSetup):
-            assert element.blocks[0].used_length == ram_pages * PAGE
-        elif isinstance(element, PageRun) and element.block == 0:
+            sizes = [block.used_length // PAGE for block in element.blocks]
+            self.memory = [np.zeros((size, PAGE), np.uint8) for size in sizes]
+        elif isinstance(element, PageRun):
             # Not one assignment: a page may come twice in one run.
             for offset, page in zip(element.offsets, element.pages, strict=True):
-                memory[int(offset) // PAGE] = page
-        elif isinstance(element, ZeroRun) and element.block == 0:
+                self.memory[element.block][int(offset) // PAGE] = page
+        elif isinstance(element, ZeroRun):
             for offset, fill in zip(element.offsets, element.fill, strict=True):
-                memory[int(offset) // PAGE] = fill
-    if parser.opaque_reason is not None:
-        rest = b"".join(element.data for element in elements if hasattr(element, "reason"))
-    return memory, rest
+                self.memory[element.block][int(offset) // PAGE] = fill
+        elif isinstance(element, Delta):
+            page = self.memory[element.block][element.offset // PAGE]
+            apply_delta(page, bytes(element.data[element.head + 3 :]))
+        elif isinstance(element, Opaque):
+            self.rest += bytes(element.data)
+
+
+def encode_delta(begin: int, data: bytes) -> bytes:
+    """The XBZRLE encoding of a page in which ``data`` changed, from byte ``begin`` on."""
+    return _uleb128(begin) + _uleb128(len(data)) + data
+
+
+def apply_delta(page: NDArray[np.uint8], delta: bytes) -> None:
+    """Change a page, uint8 (4096,), as QEMU's loader does."""
+    position = at = 0
+    while position < len(delta):
+        for kind in ("same", "changed"):
+            length = shift = 0
+            while True:
+                byte = delta[position]
+                position += 1
+                length |= (byte & 0x7F) << shift
+                shift += 7
+                if not byte & 0x80:
+                    break
+            if kind == "changed":
+                page[at : at + length] = np.frombuffer(delta[position : position + length], "u1")
+                position += length
+            at += length
+
+
+def _uleb128(value: int) -> bytes:
+    encoded = b""
+    while value >= 0x80:
+        encoded += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return encoded + bytes([value])

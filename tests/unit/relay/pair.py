@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two relays in this process between a sender and a recorder that stand for the two QEMUs."""
 
+import faulthandler
 import secrets
 import socket
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +25,8 @@ from nova_dmigrate.volumes import VolumeSpec
 
 PAGE = 4096
 MIB = 1 << 20
+#: Seconds after which a migration of these tests hangs for certain.
+HANGS = 60.0
 #: Where the sender's guest has its RAM: the layout begins at 1 MiB, as the real one does.
 MTREE = """FlatView #0
  AS "memory", root: system
@@ -52,6 +57,16 @@ class Pair:
     destination_settings: RelaySettings = field(default_factory=RelaySettings)
     source_tls: TlsSettings | None = None
     destination_tls: TlsSettings | None = None
+    #: In place of the map that ``pages`` and ``blocks`` make.
+    extents: Sequence[VolumeExtents] | None = None
+    #: In place of the one volume that the destination has.
+    volumes: Sequence[VolumeSpec] | None = None
+    #: In place of the layout with one RAMBlock.
+    layout: str | None = None
+    #: Where the source relay connects instead of to the destination's address.
+    route: Callable[[tuple[str, int]], tuple[str, int]] | None = None
+    #: The token that the source has instead of the right one.
+    source_token: bytes | None = None
     #: What the recorder answers on the return path once the stream has ended.
     answer: bytes = b""
     #: Called with the sender's socket in place of sending ``chunks``.
@@ -64,14 +79,17 @@ class Pair:
     source_summary: Report = field(default_factory=dict)
     destination_summary: Report = field(default_factory=dict)
     sender_error: OSError | None = None
+    receiver_error: OSError | None = None
 
     def prepare(self) -> None:
         """Make both relays, ready to run."""
         self.directory.mkdir(exist_ok=True)
         credentials = Credentials("session", secrets.token_bytes(32))
-        volumes: Sequence[VolumeSpec] = ()
-        if self.volume is not None:
-            volumes = [VolumeSpec("volume", "block", str(self.volume))]
+        volumes = self.volumes
+        if volumes is None:
+            volumes = []
+            if self.volume is not None:
+                volumes = [VolumeSpec("volume", "block", str(self.volume))]
         self.recorder = socket.socket(socket.AF_UNIX)
         self.recorder.bind(str(self.directory / "destination"))
         self.recorder.listen(1)
@@ -89,20 +107,13 @@ class Pair:
             ),
             self.destination_settings,
         )
-        host, port = self.destination.prepare()
-        if self.map_path is None and len(self.pages):
-            self.map_path = self.directory / "map"
-            pages = self.pages.astype(np.uint64)
-            extents = VolumeExtents(
-                "volume",
-                self.volume_size,
-                pages * PAGE,
-                self.blocks.astype(np.uint64) * PAGE,
-                np.full(len(pages), PAGE, np.uint64),
-            )
-            BufferMap.build([extents]).save(self.map_path)
+        address = self.destination.prepare()
+        host, port = self.route(address) if self.route is not None else address
+        if self.source_token is not None:
+            credentials = Credentials("session", self.source_token)
+        self._save_map()
         layout = self.directory / "layout"
-        layout.write_text(MTREE.format(end=self.ram_size - 1))
+        layout.write_text(self.layout or MTREE.format(end=self.ram_size - 1))
         self.source = SourceRelay(
             SourceSession(
                 instance="instance",
@@ -120,17 +131,51 @@ class Pair:
         )
         self.source.prepare()
 
+    def _save_map(self) -> None:
+        if self.map_path is not None:
+            return
+        extents = self.extents
+        if extents is None:
+            if not len(self.pages):
+                return
+            extents = [extents_of("volume", self.volume_size, self.pages, self.blocks)]
+        self.map_path = self.directory / "map"
+        BufferMap.build(extents).save(self.map_path)
+
     def run(self) -> None:
         """Relay the stream; afterwards the results are in the attributes."""
         self.prepare()
-        threads = [
+        self.start()
+        self.join()
+
+    def start(self) -> None:
+        """Let everybody begin."""
+        self._threads = [
             threading.Thread(target=target, daemon=True)
             for target in (self._run_source, self._run_destination, self._send, self._record)
         ]
-        for thread in threads:
+        for thread in self._threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+
+    def join(self) -> None:
+        """Wait for everybody.
+
+        :raises AssertionError: the migration hangs; the message tells where all threads are.
+        """
+        deadline = time.monotonic() + HANGS
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+        if any(thread.is_alive() for thread in self._threads):
+            with tempfile.TemporaryFile("w+") as stacks:
+                faulthandler.dump_traceback(stacks)
+                stacks.seek(0)
+                raise AssertionError(f"the migration hangs:\n{stacks.read()}")
+        self.recorder.close()
+
+    def abandon(self) -> None:
+        """End what :meth:`prepare` has left behind when it failed at the source."""
+        self.destination.cancel()
+        self._run_destination()
         self.recorder.close()
 
     def _run_source(self) -> None:
@@ -164,11 +209,11 @@ class Pair:
         except OSError:
             return
         with qemu:
-            if self.receiver is not None:
-                self.receiver(qemu)
-                return
             pieces = []
             try:
+                if self.receiver is not None:
+                    self.receiver(qemu)
+                    return
                 if self.answer:
                     qemu.sendall(self.answer)
                 while data := qemu.recv(MIB):
@@ -176,3 +221,84 @@ class Pair:
             except OSError as error:
                 self.receiver_error = error
             self.recorded = b"".join(pieces)
+
+
+def extents_of(
+    volume: str, size: int, pages: NDArray[np.int64], blocks: NDArray[np.int64]
+) -> VolumeExtents:
+    """Guest pages (numbers from guest-physical address 0 on) that lie on blocks of a volume."""
+    count = len(pages)
+    return VolumeExtents(
+        volume,
+        size,
+        pages.astype(np.uint64) * PAGE,
+        blocks.astype(np.uint64) * PAGE,
+        np.full(count, PAGE, np.uint64),
+    )
+
+
+class Cutter:
+    """A wire between the relays that breaks: it passes ``limit`` bytes of one connection on.
+
+    :ivar address: where the source relay is to connect.
+    """
+
+    def __init__(self, target: tuple[str, int], *, connection: int, limit: int) -> None:
+        """:param connection: which of the source's connections breaks, in the order in which they
+        are made; all others end with it.
+        """
+        self._target = target
+        self._breaking = connection
+        self._limit = limit
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address: tuple[str, int] = self._listener.getsockname()[:2]
+        self._sockets: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept, daemon=True)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self._break()
+        with self._listener:
+            self._listener.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join(HANGS)
+        for sock in self._sockets:
+            sock.close()
+
+    def _accept(self) -> None:
+        number = 0
+        while True:
+            try:
+                near, _ = self._listener.accept()
+            except OSError:
+                return
+            far = socket.create_connection(self._target)
+            self._sockets += [near, far]
+            limit = self._limit if number == self._breaking else None
+            number += 1
+            for source, sink, most in ((near, far, limit), (far, near, None)):
+                thread = threading.Thread(target=self._pass, args=(source, sink, most), daemon=True)
+                self._threads.append(thread)
+                thread.start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+        passed = 0
+        try:
+            while data := source.recv(4096):
+                if limit is not None and passed + len(data) >= limit:
+                    sink.sendall(data[: limit - passed])
+                    self._break()
+                    return
+                sink.sendall(data)
+                passed += len(data)
+            sink.shutdown(socket.SHUT_WR)
+        except OSError:
+            return
+
+    def _break(self) -> None:
+        for sock in self._sockets:
+            try:
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                continue

@@ -1,47 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both relays together, over real sockets and files, between a sender and a recorder."""
 
-from typing import Any
-
 import numpy as np
 
 from nova_dmigrate.relay.session import RelaySettings
-from tests.base import TestCase
-from tests.unit.relay.guest import PAGE, FakeGuest, received_memory
-from tests.unit.relay.pair import Pair
-from tests.unit.stream.builder import DEVICES
-
-
-class PairTestCase(TestCase):
-    """Runs a make-believe guest's migration and checks what arrived."""
-
-    def pair(self, guest: FakeGuest, **options: Any) -> Pair:
-        directory = self.make_directory()
-        volume = guest.write_volume(directory / "volume")
-        return Pair(
-            directory,
-            [guest.stream()],
-            guest.ram_pages * PAGE,
-            guest.pages,
-            guest.blocks,
-            guest.volume_blocks * PAGE,
-            volume,
-            **options,
-        )
-
-    def migrate(self, guest: FakeGuest, **options: Any) -> Pair:
-        pair = self.pair(guest, **options)
-        pair.run()
-        self.assert_exact(guest, pair)
-        return pair
-
-    def assert_exact(self, guest: FakeGuest, pair: Pair) -> None:
-        self.assertEqual("delivered", pair.source_summary["state"], pair.source_summary["reason"])
-        self.assertEqual("delivered", pair.destination_summary["state"])
-        memory, rest = received_memory(pair.recorded, guest.ram_pages)
-        differing = np.flatnonzero((memory != guest.memory).any(axis=1))
-        self.assertEqual([], differing.tolist()[:20])
-        self.assertEqual(DEVICES, rest)
+from tests.unit.relay.guest import FakeGuest
+from tests.unit.relay.support import PairTestCase
 
 
 class TestBitExactness(PairTestCase):
