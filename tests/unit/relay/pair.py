@@ -238,7 +238,8 @@ def extents_of(
 
 
 class Cutter:
-    """A wire between the relays that breaks: it passes ``limit`` bytes of one connection on.
+    """A wire between the relays that breaks: behind ``limit`` bytes in one direction of one
+    connection.
 
     :ivar address: where the source relay is to connect.
     """
@@ -277,8 +278,10 @@ class Cutter:
             self._sockets += [near, far]
             limit = self._limit if number == self._breaking else None
             number += 1
-            for source, sink, most in ((near, far, limit), (far, near, None)):
-                thread = threading.Thread(target=self._pass, args=(source, sink, most), daemon=True)
+            for source, sink in ((near, far), (far, near)):
+                thread = threading.Thread(
+                    target=self._pass, args=(source, sink, limit), daemon=True
+                )
                 self._threads.append(thread)
                 thread.start()
 
