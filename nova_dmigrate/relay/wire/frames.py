@@ -33,6 +33,8 @@ PAGE_SIZE = 4096
 REFERENCE = np.dtype([("entry", "<u4"), ("slot", "<u4"), ("digest", "u1", (16,))])
 #: The kept copy of a page whose reference was a miss.
 COPY = np.dtype([("entry", "<u4"), ("slot", "<u4"), ("page", "u1", (PAGE_SIZE,))])
+#: A reference that did resolve, or is not wanted any more.
+SLOT = np.dtype("<u4")
 #: A reference that did not resolve, and why.
 MISS = np.dtype([("slot", "<u4"), ("reason", "u1")])
 
@@ -138,8 +140,8 @@ RULES: dict[Role, dict[int, Rule]] = {
         _KEEPALIVE,
     ),
     Role.ACKS: _by_number(
-        _data(FrameType.SETTLED),
-        _records(FrameType.MISSED, MISS.itemsize),
+        Rule(FrameType.SETTLED, 0, MAX_PAYLOAD, SLOT.itemsize),
+        Rule(FrameType.MISSED, 0, MAX_PAYLOAD, MISS.itemsize),
         _control(FrameType.PROGRESS),
         _data(FrameType.RETURN_PATH),
         _control(FrameType.RETURN_END),

@@ -35,8 +35,8 @@ def client_context(settings: TlsSettings) -> ssl.SSLContext:
 def server_context(settings: TlsSettings) -> ssl.SSLContext:
     """Return the context for accepting. :raises ConfigurationError: a file is not usable."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    # The client of a DATA connection never reads after the handshake: a session ticket that it has
-    # not read would turn its close into a reset, and what it sent last could be lost.
+    # No session is ever resumed. And whoever only sends never reads: what it has not read would
+    # turn its close into a reset, and what it sent last could be lost.
     context.num_tickets = 0
     _configure(context, settings)
     return context

@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
 import random
 import signal
 import socket
@@ -11,7 +12,7 @@ import numpy as np
 from hypothesis import strategies
 
 from nova_dmigrate import exception
-from nova_dmigrate.relay.wire import Connection, FrameType, Header, Role, frames
+from nova_dmigrate.relay.wire import Connection, Frame, FrameType, Header, Role, frames
 from tests.unit.relay.wire import support
 
 _FUZZ = hypothesis.settings(deadline=None, derandomize=True, max_examples=60)
@@ -70,10 +71,6 @@ def _valid_frames(draw: strategies.DrawFn) -> tuple[Header, bytes]:
     return header, bytes([seed]) * length
 
 
-def _ignore(number: int, frame: object) -> None:
-    """Handle a signal, so that it interrupts system calls."""
-
-
 class ConnectionTest(support.WireTestCase):
     def test_frames_arrive_as_they_were_sent(self) -> None:
         sender, receiver = self.pair()
@@ -98,7 +95,15 @@ class ConnectionTest(support.WireTestCase):
 
     def test_largest_frames_survive_signals_and_partial_sends(self) -> None:
         sender, receiver = self.pair()
-        self.addCleanup(signal.signal, signal.SIGUSR1, signal.signal(signal.SIGUSR1, _ignore))
+        signals = itertools.count()
+        interrupted = threading.Event()
+
+        def count_signal(number: int, frame: object) -> None:
+            if next(signals) == 20:
+                interrupted.set()
+
+        before = signal.signal(signal.SIGUSR1, count_signal)
+        self.addCleanup(signal.signal, signal.SIGUSR1, before)
         generator = np.random.default_rng(5)
         data = generator.integers(0, 256, frames.MAX_PAYLOAD, dtype=np.uint8)
         parts = np.split(data, sorted(random.Random(3).sample(range(len(data)), 3000)))
@@ -108,12 +113,19 @@ class ConnectionTest(support.WireTestCase):
             while not sent.wait(0.0005):
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
 
-        with support.in_thread(lambda: support.receive_all(receiver, 6)) as result:
+        def receive() -> list[Frame]:
+            # By then the sender has filled the sockets' buffers and is stuck in mid-frame.
+            interrupted.wait(support.LONG)
+            return support.receive_all(receiver, 6)
+
+        with support.in_thread(receive) as result:
             with support.in_thread(interrupt):
-                for payload in [parts, [data]] * 3:
-                    size = sender.send(FrameType.VERBATIM, payload=payload)
-                    self.assertEqual(16 + len(data), size)
-                sent.set()
+                try:
+                    for payload in [parts, [data]] * 3:
+                        size = sender.send(FrameType.VERBATIM, payload=payload)
+                        self.assertEqual(16 + len(data), size)
+                finally:
+                    sent.set()
             for frame in result():
                 self.assertEqual(data.tobytes(), bytes(frame.payload))
 

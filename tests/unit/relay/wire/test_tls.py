@@ -149,8 +149,8 @@ class TlsTest(support.WireTestCase):
         self.use_tls = False
         self.assert_right_peer_gets_in(listener)
 
-    def test_no_ticket_is_left_unread_at_the_client(self) -> None:
-        # One would turn the client's close into a reset, and take away what was sent last.
+    def test_nothing_is_left_unread_at_the_client(self) -> None:
+        # It would turn the client's close into a reset, and take away what was sent last.
         sender, receiver = self.pair()
         data = bytes(1 << 20)
         sender.send(FrameType.VERBATIM, payload=[data])
