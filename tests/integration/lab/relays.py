@@ -353,9 +353,14 @@ def finish(
         time.sleep(0.02)
 
 
-def migrate_through_relays(source: Guest, pair: RelayPair, downtime_ms: int = 300,
-                           timeout: float = PATIENCE, capabilities: Iterable[str] = ()) -> Report:  # fmt: skip
-    """Migrate from a running guest to the QEMU behind ``pair``; returns query-migrate of the end."""
+def migrate_through_relays(
+    source: Guest,
+    pair: RelayPair,
+    downtime_ms: int = 300,
+    timeout: float = PATIENCE,
+    capabilities: Iterable[str] = (),
+) -> Report:
+    """Migrate a running guest to the QEMU behind ``pair``; returns query-migrate of the end."""
     prepare(source, capabilities=capabilities)
     source.migrate(pair.outgoing)
     return finish(source, pair, downtime_ms, timeout)
