@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a migration ends: in order, by request, or because somebody goes away at a bad moment."""
 
+import dataclasses
 import socket
 import threading
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from nova_dmigrate import exception
-from nova_dmigrate.relay.session import RelaySettings
 from tests.unit.relay.guest import PAGE, FakeGuest
 from tests.unit.relay.pair import HANGS, MIB, Cutter, Pair
 from tests.unit.relay.support import PairTestCase
@@ -312,8 +312,16 @@ class TestReturnPath(EndingTestCase):
             drain(qemu)
             done.wait(HANGS)
 
-        pair = self.ending(receiver=receive, destination_settings=RelaySettings(stall_timeout=0.5))
+        pair = self.ending(receiver=receive)
         pair.prepare()
+        complete = pair.destination._complete
+
+        def complete_soon() -> None:
+            settings = pair.destination._settings
+            pair.destination._settings = dataclasses.replace(settings, stall_timeout=0.05)
+            complete()
+
+        pair.destination._complete = complete_soon  # type: ignore[method-assign]
         pair.start()
         for thread in pair._threads[:2]:
             thread.join(HANGS)

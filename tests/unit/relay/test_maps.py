@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps and volumes as they should not be: they cost time, never the migration or its exactness."""
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_dmigrate.relay.session import RelaySettings
+from nova_dmigrate.volumes import DRIVERS, BlockReader, VolumeSpec
+from tests.unit.relay.guest import PAGE, FakeGuest
+from tests.unit.relay.pair import HANGS, Pair, extents_of
+from tests.unit.relay.support import PairTestCase
+from tests.unit.stream.builder import DEVICES, StreamBuilder, page_contents
+
+PAGES = 1024
+TIB = 1 << 40
+#: Mapped pages always go as references, copies only where they are asked for or waited for.
+SETTINGS = RelaySettings(hold_pages=0, hurry_threshold=3600.0)
+
+
+class MapTestCase(PairTestCase):
+    """A guest all of whose pages are mapped and right, unless a test changes that."""
+
+    def guest(self, seed: int = 1) -> FakeGuest:
+        return FakeGuest(seed, ram_pages=PAGES, mapped=1.0, zero=0.1, dirty=0.05)
+
+
+class TestMaps(MapTestCase):
+    """What the guest says is wrong."""
+
+    def relay(self, guest: FakeGuest, **options: object) -> Pair:
+        return self.migrate(guest, source_settings=SETTINGS, **options)
+
+    def test_a_map_of_a_volume_that_the_destination_lacks(self) -> None:
+        guest = self.guest()
+        pair = self.relay(guest, volumes=[])
+        self.assertEqual(0, pair.destination_summary["volume_bytes"])
+        self.assertEqual(
+            {"read_error": pair.source_summary["referenced_pages"]},
+            pair.source_summary["misses"],
+        )
+        self.assertIn("blocks of volume volume that cannot be read here", self.log.output)
+
+    def test_a_map_of_another_instances_volume_reads_nothing_of_it(self) -> None:
+        guest = self.guest()
+        size = guest.volume_blocks * PAGE
+        half = len(guest.pages) // 2
+        extents = [
+            extents_of("volume", size, guest.pages[:half], guest.blocks[:half]),
+            extents_of("another", size, guest.pages[half:], guest.blocks[half:]),
+        ]
+        pair = self.relay(guest, extents=extents)
+        self.assertLessEqual(pair.destination_summary["hits"], half)
+        self.assertIn("blocks of volume another that cannot be read here", self.log.output)
+
+    def test_blocks_beyond_the_real_end_of_the_volume(self) -> None:
+        guest = self.guest()
+        extents = extents_of("volume", 16 * TIB, guest.pages, guest.blocks + (1 << 31))
+        pair = self.relay(guest, extents=[extents])
+        self.assertEqual(0, pair.destination_summary["volume_bytes"])
+
+    def test_blocks_on_both_sides_of_the_real_end(self) -> None:
+        guest = self.guest()
+        beyond = guest.blocks.copy()
+        beyond[::2] += guest.volume_blocks
+        extents = extents_of("volume", 4 * guest.volume_blocks * PAGE, guest.pages, beyond)
+        pair = self.relay(guest, extents=[extents])
+        self.assertGreater(pair.destination_summary["hits"], 0)
+        self.assertNotIn("will travel over the network", self.log.output)
+
+    def test_all_pages_on_the_same_block(self) -> None:
+        guest = self.guest()
+        settings = RelaySettings(volume_read_size=64 << 10, read_ahead=1 << 20)
+        pair = self.relay(
+            guest,
+            extents=[
+                extents_of(
+                    "volume", guest.volume_blocks * PAGE, guest.pages, np.zeros_like(guest.blocks)
+                )
+            ],
+            destination_settings=settings,
+        )
+        self.assertGreater(pair.destination_summary["volume_reads"], 1)
+
+    def test_pages_outside_of_the_guests_ram(self) -> None:
+        guest = self.guest()
+        pages = np.concatenate([guest.pages[:100], np.arange(1 << 24, (1 << 24) + 50)])
+        extents = extents_of("volume", guest.volume_blocks * PAGE, pages, guest.blocks[:150])
+        pair = self.relay(guest, extents=[extents])
+        self.assertEqual(100, pair.source_summary["mapped_pages"])
+
+    def test_volumes_too_large_to_be_numbered_cost_the_map_only(self) -> None:
+        guest = self.guest()
+        extents = [
+            extents_of("volume", 9 * TIB, guest.pages[:10], guest.blocks[:10]),
+            extents_of("another", 9 * TIB, guest.pages[10:20], guest.blocks[10:20]),
+        ]
+        pair = self.relay(guest, extents=extents)
+        self.assertEqual(0, pair.source_summary["mapped_pages"])
+        self.assertEqual(0, pair.destination_summary["mapped_pages"])
+        self.assertIn("The buffer map is not used", self.log.output)
+
+    def test_a_map_file_that_is_damaged(self) -> None:
+        guest = self.guest()
+        pair = self.pair(guest)
+        pair._save_map()
+        assert pair.map_path is not None
+        data = bytearray(pair.map_path.read_bytes())
+        data[len(data) // 2] ^= 1
+        pair.map_path.write_bytes(data)
+        self.assert_ordinary(guest, pair)
+
+    def test_a_map_file_that_is_missing(self) -> None:
+        guest = self.guest()
+        self.assert_ordinary(guest, self.pair(guest, map_path=Path("/does/not/exist")))
+
+    def test_a_layout_that_says_nothing(self) -> None:
+        guest = self.guest()
+        self.assert_ordinary(guest, self.pair(guest, layout="command not found"))
+
+    def test_a_map_larger_than_this_host_allows(self) -> None:
+        guest = self.guest()
+        settings = RelaySettings(max_map_pages=100)
+        self.assert_ordinary(guest, self.pair(guest, source_settings=settings))
+
+    def assert_ordinary(self, guest: FakeGuest, pair: Pair) -> None:
+        pair.run()
+        self.assert_exact(guest, pair)
+        self.assertEqual(0, pair.source_summary["referenced_pages"])
+        self.assertEqual(0, pair.destination_summary["volume_bytes"])
+        self.assertIn("Instance instance migrates without a buffer map:", self.log.output)
+
+    def test_pages_of_which_the_source_never_speaks_are_zero(self) -> None:
+        guest = FakeGuest(2, ram_pages=PAGES, mapped=1.0, zero=0, silent=0.5, dirty=0.0)
+        # Nothing but a wait for the whole volume keeps the source from being faster.
+        pair = self.pair(guest, source_settings=SETTINGS)
+        silent = ~guest.said[guest.pages]
+        pair.run()
+        self.assert_exact(guest, pair)
+        withdrawn = pair.destination_summary["withdrawn_pages"]
+        self.assertLessEqual(withdrawn, int(np.count_nonzero(silent)))
+
+    def test_a_guest_of_two_numa_nodes(self) -> None:
+        memory = [page_contents(np.arange(PAGES), seed) for seed in (1, 2)]
+        builder = StreamBuilder([("ram-node0", PAGES * PAGE), ("ram-node1", PAGES * PAGE)])
+        builder.begin()
+        for cut in range(0, PAGES, 128):
+            numbers = np.arange(cut, cut + 128)
+            builder.part().pages(0, numbers * PAGE, memory[0][numbers]).finish()
+        builder.part().pages(1, np.arange(PAGES) * PAGE, memory[1]).finish()
+        dirty = np.arange(0, PAGES, 7)
+        changed = page_contents(dirty, 9)
+        builder.part().pages(1, dirty * PAGE, changed).zeros(0, dirty * PAGE).finish()
+        builder.end().pages(0, dirty[:9] * PAGE, changed[:9]).finish().raw(DEVICES)
+        size = PAGES * PAGE
+        layout = (
+            'FlatView #0\n AS "memory", root: system\n Root memory region: system\n'
+            f"  {0:016x}-{size - 1:016x} (prio 0, ram): ram-node0\n"
+            f"  {size:016x}-{2 * size - 1:016x} (prio 0, ram): ram-node1\n"
+        )
+        directory = self.make_directory()
+        # The volume holds the second node's pages before the first one's, backwards.
+        blocks = np.arange(2 * PAGES)[::-1].copy()
+        contents = np.concatenate(memory)[blocks]
+        volume = directory / "volume"
+        volume.write_bytes(contents.tobytes())
+        pages = np.arange(256, 2 * PAGES)
+        extents = extents_of("volume", 2 * size, pages, np.arange(2 * PAGES)[::-1][pages])
+        stream = builder.data()
+        pair = Pair(
+            directory, [stream], size, volume=volume, extents=[extents], layout=layout,
+            source_settings=SETTINGS,
+        )  # fmt: skip
+        pair.run()
+        self.assert_as_if_direct(stream, pair)
+        self.assertEqual(2 * PAGES - 256, pair.source_summary["referenced_pages"])
+        self.assertEqual({}, pair.source_summary["misses"])
+
+
+class TestVolumes(MapTestCase):
+    """What the volume says is wrong, late or nothing."""
+
+    def with_reader(
+        self, guest: FakeGuest, make: Callable[[VolumeSpec], BlockReader], **options: object
+    ) -> Pair:
+        directory = self.make_directory()
+        path = guest.write_volume(directory / "volume")
+        spec = VolumeSpec("volume", "special", str(path))
+        options.setdefault("source_settings", SETTINGS)
+        with mock.patch.dict(DRIVERS, special=make):
+            pair = self.pair(guest, volumes=[spec], **options)
+            pair.run()
+        self.assert_exact(guest, pair)
+        return pair
+
+    def test_a_volume_that_cannot_be_opened(self) -> None:
+        guest = self.guest()
+        pair = self.migrate(guest, volumes=[VolumeSpec("volume", "block", "/does/not/exist")])
+        self.assertEqual(0, pair.destination_summary["hits"])
+        self.assertIn("pages of this volume will travel over the network", self.log.output)
+
+    def test_a_volume_that_is_cut_off_when_it_has_been_opened(self) -> None:
+        guest = self.guest()
+        half = guest.volume_blocks // 2 * PAGE
+
+        def make(spec: VolumeSpec) -> BlockReader:
+            reader = BlockReader(spec)
+            os.truncate(spec.location, half)
+            return reader
+
+        pair = self.with_reader(guest, make)
+        self.assertGreater(pair.destination_summary["volume_errors"], 0)
+        self.assertGreater(pair.destination_summary["hits"], 0)
+        self.assertIn("Blocks will travel over the network instead", self.log.output)
+
+    def test_a_volume_that_fails_always_is_not_asked_for_ever(self) -> None:
+        guest = self.guest()
+
+        def make(spec: VolumeSpec) -> BlockReader:
+            reader = BlockReader(spec)
+            os.truncate(spec.location, 0)
+            return reader
+
+        settings = RelaySettings(
+            volume_error_limit=3, volume_read_size=16 << 10, volume_merge_gap=0,
+            volume_queue_depth=1,
+        )  # fmt: skip
+        pair = self.with_reader(guest, make, destination_settings=settings)
+        self.assertEqual(3, pair.destination_summary["volume_errors"])
+        self.assertEqual(0, pair.destination_summary["volume_bytes"])
+        self.assertIn("is not read any more after 3 errors", self.log.output)
+
+    def test_a_volume_that_never_answers(self) -> None:
+        guest = self.guest()
+        answer = threading.Event()
+
+        class Hung(BlockReader):
+            def read_into(self, offset: int, buffer: memoryview) -> None:
+                answer.wait(HANGS)
+                super().read_into(offset, buffer)
+
+        try:
+            pair = self.with_reader(guest, Hung)
+        finally:
+            answer.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("volume-"):
+                thread.join(HANGS)
+        self.assertGreater(pair.source_summary["copies_unasked"], 0)
+        self.assertEqual(0, pair.destination_summary["hits"])
+        self.assertIn("is left behind", self.log.output)
+
+    def test_a_volume_that_never_answers_does_not_hold_up_a_latch_or_the_end(self) -> None:
+        memory = page_contents(np.arange(PAGES), 5)
+        mapped = np.arange(256, PAGES)
+        answer = threading.Event()
+
+        class Hung(BlockReader):
+            def read_into(self, offset: int, buffer: memoryview) -> None:
+                answer.wait(HANGS)
+                super().read_into(offset, buffer)
+
+        directory = self.make_directory()
+        volume = directory / "volume"
+        volume.write_bytes(memory.tobytes())
+        builder = StreamBuilder([("pc.ram", PAGES * PAGE)]).begin().part()
+        builder.pages(0, mapped * PAGE, memory[mapped]).finish().command(9).raw(DEVICES)
+        with mock.patch.dict(DRIVERS, special=Hung):
+            pair = Pair(
+                directory, [builder.data()], PAGES * PAGE, mapped, mapped, PAGES * PAGE,
+                volumes=[VolumeSpec("volume", "special", str(volume))], source_settings=SETTINGS,
+            )  # fmt: skip
+            pair.run()
+        answer.set()
+        for thread in threading.enumerate():
+            if thread.name.startswith("volume-"):
+                thread.join(HANGS)
+        self.assert_as_if_direct(builder.data(), pair)
+
+    def test_a_volume_that_changes_under_the_reader(self) -> None:
+        guest = FakeGuest(5, ram_pages=PAGES, mapped=1.0, zero=0, dirty=0.1)
+        stop = threading.Event()
+        directory = self.make_directory()
+        volume = guest.write_volume(directory / "written")
+        right: NDArray[np.uint8] = guest.volume.copy()
+
+        def write() -> None:
+            """Torn writes: parts of blocks, right and wrong ones in turns."""
+            random = np.random.default_rng(1)
+            with volume.open("r+b", buffering=0) as file:
+                while not stop.is_set():
+                    block = int(random.integers(0, len(right)))
+                    start = block * PAGE + int(random.integers(0, PAGE))
+                    file.seek(start)
+                    if random.random() < 0.5:
+                        file.write(b"\xff" * 100)
+                    else:
+                        file.seek(block * PAGE)
+                        file.write(right[block].tobytes())
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            small = RelaySettings(volume_read_size=16 << 10)
+            pair = self.pair(
+                guest, volume=volume, source_settings=SETTINGS, destination_settings=small
+            )
+            pair.run()
+        finally:
+            stop.set()
+            writer.join(HANGS)
+        self.assert_exact(guest, pair)
