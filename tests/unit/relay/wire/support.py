@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Relays that talk to each other over the loopback, and people who should not be there."""
 
+import atexit
 import contextlib
 import functools
 import os
+import shutil
 import socket
 import tempfile
 import threading
@@ -40,9 +42,9 @@ HOST = "127.0.0.1"
 @functools.cache
 def _authority() -> tuple[Authority, TlsSettings, TlsSettings]:
     """Make the certificates of the two hosts once for all tests of the process."""
-    directory = tempfile.TemporaryDirectory(prefix="ndm-certificates-")
-    authority = Authority(Path(directory.name))
-    authority.directory = directory  # type: ignore[attr-defined]  # lives as long as the cache
+    directory = tempfile.mkdtemp(prefix="ndm-certificates-")
+    atexit.register(shutil.rmtree, directory)
+    authority = Authority(Path(directory))
     source = authority.settings(SOURCE, peer=DESTINATION)
     return authority, source, authority.settings(DESTINATION, peer=SOURCE)
 
