@@ -2,7 +2,9 @@
 """The source QEMU's end: its connection, and its stream cut into elements."""
 
 import contextlib
+import select
 import socket
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from nova_dmigrate.stream.reader import StreamParser
 LOG = log.getLogger(__name__)
 
 _RECEIVE_FLOOR = 64 << 10
+_GATHER_MICROSECONDS = 2000
 
 
 class QemuListener:
@@ -79,7 +82,8 @@ class QemuListener:
 class Intake:
     """Reads QEMU's stream into pooled buffers and yields what a buffer's bytes are made of.
 
-    ``limit`` is what may be taken from the socket at once, in bytes; whoever paces QEMU changes it.
+    ``limit`` is what may be taken from the socket at once, in bytes, and ``gather`` whether more is
+    waited for (a moment) once there is something; whoever paces QEMU changes them.
     """
 
     def __init__(
@@ -90,7 +94,14 @@ class Intake:
         self._parser = parser
         self._instance = instance
         self.limit = pool.size
+        self.gather = True
         self.bytes = 0
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
+        # The kernel keeps the time of a receive that waits for more.
+        connection.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, _GATHER_MICROSECONDS)
+        )
 
     def batches(self) -> Iterator[tuple[list[Element], PooledBuffer]]:
         """Yield the elements of each buffer; they view its memory, so whoever keeps them holds the
@@ -124,25 +135,19 @@ class Intake:
                 buffer.release()
 
     def _fill(self, view: memoryview, filled: int) -> int:
-        """Take what the socket has, at least a byte and at most the limit; returns the buffer's
-        fill.
+        """Take at least a byte and at most the limit; returns the buffer's fill.
+
+        Once there is something, more is waited for only for a moment: QEMU's socket holds some 200
+        KiB, and to handle each such piece alone would cost several times the work.
         """
-        carried = filled
         end = min(len(view), filled + max(self.limit, _RECEIVE_FLOOR))
-        flags = 0
+        flags = socket.MSG_WAITALL if self.gather else socket.MSG_DONTWAIT
         try:
-            while filled < end:
-                count = self._connection.recv_into(view[filled:end], 0, flags)
-                if not count:
-                    break
-                filled += count
-                # Only the first call waits: what has come is not kept back for what may come.
-                flags = socket.MSG_DONTWAIT
-        except BlockingIOError:
-            pass
+            self._poll.poll()
+            count = self._connection.recv_into(view[filled:end], 0, flags)
         except OSError as error:
             raise exception.QemuError(
                 instance=self._instance, reason=f"QEMU's connection broke: {error}"
             ) from error
-        self.bytes += filled - carried
-        return filled
+        self.bytes += count
+        return filled + count

@@ -282,6 +282,7 @@ class SourceRelay:
             self._late = left <= min(self._settings.hold_pages, self._page_map.total_pages // 16)
         if self._late and self._intake is not None:
             self._intake.limit = _LATE_LIMIT if self._classifier.passes <= 1 else self._pace()
+            self._intake.gather = False
 
     def _pace(self) -> int:
         """Bytes to take from QEMU at once in late passes: what the network carries in a moment."""
