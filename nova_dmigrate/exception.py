@@ -144,3 +144,50 @@ class MigrationCancelled(RelayError):
 
 class UnsupportedStream(RelayError):
     """The stream uses a feature with which a relay in between cannot work at all."""
+
+
+# The agent in the guest, and the way to it
+
+
+class AgentError(DMigrateError):
+    """The agent cannot do what it was asked."""
+
+    msg_fmt = "Agent: %(reason)s"
+
+
+class ServerNotFound(AgentError):
+    """No database server runs in this guest, or none that was meant."""
+
+    msg_fmt = "No database server: %(reason)s"
+
+
+class ServerError(AgentError):
+    """A database server cannot be reached, or refused what it was asked."""
+
+    msg_fmt = "Database server %(server)s: %(reason)s"
+
+
+class StorageError(AgentError):
+    """Where a file lies on which volume cannot be found out, or the file cannot be mapped."""
+
+    msg_fmt = "Storage of %(path)s: %(reason)s"
+
+
+class PrivilegeError(AgentError):
+    """The agent lacks a privilege of the operating system."""
+
+    msg_fmt = "Missing privilege: %(reason)s"
+
+
+class RpcError(DMigrateError):
+    """A request to the agent of an instance failed."""
+
+    msg_fmt = "Agent of instance %(instance)s: %(reason)s"
+
+
+class AgentUnreachable(RpcError):
+    """No agent answered in time."""
+
+
+class AgentRefused(RpcError):
+    """The agent answered that it cannot, or something that makes no sense."""
