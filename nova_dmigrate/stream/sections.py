@@ -16,6 +16,13 @@ _CAPABILITIES: Final = b"configuration/capabilities"
 _UUID: Final = b"configuration/uuid"
 _PAGE_BITS: Final = b"configuration/target-page-bits"
 _UUID_SIZE: Final = 16
+# A switch to post-copy begins with RAM_DISCARD; the others follow it, packaged.
+_POSTCOPY: Final = (
+    Command.POSTCOPY_RAM_DISCARD,
+    Command.PACKAGED,
+    Command.POSTCOPY_LISTEN,
+    Command.POSTCOPY_RUN,
+)
 
 
 class Incomplete(Exception):
@@ -140,7 +147,7 @@ def read_command(cursor: Cursor) -> CommandFacts:
         return CommandFacts(Command.OPEN_RETURN_PATH, "command:open-return-path")
     if number == Command.SWITCHOVER_START and not length:
         return CommandFacts(Command.SWITCHOVER_START, "command:switchover-start")
-    if number in (Command.PACKAGED, Command.POSTCOPY_LISTEN, Command.POSTCOPY_RUN):
+    if number in _POSTCOPY:
         raise Uncertain(fmt.POSTCOPY_STARTED, detail)
     raise Uncertain(fmt.UNKNOWN_COMMAND, detail)
 

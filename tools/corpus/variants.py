@@ -95,9 +95,8 @@ VARIANTS = (
         PC,
         capabilities=("postcopy-ram",),
         switch=True,
-        # The first thing that follows is RAM_DISCARD.
         must_have=("post_copy_bytes",),
-        reason="UNKNOWN_COMMAND",
+        reason="POSTCOPY_STARTED",
     ),
     Variant(
         "xbzrle",

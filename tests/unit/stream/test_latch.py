@@ -100,6 +100,7 @@ class LatchTest(unittest.TestCase):
             (3, pack(">QQ", PAGE, 0x10000), fmt.POSTCOPY_PAGE_SIZES),
             (4, b"", fmt.POSTCOPY_STARTED),
             (5, b"", fmt.POSTCOPY_STARTED),
+            (6, b"\0\x06pc.ram\0" + bytes(16), fmt.POSTCOPY_STARTED),
             (7, pack(">I", 99), fmt.POSTCOPY_STARTED),
             (8, b"", fmt.UNKNOWN_COMMAND),
             (9, b"", fmt.UNKNOWN_COMMAND),
