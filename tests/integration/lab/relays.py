@@ -144,6 +144,14 @@ class RelayProcess:
         summary: Report = json.loads(self.summary_file.read_text())
         return summary
 
+    def freeze(self) -> None:
+        """Stop it where it is (SIGSTOP), so that the moment lasts: until ``kill`` or ``thaw``."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on after ``freeze``."""
+        self._process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """End it as a crash does (SIGKILL)."""
         self.killed = True
