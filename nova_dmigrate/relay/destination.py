@@ -22,7 +22,7 @@ from nova_dmigrate.memory_layout import MemoryLayout
 from nova_dmigrate.relay import protocol
 from nova_dmigrate.relay.answers import Answers
 from nova_dmigrate.relay.buffers import BufferPool, PooledBuffer
-from nova_dmigrate.relay.entries import EntryTable
+from nova_dmigrate.relay.entries import EntryTable, Mask
 from nova_dmigrate.relay.feed import DEPTH, Feed, ReceivedFrame
 from nova_dmigrate.relay.lifecycle import Lifecycle
 from nova_dmigrate.relay.monitor import ControlServer, Report, Sampler, Stages, write_summary
@@ -84,6 +84,9 @@ class DestinationRelay:
         self._prefetch: Prefetch | None = None
         self._setup: RamSetup | None = None
         self._writer: StreamWriter | None = None
+        #: Memory for what is emitted next: it has been sent when the next batch comes, and to use
+        #: it again costs no page faults.
+        self._records = np.empty(0, PAGE_RECORD)
         #: Blocks that were read before QEMU can take pages.
         self._early: list[BlockBatch] = []
         self._pass_through: str | None = None
@@ -395,7 +398,8 @@ class DestinationRelay:
         verdict = self._table.copies(entries, copies["slot"].astype(np.uint32))
         self._answers.put_verdict(verdict)
         assert verdict.emit is not None
-        self._emit_pages(entries[verdict.emit], copies["page"][verdict.emit])
+        chosen = _chosen(verdict.emit)
+        self._emit_pages(entries[chosen], copies["page"][chosen])
 
     def _checked_entries(self, numbers: NDArray[np.uint32]) -> NDArray[np.int64]:
         if int(numbers.max()) >= len(self._table):
@@ -411,8 +415,8 @@ class DestinationRelay:
                 verdict = self._table.blocks(batch.entries, batch.digests)
                 self._answers.put_verdict(verdict)
                 assert verdict.emit is not None
-                emit = verdict.emit
-                self._emit_pages(batch.entries[emit], batch.pages[emit])
+                chosen = _chosen(verdict.emit)
+                self._emit_pages(batch.entries[chosen], batch.pages[chosen])
         batch.buffer.release()
 
     def _emit_pages(self, entries: NDArray[np.int64], pages: NDArray[np.uint8]) -> None:
@@ -420,8 +424,11 @@ class DestinationRelay:
         if not len(entries):
             return
         page_map, writer = self._known_map(), self._ram_writer()
+        if len(entries) > len(self._records):
+            self._records = np.empty(len(entries), PAGE_RECORD)
         for block, index in page_map.place(entries):
-            records = page_records(page_map.offsets(block, entries[index]), pages[index])
+            offsets = page_map.offsets(block, entries[index])
+            records = page_records(offsets, pages[index], self._records)
             self._emit(writer.page_records(block, records))
 
     def _handle_delta(self, block: int, payload: memoryview) -> None:
@@ -625,3 +632,8 @@ class DestinationRelay:
                 "volume_busy": round(prefetch.busy_seconds, 4) if prefetch else 0.0,
             },
         }
+
+
+def _chosen(mask: Mask) -> Mask | slice:
+    """An index for what the mask chooses; one that copies nothing where that is everything."""
+    return slice(None) if bool(mask.all()) else mask

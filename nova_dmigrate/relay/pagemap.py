@@ -149,14 +149,15 @@ class PageMap:
         found[found == len(self.position)] = 0
         return np.where(self.position[found] == positions, found, -1)
 
-    def place(self, entries: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+    def place(self, entries: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64] | slice]]:
         """Split entries by RAMBlock: ``(block, indices into entries)``, one pair per block that
         occurs.
         """
         blocks = np.searchsorted(self.bases, self.position[entries], side="right") - 1
         first = int(blocks[0])
         if bool((blocks == first).all()):
-            return [(first, np.arange(len(entries)))]
+            # Not an array: indexing with a slice copies nothing.
+            return [(first, slice(None))]
         return [(int(block), np.flatnonzero(blocks == block)) for block in np.unique(blocks)]
 
     def offsets(self, block: int, entries: NDArray[np.int64]) -> NDArray[np.uint64]:

@@ -34,15 +34,19 @@ _HEADER_AT: Final = fmt.U64.unpack_from
 _FLAGS: Final = np.uint64(fmt.FLAGS)
 
 
-def page_records(offsets: ArrayLike, pages: ArrayLike) -> Bytes:
+def page_records(
+    offsets: ArrayLike, pages: ArrayLike, into: NDArray[np.void] | None = None
+) -> Bytes:
     """Build CONTINUE records of full pages.
 
     :param offsets: (n,) bytes from the block's start, multiples of 4 KiB
     :param pages: (n, 4096) uint8
+    :param into: (n,) or more PAGE_RECORD, memory that is used in place of new
     :returns: (n * 4104,) uint8, contiguous
     """
     headers = np.asarray(offsets, dtype=np.uint64)
-    records = np.empty(len(headers), dtype=PAGE_RECORD)
+    count = len(headers)
+    records = np.empty(count, dtype=PAGE_RECORD) if into is None else into[:count]
     records["header"] = headers | np.uint64(PAGE_CONTINUE)
     records["page"] = pages
     return records.view(np.uint8)
