@@ -337,43 +337,6 @@ static uint64_t write_map(int mailbox)
 
 /* ---- dirtying ------------------------------------------------------------------------------- */
 
-/* QEMU up to 8.2 under TCG does not notice a write to a page that was dirty before its last sync of the
- * dirty bitmap, as long as the vCPU's TLB still has the page. A change of address space empties the TLB, so
- * each burst of writes begins with a round trip to another process on the same CPU. */
-static int to_other[2], from_other[2];
-
-static void pin_to_first_cpu(void)
-{
-	cpu_set_t first;
-	CPU_ZERO(&first);
-	CPU_SET(0, &first);
-	sched_setaffinity(0, sizeof first, &first);
-}
-
-static void start_other_process(void)
-{
-	char token;
-	if (pipe(to_other) < 0 || pipe(from_other) < 0)
-		die("pipe");
-	pid_t child = fork(); /* before there is memory whose pages a fork would make copy-on-write */
-	if (child < 0)
-		die("fork");
-	if (child == 0) {
-		pin_to_first_cpu();
-		while (read(to_other[0], &token, 1) == 1)
-			if (write(from_other[1], &token, 1) != 1)
-				break;
-		_exit(0);
-	}
-}
-
-static void empty_tlb(void)
-{
-	char token = 0;
-	if (write(to_other[1], &token, 1) != 1 || read(from_other[0], &token, 1) != 1)
-		die("pipe");
-}
-
 enum dirty_mode { TOUCH, FULL, SAME };
 
 static pthread_mutex_t dirty_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -400,7 +363,6 @@ static void *dirty_loop(void *unused)
 	uint64_t state = 0xd1b54a32d192ed03ULL;
 	double last = now(), debt = 0;
 	(void)unused;
-	pin_to_first_cpu();
 	pthread_mutex_lock(&dirty_lock);
 	for (;;) {
 		if (dirty_rate <= 0) {
@@ -414,8 +376,6 @@ static void *dirty_loop(void *unused)
 		last = t;
 		if (debt > dirty_rate * 0.05) /* never catch up on what a starved vCPU missed */
 			debt = dirty_rate * 0.05;
-		if (debt >= FRAME)
-			empty_tlb();
 		for (; debt >= FRAME; debt -= FRAME) {
 			uint8_t *frame = memory + order[below(&state, dirty_frames)] * FRAME;
 			for (uint64_t page = 0; page < FRAME; page += PAGE)
@@ -453,7 +413,6 @@ static int refill(int disk, long mapped, long zero, uint64_t seed)
 	pthread_mutex_lock(&dirty_lock);
 	dirty_rate = 0;
 	shuffled = 0;
-	empty_tlb();
 	int done = fill(disk, mapped, zero, seed);
 	pthread_mutex_unlock(&dirty_lock);
 	return done;
@@ -541,7 +500,6 @@ int main(void)
 	console = open("/dev/console", O_WRONLY | O_CLOEXEC);
 	commands = open_port("/dev/ttyS1");
 	load_modules();
-	start_other_process();
 	int huge = parameter("thp", 0);
 	write_text("/sys/kernel/mm/transparent_hugepage/enabled", huge ? "madvise" : "never");
 	write_text("/proc/sys/vm/compact_unevictable_allowed", "0"); /* compaction moves pages otherwise */

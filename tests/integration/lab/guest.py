@@ -57,12 +57,25 @@ class GuestSpec:
     seed: int = 7
     thp: bool = False  # transparent huge pages for the filled memory
     smp: int = 1
+    exact: bool = True  # RAM of a size with which QEMU under TCG loses no dirty page
     shared: bool = True  # RAM in memfds, so that the harness reads it without QEMU
     numa_nodes: int = 1
     machine: str = "pc"
     cpu: str = "qemu64"
     qemu: tuple[str, ...] = ("qemu-system-x86_64",)
     extra: tuple[str, ...] = field(default=())
+
+    @property
+    def ram_bytes(self) -> int:
+        """Size of the guest's RAM; 8 KiB more than ram_mb if it is to be exact.
+
+        QEMU's sync of the dirty bitmap of a RAMBlock of a multiple of 256 KiB takes 64 pages at a
+        time, and under TCG the vCPU's TLB is then not told (never up to 8.2; later, not when all
+        pages written to were still dirty): later writes to those pages go unnoticed. A direct
+        migration of a running guest leaves a few kernel pages behind in 5 to 20 % of all cases,
+        and the guest may crash at the destination. Other sizes are synced page by page, rightly.
+        """
+        return (self.ram_mb << 20) + (8192 if self.exact else 0)
 
     @property
     def block_names(self) -> tuple[str, ...]:
@@ -256,7 +269,7 @@ class Guest:
 
     def pmemsave(self, path: Path, start: int = 0, size: int | None = None) -> Path:
         """Let QEMU write guest-physical memory to a file (default: all RAM, up to 2 GiB)."""
-        size = self.spec.ram_mb << 20 if size is None else size
+        size = self.spec.ram_bytes if size is None else size
         self.qmp("pmemsave", val=start, size=size, filename=str(path))
         return path
 
@@ -356,7 +369,7 @@ class Guest:
             f" ndm.zero={spec.zero} ndm.seed={spec.seed} ndm.thp={int(spec.thp)}"
         )
         arguments = [
-            *("-accel", "tcg", "-cpu", spec.cpu, "-smp", str(spec.smp), "-m", f"{spec.ram_mb}M"),
+            *("-accel", "tcg", "-cpu", spec.cpu, "-smp", str(spec.smp), "-m", f"{spec.ram_bytes}B"),
             *("-nodefaults", "-display", "none", "-no-reboot", "-name", "ndm-lab"),
             *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", append),
             *self._memory_arguments(),
@@ -386,8 +399,10 @@ class Guest:
         spec, arguments = self.spec, []
         kind = "memory-backend-memfd" if spec.shared else "memory-backend-ram"
         for node, name in enumerate(spec.block_names):
-            size = f"{spec.ram_mb // spec.numa_nodes}M"
+            size = spec.ram_bytes // spec.numa_nodes
             sharing = ",share=on" if spec.shared else ""
+            # Old machine types would call the RAMBlock /objects/..., libvirt forbids it too.
+            sharing += ",x-use-canonical-path-for-ramblock-id=off"
             arguments += ["-object", f"{kind},id={name},size={size}{sharing}"]
             if spec.numa_nodes > 1:
                 arguments += ["-numa", f"node,nodeid={node},memdev={name}"]

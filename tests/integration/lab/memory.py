@@ -26,7 +26,7 @@ def compare_ram(a: Path | NDArray[np.uint8], b: Path | NDArray[np.uint8]) -> NDA
 def differing_pages(a: Guest, b: Guest) -> NDArray[np.int64]:
     """Pages that differ between two stopped guests, numbered through their RAMBlocks in order.
 
-    Of a running guest under TCG this can show pages that QEMU itself has lost: see tap.py.
+    Needs spec.exact if the guest ran during the migration.
     """
     if a.spec.shared and b.spec.shared:
         found, base = [], 0

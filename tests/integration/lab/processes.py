@@ -7,6 +7,7 @@ directories that are still registered. A parent-death signal would not do: the k
 the starting *thread* ends.
 """
 
+import atexit
 import contextlib
 import os
 import shutil
@@ -40,6 +41,8 @@ class _Register:
     def _send(self, line: str) -> None:
         with self._lock:
             if self._reaper is None or self._owner != os.getpid():
+                if self._reaper is None:
+                    atexit.register(self._finish)
                 self._owner = os.getpid()
                 self._reaper = subprocess.Popen(
                     [sys.executable, "-I", __file__],
@@ -52,6 +55,10 @@ class _Register:
             assert stdin is not None
             stdin.write(line.encode() + b"\n")
             stdin.flush()
+
+    def _finish(self) -> None:
+        if self._reaper is not None and self._owner == os.getpid():
+            self._reaper.communicate()
 
     def add(self, kind: str, name: object) -> None:
         self._send(f"+{kind} {name}")

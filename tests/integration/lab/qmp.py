@@ -29,8 +29,12 @@ class QMPClient:
         self._rest = b""
         self.events: list[dict[str, Any]] = []
         self._socket = connect_unix(path, timeout)
-        self._receive(timeout)  # the greeting
-        self.execute("qmp_capabilities")
+        try:
+            self._receive(timeout)  # the greeting
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self._socket.close()
+            raise
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None, *,
                 timeout: float = 60) -> Any:  # fmt: skip

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the source QEMU really sent: a tap on its migration stream, and a replay of it.
 
-Why comparing both guests' RAM is not enough: QEMU under TCG loses dirty pages of its own. Up to 8.2
-its sync of the dirty bitmap does not make the vCPUs' TLBs notice the next write; later ones omit it
-when all pages that were written to had been dirty already. A direct migration of a running guest
-then leaves some (kernel) pages behind at times, mostly on a busy host. The promise of the relays is
-the last version that QEMU *sent*, and that is what `stream_mismatches` checks, with a parser that
-shares nothing with the one under test.
+The promise of the relays is that the destination gets the last version that QEMU *sent* of each
+page, and that is what `stream_mismatches` checks, with a parser that shares nothing with the one
+under test. Where both QEMUs' memory differs but this finds nothing, QEMU itself has lost pages: under
+TCG it does (see GuestSpec.ram_bytes).
 """
 
 import contextlib
