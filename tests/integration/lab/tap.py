@@ -3,8 +3,8 @@
 
 The promise of the relays is that the destination gets the last version that QEMU *sent* of each
 page, and that is what `stream_mismatches` checks, with a parser that shares nothing with the one
-under test. Where both QEMUs' memory differs but this finds nothing, QEMU itself has lost pages: under
-TCG it does (see GuestSpec.ram_bytes).
+under test. Where both QEMUs' memory differs but this finds nothing, QEMU itself has lost pages:
+under TCG it does (see GuestSpec.ram_bytes).
 """
 
 import contextlib
