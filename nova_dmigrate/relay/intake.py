@@ -103,6 +103,12 @@ class Intake:
             socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("@ll", 0, _GATHER_MICROSECONDS)
         )
 
+    def hung_up(self) -> bool:
+        """Whether QEMU has closed its end; what it sent before that may still be unread."""
+        poller = select.poll()
+        poller.register(self._connection, select.POLLRDHUP)
+        return bool(poller.poll(0))
+
     def batches(self) -> Iterator[tuple[list[Element], PooledBuffer]]:
         """Yield the elements of each buffer; they view its memory, so whoever keeps them holds the
         buffer.

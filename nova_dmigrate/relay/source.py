@@ -9,7 +9,7 @@ import contextlib
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -290,18 +290,23 @@ class SourceRelay:
         return min(max(wanted, _PACE_FLOOR), self._settings.batch_size)
 
     def _hold(self) -> None:
-        """Do not let QEMU get so far that it stops the guest while references are unresolved."""
+        """Do not let QEMU get so far that it stops the guest while references are unresolved.
+
+        A QEMU that has closed its end does not decide anything any more: what it has sent until
+        then tells whether the migration was cancelled.
+        """
+        assert self._intake is not None
         if self._window.unresolved:
             begin = time.monotonic()
-            self._drain()
+            self._drain(self._intake.hung_up)
             self._held_seconds += time.monotonic() - begin
         if self._classifier is not None and self._classifier.passes > 1:
             self._bulk_resolved = True
 
-    def _drain(self) -> None:
-        """Wait until every reference is resolved."""
+    def _drain(self, needless: Callable[[], bool] = lambda: False) -> None:
+        """Wait until every reference is resolved, or ``needless`` returns true."""
         self._holding = True
-        while not self._life.failed and not self._window.wait_empty(0.1):
+        while not self._life.failed and not self._window.wait_empty(0.1) and not needless():
             # The answer to whether copies should be sent unasked changes with time alone.
             self._outbox.wake()
         self._holding = False
