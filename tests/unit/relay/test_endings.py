@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nova_dmigrate import exception
+from nova_dmigrate.relay.session import RelaySettings
 from tests.unit.relay.guest import PAGE, FakeGuest
 from tests.unit.relay.pair import HANGS, MIB, Cutter, Pair
 from tests.unit.relay.support import PairTestCase
@@ -193,6 +194,57 @@ class TestCancelling(EndingTestCase):
         pair.join()
         self.assertEqual("cancelled", pair.source_summary["state"])
         self.assertIn(pair.destination_summary["state"], ("failed", "cancelled"))
+
+
+class TestAnywhere(EndingTestCase):
+    """The same at random places of the stream, and before them as well as behind them."""
+
+    def sweep(self, name: str) -> None:
+        for seed in range(12):
+            with self.subTest(seed=seed):
+                random = np.random.default_rng(seed)
+                guest = FakeGuest(
+                    seed, ram_pages=640, mapped=1.0, stale=float(random.choice([0, 1.0]))
+                )
+                settings = RelaySettings(
+                    volume_read_size=1 << 14, hold_pages=0, read_ahead=1 << 16,
+                    window_size=int(random.choice([1 << 16, 1 << 24])),
+                    channels=int(random.integers(1, 4)),
+                )  # fmt: skip
+                pair = self.pair(guest, source_settings=settings, destination_settings=settings)
+                stream = next(iter(pair.chunks))
+                place = int(random.integers(1, len(stream) * 9 // 10))
+                self.begin(pair, name, stream, place)
+                pair.run()
+                states = (pair.source_summary["state"], pair.destination_summary["state"])
+                self.assertNotIn("delivered", states)
+
+    def begin(self, pair: Pair, name: str, stream: bytes, place: int) -> None:
+        def send(qemu: socket.socket) -> None:
+            qemu.sendall(stream[:place])
+            if name in ("source", "destination"):
+                getattr(pair, name).cancel()
+                drain(qemu)
+
+        def receive(qemu: socket.socket) -> None:
+            qemu.recv(place % 50_000 + 1, socket.MSG_WAITALL)
+
+        if name == "recorder":
+            pair.receiver = receive
+        else:
+            pair.sender = send
+
+    def test_the_source_relay_is_cancelled(self) -> None:
+        self.sweep("source")
+
+    def test_the_destination_relay_is_cancelled(self) -> None:
+        self.sweep("destination")
+
+    def test_the_source_closes(self) -> None:
+        self.sweep("sender")
+
+    def test_the_destination_closes(self) -> None:
+        self.sweep("recorder")
 
 
 class TestWire(EndingTestCase):

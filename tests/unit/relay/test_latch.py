@@ -2,14 +2,17 @@
 """Pass-through: where the source stops to understand, QEMU gets what it would get without us."""
 
 import socket
+import threading
 from struct import pack
+from unittest import mock
 
 import numpy as np
 
 from nova_dmigrate.relay.session import RelaySettings
 from nova_dmigrate.stream import format as fmt
+from nova_dmigrate.volumes import DRIVERS, BlockReader, VolumeSpec
 from tests.unit.relay.guest import PAGE, encode_delta
-from tests.unit.relay.pair import MIB, Pair
+from tests.unit.relay.pair import HANGS, MIB, Pair
 from tests.unit.relay.support import PairTestCase
 from tests.unit.stream.builder import DEVICES, StreamBuilder, page_contents
 
@@ -145,6 +148,41 @@ class TestLatch(PairTestCase):
         pair = self.relay(builder)
         # That is what assert_as_if_direct has seen; here only that there was something to see.
         self.assertEqual(PAGES - 256, pair.destination_summary["mapped_pages"])
+
+    def test_nothing_is_read_of_the_volume_behind_a_latch(self) -> None:
+        latched = threading.Event()
+        reads: list[int] = []
+
+        class Waiting(BlockReader):
+            def read_into(self, offset: int, buffer: memoryview) -> None:
+                reads.append(offset)
+                latched.wait(HANGS)
+                super().read_into(offset, buffer)
+
+        def receive(qemu: socket.socket) -> None:
+            got = b""
+            while not got.endswith(DEVICES):
+                got += qemu.recv(MIB)
+            latched.set()
+            # The migration has not ended yet.
+            for thread in threading.enumerate():
+                if thread.name.startswith("volume-"):
+                    thread.join(HANGS)
+
+        directory = self.make_directory()
+        volume = directory / "volume"
+        volume.write_bytes(self.memory.tobytes())
+        mapped = np.arange(256, PAGES)
+        stream = self.builder.begin().command(9).raw(DEVICES).data()
+        with mock.patch.dict(DRIVERS, waiting=Waiting):
+            pair = Pair(
+                directory, [stream], PAGES * PAGE, mapped, mapped, PAGES * PAGE,
+                volumes=[VolumeSpec("volume", "waiting", str(volume))], receiver=receive,
+                destination_settings=RelaySettings(volume_read_size=PAGE, volume_queue_depth=1),
+            )  # fmt: skip
+            pair.run()
+        self.assert_delivered(pair)
+        self.assertLessEqual(len(reads), 1)
 
 
 class TestDeltas(PairTestCase):
