@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests over the message broker, by oslo.messaging.
+
+Each instance has a virtual host of its own at the broker, see `isolation`: the transport URL that
+ends in it reaches one agent and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import queue
+import socket
+import threading
+import time
+from typing import Any
+
+import oslo_messaging
+from oslo_config import cfg
+from oslo_messaging import opts as messaging_opts
+
+from nova_dmigrate import exception
+from nova_dmigrate.rpc import messages
+from nova_dmigrate.rpc.dispatcher import Answer, Dispatcher
+from nova_dmigrate.rpc.transport import Transport
+
+LOG = logging.getLogger(__name__)
+
+_RABBIT = "oslo_messaging_rabbit"
+_DEFAULTS = {
+    # The agent's queues and the exchange go with their last user, so that a request to a guest
+    # without an agent comes back at once. Both sides must declare them alike.
+    "amqp_auto_delete": True,
+    "amqp_durable_queues": True,
+    # Half-open connections (the guest was moved, the broker was cut off) are noticed in seconds
+    "heartbeat_timeout_threshold": 15,
+    "kombu_reconnect_delay": 0.2,
+    "rabbit_interval_max": 5,
+    # An answer whose requester has gone must not hold one of the few threads for a minute
+    "kombu_missing_consumer_retry_timeout": 2,
+    "rabbit_qos_prefetch_count": 8,
+}
+_THREADS = 4
+_AMQP_PORT = 5672
+_RETRY_INTERVAL = 2.0  # seconds between attempts to serve at a broker that refuses
+_STOP_PATIENCE = 5.0
+
+
+def set_defaults(conf: cfg.ConfigOpts) -> None:
+    """Register oslo.messaging's options with the defaults that suit one agent and one client."""
+    for group, options in messaging_opts.list_opts():
+        if group in (None, _RABBIT):
+            conf.register_opts(options, group=group)
+    # Releases up to 18.3 register these on oslo.config's global object, yet read them from this one
+    for part in ("tracing", "metrics"):
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(f"oslo_messaging._{part}.client")
+            name = f"oslo_messaging_{part}"
+            conf.register_opts(getattr(module, name), group=name)
+    for name, value in _DEFAULTS.items():
+        conf.set_default(name, value, group=_RABBIT)
+    messaging_opts.set_defaults(conf, executor_thread_pool_size=_THREADS)
+
+
+def make_conf() -> cfg.ConfigOpts:
+    """Options with these defaults alone, no files read: for who passes a URL."""
+    conf = cfg.ConfigOpts()
+    set_defaults(conf)
+    conf([], project="nova-dmigrate", default_config_files=[], default_config_dirs=[])
+    return conf
+
+
+class BrokerTransport(Transport):
+    """The host's way to the agent of one instance over the broker.
+
+    :param url: transport URL with the instance's virtual host.
+    :param conf: options of oslo.messaging (TLS, ...); see `set_defaults`.
+    """
+
+    def __init__(self, instance: str, url: str, conf: cfg.ConfigOpts | None = None) -> None:
+        self._instance = instance
+        conf = conf or make_conf()
+        parsed = oslo_messaging.TransportURL.parse(conf, url)
+        self._addresses = [
+            (host.hostname, host.port or _AMQP_PORT)
+            for host in parsed.hosts
+            if parsed.transport == "rabbit"
+        ]
+        # No exception class of the other side's choice is ever made here
+        self._transport = oslo_messaging.get_rpc_transport(
+            conf, url=parsed, allowed_remote_exmods=[]
+        )
+        target = oslo_messaging.Target(
+            exchange=messages.EXCHANGE,
+            topic=messages.TOPIC,
+            namespace=messages.NAMESPACE,
+            version=messages.VERSION,
+            server=instance,
+        )
+        self._client = oslo_messaging.get_rpc_client(self._transport, target)
+        self._reached = False
+
+    def call(self, method: str, request_id: str, arguments: dict[str, Any], timeout: float) -> Any:
+        end = time.monotonic() + timeout
+        self._check_broker(timeout)
+        outcome: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                outcome.put((self._ask(method, request_id, arguments, timeout), None))
+            except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
+                outcome.put((None, error))
+
+        # oslo.messaging connects without any limit of time: it may keep this thread, not ours.
+        threading.Thread(target=ask, name=f"rpc-{method}", daemon=True).start()
+        try:
+            # The call has its own time-out: let it be the one that tells.
+            answer, error = outcome.get(timeout=max(0.1, end - time.monotonic()) + 1)
+        except queue.Empty:
+            raise self._unreachable(f"the broker does not answer within {timeout:g} s") from None
+        if error is not None:
+            raise self._translated(error) from error
+        self._reached = True
+        return answer
+
+    def close(self) -> None:
+        closer = threading.Thread(target=self._transport.cleanup, name="rpc-close", daemon=True)
+        closer.start()
+        closer.join(_STOP_PATIENCE)
+
+    def _ask(
+        self, method: str, request_id: str, arguments: dict[str, Any], timeout: float
+    ) -> Any:
+        prepared = self._client.prepare(
+            timeout=timeout,
+            retry=1,
+            # A queue that does not exist is told at once, not by a time-out
+            transport_options=oslo_messaging.TransportOptions(at_least_once=True),
+        )
+        return prepared.call({}, method, request_id=request_id, arguments=arguments)
+
+    def _check_broker(self, timeout: float) -> None:
+        """Before the first connection: where nobody listens, oslo.messaging would try for ever."""
+        if self._reached:
+            return
+        last: OSError | None = None
+        for host, port in self._addresses:
+            try:
+                socket.create_connection((host, port), timeout=timeout).close()
+                return
+            except OSError as error:
+                last = error
+        if last is not None:
+            raise self._unreachable(f"no broker can be reached: {last}")
+
+    def _translated(self, error: Exception) -> exception.RpcError:
+        if isinstance(error, oslo_messaging.MessagingTimeout):
+            return self._unreachable("no answer in time")
+        if isinstance(error, oslo_messaging.MessageUndeliverable):
+            return self._unreachable("no agent is connected to the broker")
+        if isinstance(error, oslo_messaging.RemoteError):
+            # Our own agent answers errors as results: this is a version or method it lacks
+            return exception.AgentRefused(
+                instance=self._instance,
+                reason=f"it does not speak version {messages.VERSION}",
+                code="version",
+            )
+        return self._unreachable(f"the broker failed: {type(error).__name__}: {error}")
+
+    def _unreachable(self, reason: str) -> exception.AgentUnreachable:
+        return exception.AgentUnreachable(instance=self._instance, reason=reason)
+
+
+class Endpoint:
+    """The methods as oslo.messaging wants them. Public names are methods of the protocol."""
+
+    target = oslo_messaging.Target(namespace=messages.NAMESPACE, version=messages.VERSION)
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in messages.METHODS:
+            raise AttributeError(name)
+
+        def answer(context: Any, request_id: Any = None, arguments: Any = None) -> Answer:
+            return self._dispatcher.answer(name, request_id, arguments)
+
+        return answer
+
+
+class BrokerServer:
+    """The agent's side: serves at the broker until it is stopped, wherever the broker goes.
+
+    oslo.messaging comes back by itself when the connection breaks. `reconnect` is for when the
+    connection is probably dead and nothing has told so yet.
+    """
+
+    def __init__(
+        self, instance: str, dispatcher: Dispatcher, conf: cfg.ConfigOpts, url: str | None = None
+    ) -> None:
+        self._instance = instance
+        self._dispatcher = dispatcher
+        self._conf = conf
+        self._url = url
+        self._lock = threading.Lock()
+        self._current: tuple[Any, Any] | None = None
+        self._stopped = threading.Event()
+        self._wanted = threading.Event()
+        self._serving = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
+
+    def start(self) -> None:
+        """Begin to serve, in the background: the broker may come later than the agent."""
+        self._wanted.set()
+        self._thread.start()
+
+    def wait_until_serving(self, timeout: float) -> bool:
+        return self._serving.wait(timeout)
+
+    def reconnect(self) -> None:
+        """Serve by a new connection, then give up the old one. Returns at once."""
+        self._serving.clear()
+        self._wanted.set()
+
+    def stop(self) -> None:
+        """Stop serving; requests under way get a few seconds."""
+        self._stopped.set()
+        self._wanted.set()
+        self._give_up(None)
+
+    def _run(self) -> None:
+        while not self._stopped.is_set():
+            self._wanted.wait()
+            self._wanted.clear()
+            if self._stopped.is_set():
+                return
+            try:
+                fresh = self._connect()
+            except Exception as error:  # noqa: BLE001 - a broker that refuses may allow it later
+                LOG.error("The broker cannot be used, next attempt follows: %s", error)
+                self._stopped.wait(_RETRY_INTERVAL)
+                self._wanted.set()
+                continue
+            self._give_up(fresh)
+            if not self._wanted.is_set():
+                self._serving.set()
+            LOG.info("Serving instance %s at the broker", self._instance)
+
+    def _connect(self) -> tuple[Any, Any]:
+        transport = oslo_messaging.get_rpc_transport(
+            self._conf, url=self._url, allowed_remote_exmods=[]
+        )
+        target = oslo_messaging.Target(
+            exchange=messages.EXCHANGE, topic=messages.TOPIC, server=self._instance
+        )
+        server = oslo_messaging.get_rpc_server(
+            transport,
+            target,
+            [Endpoint(self._dispatcher)],
+            access_policy=_Policy,
+        )
+        server.start()
+        return transport, server
+
+    def _give_up(self, successor: tuple[Any, Any] | None) -> None:
+        """Close the current connection, in the background: a dead one may take its time."""
+        with self._lock:
+            old, self._current = self._current, successor
+            if self._stopped.is_set() and successor is not None:
+                old, self._current = successor, None
+        if old is None:
+            return
+        transport, server = old
+
+        def close() -> None:
+            with contextlib.suppress(Exception):
+                server.stop()
+                server.wait()
+            with contextlib.suppress(Exception):
+                transport.cleanup()
+
+        closer = threading.Thread(target=close, name="broker-close", daemon=True)
+        closer.start()
+        if self._stopped.is_set():
+            closer.join(_STOP_PATIENCE)
+
+
+class _Policy(oslo_messaging.RPCAccessPolicyBase):  # type: ignore[misc]
+    """Only what the protocol names can be called."""
+
+    def is_allowed(self, endpoint: object, method: str) -> bool:
+        return method in messages.METHODS

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods of the agent, and the records that they take and return.
+
+Versions: the major number changes when an old client or agent would misunderstand a new one. The
+minor one grows with every method, argument or field that is added; additions have defaults, and
+who does not know a field of an answer ignores it. Arguments that are not known are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from nova_dmigrate.rpc import fields
+from nova_dmigrate.rpc.fields import boolean, checked, choice, integer, number, optional
+from nova_dmigrate.rpc.fields import record, several, text, token
+
+VERSION = "1.0"
+NAMESPACE = "dmigrate.agent"
+TOPIC = "dmigrate-agent"
+EXCHANGE = "dmigrate"
+
+# Bytes. A chunk is carried as base64 within JSON; the largest message is one with a chunk.
+MAX_CHUNK_BYTES = 1 << 20
+MIN_CHUNK_BYTES = 4096
+MAX_CHUNK_TEXT = (MAX_CHUNK_BYTES + 2) // 3 * 4
+MAX_MESSAGE_BYTES = MAX_CHUNK_TEXT + 4096
+
+MAX_CHUNKS = 1 << 16
+MAX_SERVERS = 16
+MAX_FINDINGS = 128
+_FOREVER = 1e10  # seconds
+_BYTES = integer(0, 1 << 50)
+_SHARE = number(0, 1)
+_NAME = text(256)
+_SENTENCE = text(1024)
+
+
+# What methods take
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """No arguments."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareArguments:
+    """Lower the share of dirty pages to ``dirty_share`` (0 to 1) within ``seconds``.
+
+    The settings that this takes are held until `restore`, or until nobody has renewed the lease
+    for ``lease_seconds``.
+    """
+
+    dirty_share: float = checked(number(0, 1), default=0.01)
+    seconds: float = checked(number(1, 600), default=30.0)
+    lease_seconds: float = checked(number(1, 3600), default=60.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class RenewArguments:
+    lease_id: str = checked(token())
+    lease_seconds: float = checked(number(1, 3600), default=60.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaseArguments:
+    lease_id: str = checked(token())
+
+
+@dataclasses.dataclass(frozen=True)
+class MapArguments:
+    """``max_chunk_bytes`` bounds each chunk before base64."""
+
+    max_chunk_bytes: int = checked(integer(MIN_CHUNK_BYTES, MAX_CHUNK_BYTES), default=1 << 18)
+
+
+@dataclasses.dataclass(frozen=True)
+class MapReference:
+    map_id: str = checked(token())
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkArguments:
+    map_id: str = checked(token())
+    index: int = checked(integer(0, MAX_CHUNKS - 1))
+
+
+# What methods return
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """Nothing to tell."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pong:
+    """``incarnation`` is another one after every start of the agent."""
+
+    agent_version: str = checked(_NAME)
+    version: str = checked(token(16))
+    incarnation: str = checked(token())
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    code: str = checked(token())
+    severity: str = checked(choice("ok", "note", "problem"))
+    message: str = checked(_SENTENCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A database server of the guest. Shares are of the buffer pool's pages, 0 to 1."""
+
+    name: str = checked(_NAME)
+    flavour: str = checked(choice("mysql", "mariadb"))
+    server_version: str = checked(_NAME)
+    pool_bytes: int = checked(_BYTES)
+    page_bytes: int = checked(integer(1024, 1 << 20))
+    filled_share: float = checked(_SHARE)
+    dirty_share: float = checked(_SHARE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What the agent knows about its guest.
+
+    ``expected_share``: share of the guest's memory that a map made now would be expected to hold.
+    """
+
+    agent_version: str = checked(_NAME)
+    memory_bytes: int = checked(_BYTES)
+    expected_share: float = checked(_SHARE)
+    servers: tuple[Server, ...] = checked(several(record(Server), MAX_SERVERS))
+    findings: tuple[Finding, ...] = checked(several(record(Finding), MAX_FINDINGS))
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaseState:
+    """How far a preparation is.
+
+    ``state``: ``flushing``, ``ready`` (the share was reached, or the time is over), ``restoring``
+    (not all settings could be restored yet) or ``idle`` (nothing is changed). ``reached``: the
+    share was reached. ``remaining``: seconds of the lease.
+    """
+
+    lease_id: str = checked(token())
+    state: str = checked(choice("flushing", "ready", "restoring", "idle"))
+    reached: bool = checked(boolean)
+    dirty_share: float = checked(_SHARE)
+    remaining: float = checked(number(0, _FOREVER))
+    message: str = checked(_SENTENCE)
+
+
+@dataclasses.dataclass(frozen=True)
+class MapState:
+    """A map that is being made (``building``), can be fetched (``ready``), or never (``failed``).
+
+    ``seconds``: what building took. ``size``: bytes of all chunks.
+    """
+
+    map_id: str = checked(token())
+    state: str = checked(choice("building", "ready", "failed"))
+    chunks: int = checked(integer(0, MAX_CHUNKS))
+    pages: int = checked(integer(0, 1 << 32))
+    size: int = checked(_BYTES)
+    seconds: float = checked(number(0, _FOREVER))
+    message: str = checked(_SENTENCE)
+    findings: tuple[Finding, ...] = checked(several(record(Finding), MAX_FINDINGS), default=())
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """One chunk of a map, base64."""
+
+    index: int = checked(integer(0, MAX_CHUNKS - 1))
+    data: str = checked(text(MAX_CHUNK_TEXT))
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerHealth:
+    """``uptime``: seconds, None if the server could not be asked; then ``message`` says why."""
+
+    name: str = checked(_NAME)
+    healthy: bool = checked(boolean)
+    message: str = checked(_SENTENCE)
+    uptime: float | None = checked(optional(number(0, _FOREVER)))
+    dirty_share: float | None = checked(optional(_SHARE))
+    threads_running: int | None = checked(optional(integer(0, 1 << 32)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Health:
+    """``moves``: how often this agent noticed another host; ``since_move``: seconds since then."""
+
+    incarnation: str = checked(token())
+    moves: int = checked(integer(0, 1 << 32))
+    since_move: float | None = checked(optional(number(0, _FOREVER)))
+    servers: tuple[ServerHealth, ...] = checked(several(record(ServerHealth), MAX_SERVERS))
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """``remembered``: the answer is kept, so that a repeated request is not executed again."""
+
+    arguments: type[Any]
+    result: type[Any]
+    remembered: bool = False
+
+
+METHODS = {
+    "ping": Method(Nothing, Pong),
+    "describe": Method(Nothing, Description),
+    "health": Method(Nothing, Health),
+    "prepare": Method(PrepareArguments, LeaseState, remembered=True),
+    "renew": Method(RenewArguments, LeaseState),
+    "restore": Method(LeaseArguments, LeaseState, remembered=True),
+    "map_begin": Method(MapArguments, MapState, remembered=True),
+    "map_state": Method(MapReference, MapState),
+    "map_chunk": Method(ChunkArguments, Chunk),
+    "map_end": Method(MapReference, Done),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Refusal:
+    """An answer that says no. ``code`` is for programs, ``message`` for people."""
+
+    code: str = checked(token())
+    message: str = checked(_SENTENCE)
+
+
+def result_of(method: str, answer: Any) -> Any:
+    """The record in an answer, or the `Refusal` in it.
+
+    :raises fields.Malformed: if it is neither.
+    """
+    if not isinstance(answer, dict):
+        raise fields.Malformed("the answer is not an object")
+    if answer.get("error") is not None:
+        return fields.parse(Refusal, answer["error"])
+    return fields.parse(METHODS[method].result, answer.get("result"))
