@@ -102,7 +102,9 @@ def text(limit: int) -> Checker:
     def check(value: Any) -> str:
         if not isinstance(value, str) or len(value) > limit:
             raise Malformed(f"{_show(value)} is not a text of at most {limit} characters")
-        return value if value.isprintable() else "".join(c if c.isprintable() else "?" for c in value)
+        return (
+            value if value.isprintable() else "".join(c if c.isprintable() else "?" for c in value)
+        )
 
     return check
 
@@ -112,7 +114,11 @@ def token(limit: int = 64) -> Checker:
     allowed = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-_")
 
     def check(value: Any) -> str:
-        if not isinstance(value, str) or not 0 < len(value) <= limit or not allowed.issuperset(value):
+        if (
+            not isinstance(value, str)
+            or not 0 < len(value) <= limit
+            or not allowed.issuperset(value)
+        ):
             raise Malformed(f"{_show(value)} is not an identifier of at most {limit} characters")
         return value
 

@@ -12,8 +12,18 @@ import dataclasses
 from typing import Any
 
 from nova_dmigrate.rpc import fields
-from nova_dmigrate.rpc.fields import boolean, checked, choice, integer, number, optional
-from nova_dmigrate.rpc.fields import record, several, text, token
+from nova_dmigrate.rpc.fields import (
+    boolean,
+    checked,
+    choice,
+    integer,
+    number,
+    optional,
+    record,
+    several,
+    text,
+    token,
+)
 
 VERSION = "1.0"
 NAMESPACE = "dmigrate.agent"
