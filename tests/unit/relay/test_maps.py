@@ -3,6 +3,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
@@ -281,6 +282,38 @@ class TestVolumes(MapTestCase):
             if thread.name.startswith("volume-"):
                 thread.join(HANGS)
         self.assert_as_if_direct(builder.data(), pair)
+
+    def test_copies_sent_unasked_and_blocks_may_cross_on_their_way(self) -> None:
+        for stale in (0.0, 0.5, 1.0):
+            guest = FakeGuest(6, ram_pages=PAGES, mapped=1.0, zero=0, stale=stale, dirty=0)
+            pairs: list[Pair] = []
+
+            class Late(BlockReader):
+                """Answers from the moment on at which the source sends copies unasked."""
+
+                def read_into(
+                    self, offset: int, buffer: memoryview, pairs: list[Pair] = pairs
+                ) -> None:
+                    deadline = time.monotonic() + HANGS
+                    while not pairs[0].source._outbox.copies_unasked:
+                        assert time.monotonic() < deadline
+                        time.sleep(0.001)
+                    super().read_into(offset, buffer)
+
+            path = guest.write_volume(self.make_directory() / "volume")
+            settings = RelaySettings(volume_read_size=16 << 10, volume_queue_depth=2)
+            with mock.patch.dict(DRIVERS, late=Late):
+                pairs.append(
+                    self.pair(
+                        guest,
+                        volumes=[VolumeSpec("volume", "late", str(path))],
+                        source_settings=SETTINGS,
+                        destination_settings=settings,
+                    )
+                )
+                pairs[0].run()
+            self.assert_exact(guest, pairs[0])
+            self.assertGreater(pairs[0].source_summary["copies_unasked"], 0)
 
     def test_a_volume_that_changes_under_the_reader(self) -> None:
         guest = FakeGuest(5, ram_pages=PAGES, mapped=1.0, zero=0, dirty=0.1)
