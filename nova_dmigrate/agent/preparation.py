@@ -1,0 +1,390 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lowers the share of dirty pages before a migration, and puts back every setting afterwards.
+
+Whatever happens: the requester vanishes (the lease ends), the agent is killed (the ledger is on
+disk before the first change), the server is restarted (its settings are its own again, nothing is
+put back), somebody else changes a setting meanwhile (theirs stays).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nova_dmigrate import exception
+from nova_dmigrate.agent import flushing, ledger, processes
+from nova_dmigrate.agent.database import Database, Login
+from nova_dmigrate.rpc import messages
+
+LOG = logging.getLogger(__name__)
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# Uptime is in whole seconds, and follows the wall clock
+_BEGAN_TOLERANCE = 30.0
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparationSettings:
+    """``max_flush_bytes``: the most that a server is asked to write in a second, unless its own
+    settings allow more. ``max_lease_seconds``: the longest lease."""
+
+    max_flush_bytes: int = 200 << 20
+    max_lease_seconds: float = 600.0
+
+
+def boot_clock() -> float:
+    """Seconds since boot, also those in which the guest was suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def read_boot_id() -> str:
+    return _BOOT_ID.read_text(encoding="ascii").strip()
+
+
+class Preparation:
+    """The one preparation that a guest has at a time. For several threads.
+
+    A new one takes over from another that is still held: its requester has probably gone, and
+    what was changed is remembered with the values that were there at first.
+
+    :param logins: the servers that run now.
+    :param connect: makes the connection to a server; raises ServerError.
+    """
+
+    def __init__(
+        self,
+        file: ledger.LedgerFile,
+        logins: Callable[[], Sequence[Login]],
+        connect: Callable[[Login], Database],
+        settings: PreparationSettings | None = None,
+        clock: Callable[[], float] = boot_clock,
+        boot_id: str | None = None,
+    ) -> None:
+        self._file = file
+        self._logins = logins
+        self._connect = connect
+        self._settings = settings or PreparationSettings()
+        self._clock = clock
+        self._boot_id = boot_id or read_boot_id()
+        self._lock = threading.Lock()
+        self._held: ledger.Ledger | None = None
+        self._trouble = ""
+
+    def recover(self) -> None:
+        """Take over what an agent that was killed has left.
+
+        Its lease goes on. What it had not finished is put back at the next `tick`.
+        """
+        with self._lock:
+            left = self._file.load()
+            if left is not None and left.boot_id != self._boot_id:
+                LOG.info("The guest was restarted since the last preparation: nothing to restore")
+                self._file.remove()
+                left = None
+            if left is not None:
+                LOG.info("Took over preparation %s of an earlier agent", left.lease_id)
+                if not all(entry.applied for entry in left.entries):
+                    left = dataclasses.replace(left, deadline=0.0)
+            self._held = left
+
+    def prepare(self, arguments: messages.PrepareArguments) -> messages.LeaseState:
+        """Change the settings so that the servers write their dirty pages. Returns at once.
+
+        :raises ServerNotFound: if there is no server.
+        :raises ServerError: if none can be asked, or one refuses; all is as before then.
+        """
+        with self._lock:
+            databases, failures = self._open_all()
+            try:
+                return self._prepare(arguments, databases, failures)
+            finally:
+                for database in databases:
+                    database.close()
+
+    def renew(self, lease_id: str, seconds: float) -> messages.LeaseState:
+        """Prolong a lease, and tell how far the preparation is.
+
+        :raises AgentError: with code ``unknown-lease`` if it is not, or not any more, held.
+        """
+        with self._lock:
+            held = self._held
+            if held is None or held.lease_id != lease_id or self._clock() >= held.deadline:
+                raise exception.AgentError(
+                    reason=f"lease {lease_id} is not held (any more)", code="unknown-lease"
+                )
+            self._held = dataclasses.replace(held, deadline=self._deadline(seconds))
+            self._file.save(self._held)
+            return self._state(self._held)
+
+    def restore(self, lease_id: str | None = None) -> messages.LeaseState:
+        """Put everything back; of a lease that is not held nothing is left to do.
+
+        :param lease_id: None for whatever is held.
+        """
+        with self._lock:
+            held = self._held
+            if held is None or lease_id not in (None, held.lease_id):
+                return _idle(lease_id or "none", "nothing of this lease is changed")
+            self._restore()
+            return self._state(held) if self._held else _idle(held.lease_id, "restored")
+
+    def tick(self) -> None:
+        """End a lease that has run out. To be called about once a second."""
+        with self._lock:
+            if self._held is not None and self._clock() >= self._held.deadline:
+                if not self._trouble:
+                    LOG.info("Lease %s has ended: settings are restored", self._held.lease_id)
+                self._restore()
+
+    @property
+    def active(self) -> bool:
+        """Whether a setting may still be ours."""
+        return self._held is not None
+
+    # Preparing
+
+    def _open_all(self) -> tuple[list[Database], list[exception.ServerError]]:
+        databases, failures = [], []
+        for login in self._logins():
+            try:
+                databases.append(self._connect(login))
+            except exception.ServerError as error:
+                LOG.warning("Not prepared: %s", error)
+                failures.append(error)
+        if not databases:
+            raise failures[0] if failures else exception.ServerNotFound(reason="none runs here")
+        return databases, failures
+
+    def _prepare(
+        self,
+        arguments: messages.PrepareArguments,
+        databases: Sequence[Database],
+        failures: Sequence[exception.ServerError],
+    ) -> messages.LeaseState:
+        entries = [self._plan(database, arguments.seconds) for database in databases]
+        planned = {entry.socket for entry in entries}
+        # A server that cannot be reached now keeps its entry: it is restored when it can be
+        kept = [entry for entry in self._entries() if entry.socket not in planned]
+        self._held = ledger.make(
+            boot_id=self._boot_id,
+            lease_id=uuid.uuid4().hex,
+            deadline=self._deadline(arguments.lease_seconds),
+            flush_until=self._clock() + arguments.seconds,
+            dirty_share=arguments.dirty_share,
+            entries=(*kept, *entries),
+        )
+        self._trouble = ""
+        self._file.save(self._held)
+        try:
+            applied = [
+                _apply(database, entry)
+                for database, entry in zip(databases, entries)  # noqa: B905 - Python 3.9
+            ]
+        except exception.ServerError:
+            self._restore()
+            raise
+        self._held = dataclasses.replace(self._held, entries=(*kept, *applied))
+        self._file.save(self._held)
+        return self._state(self._held, "; ".join(str(error) for error in failures))
+
+    def _entries(self) -> tuple[ledger.Entry, ...]:
+        return self._held.entries if self._held is not None else ()
+
+    def _plan(self, database: Database, seconds: float) -> ledger.Entry:
+        """What to change in one server; what is changed already keeps its original value."""
+        identity = self._identify(database)
+        current = database.variables(flushing.ORDER)
+        originals = dict(current)
+        ours = {}
+        for change in self._held_changes(database, identity):
+            shown = current.get(change.name)
+            if shown is not None and flushing.equal(shown, change.ours):
+                originals[change.name] = change.original
+                ours[change.name] = change.ours
+        pool = database.pool()
+        # What needs no change by itself any more, but has one, keeps it until the end
+        ours.update(flushing.plan(originals, pool, seconds, self._settings.max_flush_bytes))
+        return ledger.Entry(
+            socket=database.login.socket,
+            identity=identity,
+            applied=False,
+            changes=tuple(
+                ledger.Change(name, originals[name], ours[name])
+                for name in flushing.ORDER
+                if name in ours
+            ),
+        )
+
+    def _held_changes(
+        self, database: Database, identity: ledger.Identity
+    ) -> tuple[ledger.Change, ...]:
+        """What is changed already in this run of a server."""
+        for entry in self._entries():
+            if entry.socket == database.login.socket and self._same_run(entry.identity, identity):
+                return entry.changes
+        return ()
+
+    def _deadline(self, seconds: float) -> float:
+        return self._clock() + min(seconds, self._settings.max_lease_seconds)
+
+    # Restoring
+
+    def _restore(self) -> None:
+        """Put back what can be; what cannot be now stays in the ledger for the next attempt."""
+        assert self._held is not None
+        left, reasons = [], []
+        for entry in self._held.entries:
+            reason = self._restore_server(entry)
+            if reason is not None:
+                left.append(entry)
+                reasons.append(reason)
+        trouble = "; ".join(reasons)
+        if trouble and trouble != self._trouble:
+            LOG.error("Settings cannot be restored yet, it is tried again: %s", trouble)
+        self._trouble = trouble
+        if not left:
+            self._held = None
+            self._file.remove()
+            return
+        # Whoever renews this lease now is too late
+        self._held = dataclasses.replace(self._held, deadline=0.0, entries=tuple(left))
+        self._file.save(self._held)
+
+    def _restore_server(self, entry: ledger.Entry) -> str | None:
+        """None when nothing in that server is ours any more, else why it still is."""
+        try:
+            database = self._connect(self._login(entry.socket))
+        except exception.ServerError as error:
+            if entry.identity.pid is not None and not _runs(entry.identity):
+                LOG.info("%s has ended: nothing to restore", entry.socket)
+                return None
+            return str(error)
+        try:
+            if not self._same_run(entry.identity, self._identify(database)):
+                LOG.info("%s was restarted: its settings are its own again", entry.socket)
+                return None
+            current = database.variables([change.name for change in entry.changes])
+            for change in reversed(entry.changes):
+                _put_back(database, change, current.get(change.name), entry.applied)
+        except exception.ServerError as error:
+            return str(error)
+        finally:
+            database.close()
+        LOG.info("%s: settings restored", entry.socket)
+        return None
+
+    def _login(self, socket: str) -> Login:
+        """Our login at a server, with the socket by which it was prepared."""
+        try:
+            for login in self._logins():
+                return dataclasses.replace(login, socket=socket)
+        except exception.AgentError:
+            pass
+        return Login(socket)
+
+    # Which run of a server it is
+
+    def _identify(self, database: Database) -> ledger.Identity:
+        if database.pid is not None:
+            try:
+                started = processes.read_start_time(database.pid)
+                return ledger.Identity(pid=database.pid, start_time=started)
+            except (OSError, ValueError):
+                pass
+        uptime = float(database.status(["Uptime"]).get("Uptime", 0))
+        return ledger.Identity(began=self._clock() - uptime)
+
+    @staticmethod
+    def _same_run(one: ledger.Identity, other: ledger.Identity) -> bool:
+        if one.pid is not None or other.pid is not None:
+            return (one.pid, one.start_time) == (other.pid, other.start_time)
+        return abs((one.began or 0) - (other.began or 0)) < _BEGAN_TOLERANCE
+
+    # Telling
+
+    def _state(self, held: ledger.Ledger, message: str = "") -> messages.LeaseState:
+        now = self._clock()
+        share, problem = self._dirty_share(held)
+        reached = share <= held.dirty_share
+        if now >= held.deadline or self._trouble:
+            state = "restoring"
+        else:
+            state = "ready" if reached or now >= held.flush_until else "flushing"
+        return messages.LeaseState(
+            lease_id=held.lease_id,
+            state=state,
+            reached=reached,
+            dirty_share=share,
+            remaining=max(0.0, held.deadline - now),
+            message="; ".join(filter(None, (message, problem, self._trouble)))[:1000],
+        )
+
+    def _dirty_share(self, held: ledger.Ledger) -> tuple[float, str]:
+        """Share of dirty pages over all prepared servers, 1 where that cannot be asked."""
+        dirty = data = 0
+        problems = []
+        for entry in held.entries:
+            try:
+                database = self._connect(self._login(entry.socket))
+                try:
+                    pool = database.pool()
+                finally:
+                    database.close()
+            except exception.ServerError as error:
+                problems.append(str(error))
+                continue
+            dirty += pool.dirty
+            data += pool.data
+        if problems:
+            return 1.0, "; ".join(problems)
+        return (min(1.0, dirty / data) if data else 0.0), ""
+
+
+def _apply(database: Database, entry: ledger.Entry) -> ledger.Entry:
+    """Make the changes; the entry with the values that the server shows then."""
+    for change in entry.changes:
+        database.set_global(change.name, change.ours)
+    shown = database.variables([change.name for change in entry.changes])
+    return dataclasses.replace(
+        entry,
+        applied=True,
+        changes=tuple(
+            dataclasses.replace(change, ours=shown.get(change.name, change.ours))
+            for change in entry.changes
+        ),
+    )
+
+
+def _put_back(database: Database, change: ledger.Change, current: str | None, exact: bool) -> None:
+    """Put one setting back, unless it is not ours.
+
+    :param exact: the value that is ours is known for certain; else any but the original is.
+    """
+    if current is None or flushing.equal(current, change.original):
+        return
+    if exact and not flushing.equal(current, change.ours):
+        LOG.warning(
+            "%s: %s is now %s, which is not what the agent has set (%s): it stays",
+            database.login.socket,
+            change.name,
+            current,
+            change.ours,
+        )
+        return
+    database.set_global(change.name, change.original)
+
+
+def _runs(identity: ledger.Identity) -> bool:
+    try:
+        return processes.read_start_time(identity.pid or 0) == identity.start_time
+    except (OSError, ValueError):
+        return False
+
+
+def _idle(lease_id: str, message: str) -> messages.LeaseState:
+    return messages.LeaseState(lease_id, "idle", True, 0.0, 0.0, message)
