@@ -1,0 +1,382 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Building the buffer map of one server: its frames in memory joined with their place on volumes.
+
+The frames are searched in chunks. Of each that is a page of a known tablespace little is kept
+(where its tablespace has it, its guest pages, part of its LSN); from that the map is made when
+duplicates are gone. The server runs on meanwhile: frames come, go and change under our eyes. What
+is wrong in the map by then is a miss for the migration, never an error.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_dmigrate import buffermap, exception
+from nova_dmigrate.agent import (
+    assembly,
+    filesystem,
+    findings,
+    location,
+    memory,
+    options,
+    pages,
+    processes,
+    storage,
+    tablespaces,
+)
+from nova_dmigrate.buffermap import volume as volumes
+
+LOG = logging.getLogger(__name__)
+
+U32 = NDArray[np.uint32]
+U64 = NDArray[np.uint64]
+
+
+@dataclasses.dataclass(frozen=True)
+class MapSummary:
+    """What ``build_map`` found.
+
+    ``pool_frames``: frames in memory, in those mappings in which there were pages at all.
+    ``candidate_frames``: those that hold pages of known tablespaces. ``mapped_pages``: guest
+    pages (4 KiB) in the map. ``dirty_frames``: candidates that are known not to be on the volume
+    as they are in memory. ``excluded``: guest pages left out, by reason. ``seconds``: the time
+    it took.
+    """
+
+    server: processes.ServerProcess
+    page_size: int
+    pool_frames: int
+    candidate_frames: int
+    mapped_pages: int
+    dirty_frames: int
+    excluded: dict[str, int]
+    seconds: float
+    findings: tuple[findings.Finding, ...]
+
+
+def build_map(
+    server: processes.ServerProcess, settings: options.MapOptions | None = None
+) -> tuple[buffermap.BufferMap, MapSummary]:
+    """Build the map of what of ``server``'s buffer pool is on its volumes now.
+
+    :raises ServerNotFound: if the server has ended.
+    :raises PrivilegeError: if the kernel does not let us look.
+    """
+    settings = settings or options.MapOptions()
+    began = time.monotonic()
+    notes = _Notes()
+    spaces = tablespaces.discover(server)
+    page_size = _common_page_size(spaces)
+    files = _Locator(server, settings, notes).locate(spaces, page_size)
+    table = location.PlaceTable(files)
+    scan = _Scan(table, page_size, settings)
+    with memory.ProcessMemory(server.pid) as process:
+        found = scan.run(process)
+    built = _assemble(found, location.BlockTable(table, page_size), scan.excluded, page_size)
+    if not server.running:
+        raise exception.ServerNotFound(reason=f"process {server.pid} has ended")
+    summary = MapSummary(
+        server=server,
+        page_size=page_size,
+        pool_frames=scan.pool_frames,
+        candidate_frames=scan.candidate_frames,
+        mapped_pages=built.page_count,
+        dirty_frames=scan.dirty_frames,
+        excluded={reason: count for reason, count in sorted(scan.excluded.items()) if count},
+        seconds=time.monotonic() - began,
+        findings=notes.all(scan, built.page_count),
+    )
+    return built, summary
+
+
+class _Notes:
+    """Collects findings; many files with the same trouble make one."""
+
+    def __init__(self) -> None:
+        self._paths: dict[tuple[str, str], list[str]] = collections.defaultdict(list)
+        self._buffered: list[str] = []
+
+    def storage(self, error: exception.StorageError, path: str) -> None:
+        code = str(error.kwargs.get("code", "unsupported-device"))
+        self._paths[code, str(error.kwargs.get("reason"))].append(path)
+
+    def buffered(self, path: str) -> None:
+        self._buffered.append(path)
+
+    def all(self, scan: _Scan, mapped: int) -> tuple[findings.Finding, ...]:
+        made = []
+        for (code, reason), paths in sorted(self._paths.items()):
+            text = f"{_named(paths)} cannot be mapped: {reason}"
+            made.append(findings.Finding(code, findings.Severity.PROBLEM, text))
+        if self._buffered:
+            text = (
+                f"{_named(self._buffered)} not opened with O_DIRECT (innodb_flush_method): what "
+                "was written may be on the volume only later"
+            )
+            made.append(findings.Finding("not-o-direct", findings.Severity.NOTE, text))
+        if not scan.candidate_frames:
+            text = "no page of a known tablespace was found in the memory of the server"
+            made.append(findings.Finding("no-frames", findings.Severity.PROBLEM, text))
+        elif not mapped:
+            text = "none of the pages in memory can be read from a volume"
+            made.append(findings.Finding("nothing-mapped", findings.Severity.PROBLEM, text))
+        return tuple(made)
+
+
+def _named(paths: Sequence[str]) -> str:
+    first = sorted(paths)[0]
+    return first if len(paths) == 1 else f"{first} and {len(paths) - 1} more"
+
+
+def _common_page_size(spaces: Sequence[tablespaces.Tablespace]) -> int:
+    """The server's page size, of which all its tablespaces are: that of most of them.
+
+    A file that was forgotten in the data directory may have another.
+    """
+    sizes = collections.Counter(space.page_size for space in spaces)
+    for space in spaces:
+        if space.space_id == 0:
+            return space.page_size
+    return sizes.most_common(1)[0][0] if sizes else tablespaces.DEFAULT_PAGE_SIZE
+
+
+class _Locator:
+    """Finds out where each file lies, or why it is excluded."""
+
+    def __init__(
+        self, server: processes.ServerProcess, settings: options.MapOptions, notes: _Notes
+    ) -> None:
+        self._mounts = filesystem.read_mounts(server.pid)
+        self._stack = storage.DeviceStack(settings.volume_names)
+        self._settings = settings
+        self._notes = notes
+
+    def locate(
+        self, spaces: Sequence[tablespaces.Tablespace], page_size: int
+    ) -> list[location.File]:
+        files = []
+        taken: dict[int, int] = {}
+        for space in spaces:
+            # Of a tablespace that is there twice (a copy left lying about) the file that the
+            # server has open comes first.
+            if space.page_size != page_size or space.first_page < taken.get(space.space_id, 0):
+                continue
+            taken[space.space_id] = space.first_page + space.pages
+            excluded = space.excluded
+            placed: list[storage.Placed] = []
+            if excluded is None:
+                try:
+                    placed = self._place(space)
+                except exception.StorageError as error:
+                    self._notes.storage(error, space.path)
+                    excluded = str(error.kwargs.get("code", "unsupported-device"))
+            files.append(
+                location.File(
+                    space_id=space.space_id,
+                    first_page=space.first_page,
+                    pages=space.pages,
+                    full_crc32=space.full_crc32,
+                    excluded=excluded,
+                    placed=tuple(placed),
+                )
+            )
+        return files
+
+    def _place(self, space: tablespaces.Tablespace) -> list[storage.Placed]:
+        filesystem.check_mount(space.path, self._mounts.get(space.device))
+        segments = self._stack.segments(space.device)
+        try:
+            descriptor = os.open(space.location, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise exception.StorageError(
+                path=space.path, reason=error.strerror, code="unreadable"
+            ) from error
+        try:
+            if space.direct is False:
+                self._notes.buffered(space.path)
+                if self._settings.sync_buffered:
+                    os.fdatasync(descriptor)
+            return storage.place(filesystem.file_extents(descriptor, space.path), segments)
+        finally:
+            os.close(descriptor)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Frames:
+    """Frames found in one chunk of memory.
+
+    ``place``: u32 (n,). ``lsn``: u32 (n,), the low half. ``guest``: u32 (n, pages per frame).
+    """
+
+    place: U32
+    lsn: U32
+    guest: U32
+
+
+class _Scan:
+    """One search through the server's memory. What it counts is read when it has run."""
+
+    def __init__(
+        self, table: location.PlaceTable, page_size: int, settings: options.MapOptions
+    ) -> None:
+        self._table = table
+        self._page_size = page_size
+        self._per_frame = page_size // memory.PAGE_SIZE
+        self._settings = settings
+        self.pool_frames = 0
+        self.candidate_frames = 0
+        self.dirty_frames = 0
+        self.excluded: collections.Counter[str] = collections.Counter()
+
+    def run(self, process: memory.ProcessMemory) -> list[_Frames]:
+        found = []
+        for mapping in process.mappings(self._settings.min_mapping_bytes):
+            frames = candidates = 0
+            for address, count in self._chunks(mapping):
+                present, guest = self._present(process, address, count)
+                if not present.size:
+                    continue
+                headers = pages.read_headers(process, present, self._page_size)
+                frames += present.size
+                before = self.candidate_frames
+                chosen = self._choose(headers, guest)
+                candidates += self.candidate_frames - before
+                if chosen.place.size:
+                    found.append(chosen)
+            if candidates:
+                self.pool_frames += frames
+        return found
+
+    def _chunks(self, mapping: memory.Mapping) -> Iterator[tuple[int, int]]:
+        """(address, frames) of the chunks of a mapping; frames are aligned to their size."""
+        size = self._page_size
+        first, last = -(-mapping.start // size), mapping.end // size
+        for frame in range(first, last, self._settings.chunk_frames):
+            yield frame * size, min(self._settings.chunk_frames, last - frame)
+
+    def _present(
+        self, process: memory.ProcessMemory, address: int, count: int
+    ) -> tuple[U64, NDArray[np.int64]]:
+        """Addresses of the frames that are in memory in full, and their guest pages."""
+        guest = process.guest_pages(address, count * self._per_frame)
+        guest = guest.reshape(count, self._per_frame)
+        present = np.flatnonzero((guest >= 0).all(axis=1))
+        addresses = present.astype(np.uint64) * np.uint64(self._page_size) + np.uint64(address)
+        return addresses, guest[present]
+
+    def _choose(self, headers: pages.Headers, guest: NDArray[np.int64]) -> _Frames:
+        known, place, full_crc32, reason = self._table.find(headers.space, headers.page)
+        written = headers.written(full_crc32)
+        self._count_unknown(headers, known)
+        mappable = known & (reason < 0)
+        clean = mappable & written & headers.has_lsn
+        dirty = mappable & ~written & headers.plausible
+        excluded = known & (reason >= 0) & headers.is_page
+        self.dirty_frames += int(np.count_nonzero(dirty))
+        self.candidate_frames += int(np.count_nonzero(clean | dirty | excluded))
+        for number, count in enumerate(
+            np.bincount(reason[excluded], minlength=len(self._table.reasons)).tolist()
+        ):
+            self.excluded[self._table.reasons[number]] += count * self._per_frame
+        if self._settings.include_dirty:
+            clean |= dirty
+        else:
+            self.excluded["dirty"] += int(np.count_nonzero(dirty)) * self._per_frame
+        return _Frames(
+            place[clean].astype(np.uint32), headers.lsn_low[clean], guest[clean].astype(np.uint32)
+        )
+
+    def _count_unknown(self, headers: pages.Headers, known: NDArray[np.bool_]) -> None:
+        """Pages of tablespaces without a file: dropped ones, or files that were not found."""
+        no = np.zeros(known.size, np.bool_)
+        whole = headers.written(no) | headers.written(~no)
+        # MariaDB marks free frames with the highest numbers.
+        used = headers.space != np.uint32(0xFFFFFFFF)
+        unknown = int(np.count_nonzero(~known & used & headers.plausible & whole))
+        self.excluded["unknown-tablespace"] += unknown * self._per_frame
+
+
+def _assemble(
+    found: list[_Frames],
+    blocks: location.BlockTable,
+    excluded: collections.Counter[str],
+    page_size: int,
+) -> buffermap.BufferMap:
+    """The map of the frames in ``found``, which is emptied on the way: the map takes its room."""
+    per_frame = page_size // memory.PAGE_SIZE
+    keep = _newest(found)
+    excluded["duplicate"] += int(np.count_nonzero(~keep)) * per_frame
+    capacity = int(np.count_nonzero(keep)) * per_frame
+    collectors = [
+        assembly.PageCollector(volume.volume_id, volume.size, capacity) for volume in blocks.volumes
+    ]
+    behind = keep.size
+    while found:
+        frames = found.pop()
+        kept = keep[behind - frames.place.size : behind]
+        behind -= frames.place.size
+        guest = frames.guest[kept].astype(np.uint64)
+        volume, block = blocks.find(frames.place[kept].astype(np.uint64))
+        there = np.count_nonzero(volume >= 0, axis=1)
+        whole = there == per_frame
+        # A hole inside of a page is how both servers give back what compression saved.
+        excluded["page-compressed"] += int(np.count_nonzero((there > 0) & ~whole)) * per_frame
+        excluded["not-written"] += int(np.count_nonzero(there == 0)) * per_frame
+        for number, collector in enumerate(collectors):
+            mine = (volume == number) & whole[:, np.newaxis]
+            collector.add(guest[mine], block[mine])
+    maps = tuple(collector.finish() for collector in collectors)
+    built = buffermap.BufferMap(tuple(each for each in maps if each.page_count))
+    volumes.check_overlaps(built.volumes)
+    return built
+
+
+def _newest(found: Sequence[_Frames]) -> NDArray[np.bool_]:
+    """Which of all frames to keep: bool (frames,), chunk after chunk.
+
+    A frame on the free list still holds the page that it had. When that page was read again, or
+    changed meanwhile, there are two: only the newest can be what is on the volume. Equal ones
+    both are.
+    """
+    total = sum(frames.place.size for frames in found)
+    keep = np.ones(total, np.bool_)
+    keys = np.empty(total, np.uint64)  # place, then number of the frame
+    at = 0
+    for frames in found:
+        behind = at + frames.place.size
+        keys[at:behind] = frames.place.astype(np.uint64) << np.uint64(32)
+        keys[at:behind] |= np.arange(at, behind, dtype=np.uint64)
+        at = behind
+    keys.sort()
+    same = np.zeros(total, np.bool_)
+    same[1:] = (keys[1:] ^ keys[:-1]) < np.uint64(1 << 32)
+    same[:-1] |= same[1:]
+    repeated = keys[same]
+    if not repeated.size:
+        return keep
+    rows = (repeated & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    lsn = _gather_lsn(found, rows)
+    group = np.cumsum(np.append(True, (repeated[1:] ^ repeated[:-1]) >= np.uint64(1 << 32))) - 1
+    newest = np.zeros(int(group[-1]) + 1, np.uint32)
+    np.maximum.at(newest, group, lsn)
+    keep[rows[lsn != newest[group]]] = False
+    return keep
+
+
+def _gather_lsn(found: Sequence[_Frames], rows: NDArray[np.int64]) -> U32:
+    """The LSN's low half of the frames numbered ``rows``."""
+    begins = np.cumsum([0] + [frames.place.size for frames in found])
+    chunk = np.searchsorted(begins, rows, side="right") - 1
+    lsn = np.empty(rows.size, np.uint32)
+    for number in np.unique(chunk).tolist():
+        mine = chunk == number
+        lsn[mine] = found[number].lsn[rows[mine] - begins[number]]
+    return lsn

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The database servers that run in this guest, as /proc shows them.
+
+A server may live in a chroot or a container: its paths are then its own. They are translated
+through /proc/PID/root, which leads there from outside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import posixpath
+import re
+
+from nova_dmigrate import exception
+
+_PROC = "/proc"
+_PROGRAMS = ("mysqld", "mariadbd", "mysqld-debug", "mysqld_debug")
+_LISTENING = 0x10000  # __SO_ACCEPTCON in /proc/net/unix
+_MAX_LINKS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Selector:
+    """Which servers are meant: all that are given must fit. None at all means every server.
+
+    ``datadir`` and ``socket`` are paths as the server or as this process sees them.
+    """
+
+    pid: int | None = None
+    datadir: str | None = None
+    socket: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerProcess:
+    """One running mysqld or mariadbd.
+
+    ``start_time`` (clock ticks since boot) tells the process from a later one with its pid.
+    ``executable``, ``datadir`` and ``socket`` are paths as the server sees them, ``root`` leads
+    to its root directory. ``socket`` is None when it listens on none.
+    """
+
+    pid: int
+    start_time: int
+    executable: str
+    datadir: str
+    root: str
+    socket: str | None
+    uid: int
+
+    def path(self, path: str) -> str:
+        """The way from here to a path that the server knows; links on it stay in its world.
+
+        A relative path is relative to the data directory, where the server works.
+        """
+        return self.root + _follow(self.root, posixpath.join(self.datadir, path))
+
+    def inside(self, path: str) -> str:
+        """A path out of one of the links of /proc/PID, as the server sees it."""
+        return _inside(self.pid, path)
+
+    @property
+    def running(self) -> bool:
+        """Whether it still runs, it and not another with the same pid."""
+        try:
+            return read_start_time(self.pid) == self.start_time
+        except (OSError, ValueError):
+            return False
+
+
+def find_servers(selector: Selector | None = None) -> list[ServerProcess]:
+    """The servers that fit, sorted by pid.
+
+    :raises ServerNotFound: if there is none.
+    :raises PrivilegeError: if there is one that fits as far as can be seen, but the kernel does
+        not let us look at it.
+    """
+    selector = selector or Selector()
+    candidates = [selector.pid] if selector.pid is not None else _all_pids()
+    servers = []
+    refused = None
+    for pid in candidates:
+        try:
+            server = _inspect(pid)
+        except exception.PrivilegeError as error:
+            refused = error
+            continue
+        if server is not None and _fits(server, selector):
+            servers.append(server)
+    if not servers and refused is not None:
+        raise refused
+    if not servers:
+        raise exception.ServerNotFound(reason=_what_was_sought(selector))
+    return servers
+
+
+def read_start_time(pid: int) -> int:
+    """When the process was started, in clock ticks since boot."""
+    with open(f"{_PROC}/{pid}/stat", "rb") as file:
+        # The name in parentheses may hold anything, spaces and parentheses too.
+        return int(file.read().rpartition(b")")[2].split()[19])
+
+
+def parse_sockets(text: str, inodes: set[int]) -> list[str]:
+    """Paths of those of ``inodes`` that listen, from the text of /proc/PID/net/unix."""
+    paths = []
+    for line in text.splitlines()[1:]:
+        fields = line.split(None, 7)
+        if len(fields) < 8 or not fields[6].isdigit():
+            continue
+        if int(fields[3], 16) & _LISTENING and int(fields[6]) in inodes:
+            paths.append(fields[7])
+    return paths
+
+
+def _all_pids() -> list[int]:
+    return sorted(int(name) for name in os.listdir(_PROC) if name.isdigit())
+
+
+def _inspect(pid: int) -> ServerProcess | None:
+    """The server with that pid; None if it is none, or gone."""
+    try:
+        with open(f"{_PROC}/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            name = file.read().strip()
+        if name not in _PROGRAMS and not _runs_program(pid):
+            return None
+        executable = os.readlink(f"{_PROC}/{pid}/exe").replace(" (deleted)", "")
+        root = f"{_PROC}/{pid}/root"
+        return ServerProcess(
+            pid=pid,
+            start_time=read_start_time(pid),
+            executable=_inside(pid, executable),
+            datadir=_inside(pid, os.readlink(f"{_PROC}/{pid}/cwd")),
+            root=root,
+            socket=_socket(pid),
+            uid=os.stat(f"{_PROC}/{pid}").st_uid,
+        )
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise exception.PrivilegeError(
+                reason=f"process {pid} looks like a database server but cannot be inspected "
+                f"({error.strerror}); the agent needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
+            ) from error
+        return None
+
+
+def _runs_program(pid: int) -> bool:
+    """Whether the program itself has a server's name: the process may have renamed itself."""
+    try:
+        executable = os.readlink(f"{_PROC}/{pid}/exe")
+    except OSError:
+        return False
+    return posixpath.basename(executable.replace(" (deleted)", "")) in _PROGRAMS
+
+
+def _inside(pid: int, path: str) -> str:
+    """A path out of one of the links of /proc/PID, as the process sees it.
+
+    Where the process lives in a chroot of ours the link shows our path; where it has mounts of
+    its own, its own.
+    """
+    root = os.readlink(f"{_PROC}/{pid}/root")
+    if root != "/" and (path == root or path.startswith(root + "/")):
+        return path[len(root) :] or "/"
+    return path
+
+
+def _socket(pid: int) -> str | None:
+    """The socket on which clients reach the server."""
+    inodes = set()
+    for name in os.listdir(f"{_PROC}/{pid}/fd"):
+        try:
+            match = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(f"{_PROC}/{pid}/fd/{name}"))
+        except FileNotFoundError:
+            continue
+        if match:
+            inodes.add(int(match[1]))
+    with open(f"{_PROC}/{pid}/net/unix", encoding="utf-8", errors="replace") as file:
+        paths = parse_sockets(file.read(), inodes)
+    # MySQL 8 also listens for its X protocol, which is of no use to us.
+    ordinary = [path for path in paths if "mysqlx" not in posixpath.basename(path)]
+    return ordinary[0] if ordinary else None
+
+
+def _fits(server: ServerProcess, selector: Selector) -> bool:
+    return (
+        (selector.datadir is None or _same(server, server.datadir, selector.datadir))
+        and (
+            selector.socket is None
+            or (server.socket is not None and _same(server, server.socket, selector.socket))
+        )
+        and (selector.pid is None or server.pid == selector.pid)
+    )
+
+
+def _same(server: ServerProcess, actual: str, wanted: str) -> bool:
+    """Whether two paths, the first the server's, are the same by name or lead to one file."""
+    if posixpath.normpath(posixpath.join(server.datadir, actual)) == posixpath.normpath(wanted):
+        return True
+    try:
+        return os.path.samefile(server.path(actual), wanted)
+    except OSError:
+        return False
+
+
+def _follow(root: str, path: str) -> str:
+    """Resolve the links of ``path`` as if ``root`` were the root directory.
+
+    The kernel resolves an absolute link from our root, whatever way we came.
+    """
+    done, rest, links = "", path.split("/"), 0
+    while rest:
+        name = rest.pop(0)
+        if name in ("", "."):
+            continue
+        if name == "..":
+            done = posixpath.dirname(done).rstrip("/")
+            continue
+        try:
+            target = os.readlink(f"{root}{done}/{name}")
+        except OSError:
+            done += "/" + name
+            continue
+        links += 1
+        if links > _MAX_LINKS:
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
+        if target.startswith("/"):
+            done = ""
+        rest = target.split("/") + rest
+    return done or "/"
+
+
+def _what_was_sought(selector: Selector) -> str:
+    given = [
+        f"{name} {value}"
+        for name, value in dataclasses.asdict(selector).items()
+        if value is not None
+    ]
+    if not given:
+        return "neither mysqld nor mariadbd runs here"
+    return "none runs here with " + " and ".join(given)

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Database servers on block devices of this machine, unmodified, under load.
+
+A volume is a file system on a loop device. It is mounted in a mount namespace of its own, which a
+holder process keeps: when that ends, for whatever reason, mount and loop device are gone. The
+server runs in that namespace, as one in a container would.
+"""
+
+import contextlib
+import os
+import pwd
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tests.integration.lab import processes
+
+BLOCK = 4096
+_READ_BLOCKS = 256
+_MKFS: Mapping[str, Sequence[str]] = {
+    "ext4": ("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,nodiscard"),
+    "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
+}
+
+
+class DatabaseError(Exception):
+    """A server did not do what the test needs."""
+
+
+def available() -> str | None:
+    """Why databases cannot run on this machine, None if they can."""
+    if os.geteuid() != 0 or not Path("/dev/loop-control").exists():
+        return "needs root and loop devices"
+    for program in ("mariadbd", "sysbench"):
+        if shutil.which(program, path="/usr/sbin:/usr/bin") is None:
+            return f"{program} is not installed"
+    return None
+
+
+class LoopVolume:
+    """A file system on a loop device, mounted at ``mountpoint`` in a namespace of its own.
+
+    ``device``: the loop device. ``enter``: what to put before a command to run it there.
+    """
+
+    def __init__(self, directory: Path, megabytes: int, kind: str = "ext4") -> None:
+        self.mountpoint = directory / "volume"
+        self._image = directory / "volume.img"
+        self._megabytes = megabytes
+        self._kind = kind
+        self._holder: subprocess.Popen[bytes] | None = None
+        self.device = Path()
+        self.enter: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The device's name in the kernel."""
+        return self.device.name
+
+    def __enter__(self) -> "LoopVolume":
+        self.mountpoint.mkdir()
+        with open(self._image, "wb") as file:
+            file.truncate(self._megabytes << 20)
+        _run([*_MKFS[self._kind], str(self._image)])
+        script = 'mount -o loop "$1" "$2" && echo mounted && exec cat >/dev/null'
+        self._holder = processes.spawn(
+            ["unshare", "--mount", "--propagation", "private", "--"]
+            + ["sh", "-c", script, "sh", str(self._image), str(self.mountpoint)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert self._holder.stdout is not None
+        if self._holder.stdout.readline() != b"mounted\n":
+            self.__exit__()
+            raise DatabaseError("the volume could not be mounted")
+        mounts = Path(f"/proc/{self._holder.pid}/mountinfo").read_text()
+        match = re.search(rf" {re.escape(str(self.mountpoint))} .* - \S+ (\S+)", mounts)
+        assert match is not None, mounts
+        self.device = Path(match[1])
+        self.enter = ("nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._holder is not None:
+            processes.end(self._holder)
+            self._holder = None
+
+    def read_blocks(self, blocks: NDArray[np.uint32]) -> NDArray[np.uint8]:
+        """Contents of blocks (u32 (n,)), read past all caches: u8 (n, 4096)."""
+        content = np.empty((blocks.size, BLOCK), np.uint8)
+        order = np.argsort(blocks, kind="stable")
+        ordered = blocks[order].astype(np.int64)
+        buffer = _aligned(_READ_BLOCKS * BLOCK)
+        descriptor = os.open(self.device, os.O_RDONLY | os.O_DIRECT)
+        try:
+            at = 0
+            while at < ordered.size:
+                # What lies close together is read at once, gaps included.
+                first = int(ordered[at])
+                behind = int(np.searchsorted(ordered, first + _READ_BLOCKS))
+                length = (int(ordered[behind - 1]) - first + 1) * BLOCK
+                if os.preadv(descriptor, [memoryview(buffer)[:length]], first * BLOCK) != length:
+                    raise DatabaseError(f"block {first} of {self.device} cannot be read")
+                rows = buffer.reshape(-1, BLOCK)[ordered[at:behind] - first]
+                content[order[at:behind]] = rows
+                at = behind
+        finally:
+            os.close(descriptor)
+        return content
+
+
+class MariaDB:
+    """A private MariaDB server with its data on a volume.
+
+    ``options``: of mariadbd, without the leading dashes. Its plugin for encryption has a key.
+    """
+
+    def __init__(
+        self, directory: Path, volume: LoopVolume, options: Sequence[str] = (), pool: str = "128M"
+    ) -> None:
+        self._directory = directory
+        self._volume = volume
+        self._log = directory / "mariadbd.log"
+        self._process: subprocess.Popen[bytes] | None = None
+        self.datadir = volume.mountpoint / "data"
+        self.socket = directory / "mariadbd.sock"
+        keys = directory / "keys"
+        self._options = [
+            f"--datadir={self.datadir}",
+            f"--socket={self.socket}",
+            f"--pid-file={directory / 'mariadbd.pid'}",
+            "--skip-networking",
+            "--user=mysql",
+            f"--innodb-buffer-pool-size={pool}",
+            "--plugin-load-add=file_key_management",
+            f"--file-key-management-filename={keys}",
+            *(f"--{option}" for option in options),
+        ]
+        # The server gives up root before it reads its keys and binds its socket.
+        user = pwd.getpwnam("mysql")
+        os.chown(directory, user.pw_uid, user.pw_gid)
+        keys.write_text(f"1;{secrets.token_hex(32)}\n")
+        os.chown(keys, user.pw_uid, user.pw_gid)
+
+    def install(self) -> None:
+        """Make the data directory."""
+        _run([*self._volume.enter, "mkdir", str(self.datadir)])
+        _run([*self._volume.enter, "chown", "mysql:mysql", str(self.datadir)])
+        _run(
+            [*self._volume.enter, "mariadb-install-db", "--no-defaults", "--user=mysql"]
+            + [f"--datadir={self.datadir}", "--auth-root-authentication-method=normal"]
+            + ["--skip-test-db", "--skip-name-resolve"]
+        )
+
+    def start(self, timeout: float = 60) -> None:
+        """Start the server and wait until it answers."""
+        with open(self._log, "ab") as log:
+            self._process = processes.spawn(
+                [*self._volume.enter, "/usr/sbin/mariadbd", "--no-defaults", *self._options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with contextlib.suppress(DatabaseError):
+                self.sql("SELECT 1")
+                return
+            time.sleep(0.1)
+        self.stop()
+        raise DatabaseError(f"mariadbd does not start:\n{self._log.read_text()[-4000:]}")
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def stop(self) -> None:
+        """Shut it down."""
+        if self._process is not None:
+            processes.end(self._process, [(signal.SIGTERM, 30)])
+            self._process = None
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        if self._process is not None:
+            processes.end(self._process)
+            self._process = None
+
+    def sql(self, text: str, database: str = "") -> str:
+        """Run statements as root; the result as tab-separated lines without headings."""
+        return _run(
+            ["mariadb", "--no-defaults", f"--socket={self.socket}", "--user=root", "--batch"]
+            + ["--skip-column-names", f"--execute={text}", database],
+        )
+
+    def sysbench(self, command: str, *options: str, test: str = "oltp_read_write") -> list[str]:
+        """The command line of sysbench against this server (database ``sbtest``)."""
+        return [
+            "sysbench",
+            test,
+            "--db-driver=mysql",
+            f"--mysql-socket={self.socket}",
+            "--mysql-user=root",
+            *options,
+            command,
+        ]
+
+    def fill(self, tables: int, rows: int) -> None:
+        """Make sysbench's tables."""
+        self.sql("CREATE DATABASE IF NOT EXISTS sbtest")
+        _run(self.sysbench("prepare", f"--tables={tables}", f"--table-size={rows}"))
+
+    @contextlib.contextmanager
+    def load(self, *options: str, test: str = "oltp_read_write") -> Iterator[None]:
+        """sysbench runs as long as the context does."""
+        argv = self.sysbench("run", "--time=0", *options, test=test)
+        process = processes.spawn(argv, stdout=subprocess.DEVNULL)
+        try:
+            yield
+            if process.poll() is not None:
+                raise DatabaseError("sysbench has ended early")
+        finally:
+            processes.end(process)
+
+
+@contextlib.contextmanager
+def mariadb(
+    megabytes: int = 1024, kind: str = "ext4", options: Sequence[str] = (), pool: str = "128M"
+) -> Iterator[tuple[MariaDB, LoopVolume]]:
+    """A running MariaDB with an empty data directory on a volume of its own."""
+    with processes.workspace() as directory:
+        os.chmod(directory, 0o755)
+        with LoopVolume(directory, megabytes, kind) as volume:
+            server = MariaDB(directory, volume, options, pool)
+            server.install()
+            server.start()
+            try:
+                yield server, volume
+            finally:
+                server.stop()
+
+
+def _aligned(size: int) -> NDArray[np.uint8]:
+    """A buffer as O_DIRECT wants it."""
+    buffer = np.empty(size + BLOCK, np.uint8)
+    skip = -buffer.ctypes.data % BLOCK
+    return buffer[skip : skip + size]
+
+
+def _run(argv: Sequence[str], timeout: float = 120) -> str:
+    done = subprocess.run(
+        argv,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PATH": "/usr/sbin:/usr/bin:/sbin:/bin"},
+    )
+    if done.returncode:
+        raise DatabaseError(f"{' '.join(argv)} failed: {done.stdout}{done.stderr}")
+    return done.stdout
