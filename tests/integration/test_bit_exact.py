@@ -6,9 +6,7 @@ faster, the network, the volume or the guest.
 """
 
 import contextlib
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,27 +46,6 @@ def rewrite_blocks(path: Path, blocks: NDArray[np.uint64]) -> None:
     disk = np.memmap(path, np.uint8, "r+").reshape(-1, PAGE_SIZE)
     disk[blocks.astype(np.int64)] ^= 0xFF
     disk.flush()
-
-
-@contextlib.contextmanager
-def rewriting(path: Path, seed: int) -> Iterator[None]:
-    """Sectors of a disk change all the time, back and forth: blocks are stale, torn, right."""
-    stop = threading.Event()
-    random = np.random.default_rng(seed)
-    disk = np.memmap(path, np.uint8, "r+").reshape(-1, 512)
-
-    def rewrite() -> None:
-        while not stop.is_set():
-            disk[random.integers(0, len(disk), 64)] ^= 0x5A
-            time.sleep(0.001)
-
-    thread = threading.Thread(target=rewrite)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 class TestMaps(migrations.MigrationTestCase):
@@ -335,7 +312,7 @@ class SeedTestCase(migrations.MigrationTestCase):
         self.addDetail("seed", text_content(f"{options} dirty {share} {rate} {mode}"))
         changing: Callable[[], Any] = contextlib.nullcontext
         if random.random() < 0.5:
-            changing = lambda: rewriting(volume, seed)  # noqa: E731
+            changing = lambda: migrations.rewriting(volume, seed)  # noqa: E731
         with changing(), self.migration(saved=saved, volume=volume, **options) as migration:
             with self.dirtying(share, rate, mode):
                 state = migration.run(capabilities=capabilities)

@@ -9,13 +9,14 @@ the same paths, to the last bit.
 
 import contextlib
 import os
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nova_dmigrate.buffermap import PAGE_SIZE
-from tests.integration.lab import migrations, relays
+from tests.integration.lab import migrations, processes, relays
 from tests.integration.lab.hosts import HostPair
 from tests.integration.lab.migrations import Migration
 from tests.integration.lab.qmp import QMPClosed, QMPError
@@ -414,6 +415,26 @@ class TestVolume(FaultTestCase):
         self.assertGreater(summary["volume_errors"], 0)
         self.assertGreater(summary["hits"], 0)
 
+    def test_a_volume_that_changes_while_it_is_read(self) -> None:
+        """Blocks are torn: part of what is read is old, part of it new."""
+        volume = self.copy_of_disk()
+        with migrations.rewriting(volume, seed=11):
+            with self.reading(volume, volume__bandwidth=32, **SLOW_NETWORK) as migration:
+                self.assert_delivered(migration, migration.finish())
+
+    def test_a_volume_that_does_not_answer_any_more(self) -> None:
+        volume, server = self.served_volume()
+        with self.reading(volume, **SLOW_NETWORK) as migration:
+            server.send_signal(signal.SIGSTOP)
+            state = migration.finish()
+            for relay in (migration.pair.source, migration.pair.destination):
+                event = wait_until(lambda r=relay: r.end_event, f"the {relay.role} relay is done")
+                self.assertEqual("delivered", event["state"], relay.last_words())
+            # A process whose reads hang in the kernel cannot even be killed.
+            server.send_signal(signal.SIGCONT)
+            summary = self.assert_delivered(migration, state)
+        self.assertGreater(summary["copies_unasked"], 0)
+
     def test_a_volume_slower_than_the_network_fills_the_window(self) -> None:
         """Mapped pages go raw then: neither side waits for the other."""
         options = {**SLOW_VOLUME, "relay__window_size": 16, "relay__read_ahead": 4}
@@ -421,6 +442,20 @@ class TestVolume(FaultTestCase):
             summary = self.assert_delivered(migration, migration.run())
         self.assertEqual((16 << 20) // PAGE_SIZE, summary["peak_window_pages"])
         self.assertGreater(summary["window_full_pages"], 0)
+
+    def served_volume(self) -> tuple[Path, "subprocess.Popen[Any]"]:
+        """A copy of the guest's disk that a process serves: when it stops, reads hang."""
+        volume = self.directory / "served"
+        volume.touch()
+        node = f"driver=file,node-name=disk,filename={self.copy_of_disk()}"
+        export = f"type=fuse,id=served,node-name=disk,mountpoint={volume},writable=off"
+        argv = ["qemu-storage-daemon", "--blockdev", node, "--export", export]
+        server = processes.spawn(argv)
+        self._test.callback(subprocess.run, ["umount", "--lazy", str(volume)], check=False)
+        self._test.callback(processes.end, server)
+        self._test.callback(server.send_signal, signal.SIGCONT)
+        wait_until(lambda: volume.stat().st_size, "the volume is served")
+        return volume, server
 
     def loop_device(self, path: Path) -> Path:
         """A block device over a file; reads beyond the file's end fail."""

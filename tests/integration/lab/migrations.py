@@ -4,7 +4,7 @@
 import contextlib
 import dataclasses
 import shutil
-import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -265,6 +265,22 @@ def copies(guest: Guest, extents: VolumeExtents) -> NDArray[np.bool_]:
     return same
 
 
-def print_time(what: str, since: float) -> None:
-    """For whoever looks for what a suite spends its time on."""
-    print(f"{what}: {time.monotonic() - since:.2f} s", file=sys.stderr)
+@contextlib.contextmanager
+def rewriting(path: Path, seed: int) -> Iterator[None]:
+    """Sectors of a disk change all the time, back and forth: blocks are stale, torn, right."""
+    stop = threading.Event()
+    random = np.random.default_rng(seed)
+    disk = np.memmap(path, np.uint8, "r+").reshape(-1, 512)
+
+    def rewrite() -> None:
+        while not stop.is_set():
+            disk[random.integers(0, len(disk), 64)] ^= 0x5A
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=rewrite)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
