@@ -32,17 +32,22 @@ def relay(rounds: int, raw_pages: int) -> dict[str, Any]:
 
 def parse_shapes(text: str) -> list[tuple[int, int]]:
     """:raises ValueError: it is not NETWORK:VOLUME,..."""
-    shapes = []
-    for part in text.split(","):
-        network, volume = part.split(":")
-        shapes.append((int(network), int(volume)))
-    return shapes
+    try:
+        shapes = [tuple(int(number) for number in part.split(":")) for part in text.split(",")]
+        return [(network, volume) for network, volume in shapes]
+    except ValueError:
+        raise ValueError(f"BENCH_SHAPES={text}: not NETWORK:VOLUME,... in MB/s") from None
 
 
 def main() -> int:
     only = os.environ.get("BENCH_ONLY") or ""
     if only not in ("", "quick", *PARTS):
         print(f"BENCH_ONLY={only}: not one of {', '.join(PARTS)}, quick", file=sys.stderr)
+        return 2
+    try:
+        shapes = parse_shapes(os.environ.get("BENCH_SHAPES") or DEFAULT_SHAPES)
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 2
     rounds = int(os.environ.get("BENCH_ROUNDS") or 0)
     results: dict[str, Any] = {"machine": machine.describe(), "relay": [], "efficiency": []}
@@ -51,7 +56,6 @@ def main() -> int:
     elif only == "quick":
         results |= relay(rounds or 1, 1 << 16)
     if only in ("", "efficiency"):
-        shapes = parse_shapes(os.environ.get("BENCH_SHAPES") or DEFAULT_SHAPES)
         with workspace() as directory:
             results["efficiency"] = efficiency.measure(directory, shapes)
     if only in ("", "ordinary"):

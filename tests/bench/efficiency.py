@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Part ``efficiency``: how near a migration through relays comes to the best possible time."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,5 +78,5 @@ def measure(directory: Path, shapes: list[tuple[int, int]]) -> list[dict[str, An
             stock = lab.direct()
             relayed = lab.relayed(volume__bandwidth=shape[1] * 1e6 / _MIB)
             rows.append(row(shape, stock, relayed))
-            print(rows[-1], flush=True)
+            print(f"{shape}: efficiency {rows[-1]['efficiency']}", file=sys.stderr, flush=True)
     return rows

@@ -20,6 +20,8 @@ from tests.integration.lab.image import create_disk
 DOWNTIME_MS = 300
 _PORT = 4444
 _TIMEOUT = 300.0
+#: Bytes of an Ethernet frame, and of TCP's payload in it.
+_FRAME, _SEGMENT = 1514, 1448
 #: Seconds of heartbeats before and after, so that a gap at either end is seen.
 _MARGIN = 0.5
 
@@ -73,8 +75,8 @@ class Lab:
         self._source.command(f"dirty {share} {mb_per_s}")
 
     def shape(self, network: float) -> None:
-        """Bytes a second of the link, headers included."""
-        self._pair.shape(network)
+        """Bytes a second that TCP can carry: the link gets more by what its headers take."""
+        self._pair.shape(network * _FRAME / _SEGMENT)
 
     def direct(self) -> Outcome:
         """Migrate as stock QEMU does, over TCP."""
