@@ -24,6 +24,7 @@ from nova_dmigrate.agent import (
     assembly,
     filesystem,
     findings,
+    frames,
     location,
     memory,
     options,
@@ -36,7 +37,6 @@ from nova_dmigrate.buffermap import volume as volumes
 
 LOG = logging.getLogger(__name__)
 
-U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 
 
@@ -209,18 +209,6 @@ class _Locator:
             os.close(descriptor)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Frames:
-    """Frames found in one chunk of memory.
-
-    ``place``: u32 (n,). ``lsn``: u32 (n,), the low half. ``guest``: u32 (n, pages per frame).
-    """
-
-    place: U32
-    lsn: U32
-    guest: U32
-
-
 class _Scan:
     """One search through the server's memory. What it counts is read when it has run."""
 
@@ -236,23 +224,19 @@ class _Scan:
         self.dirty_frames = 0
         self.excluded: collections.Counter[str] = collections.Counter()
 
-    def run(self, process: memory.ProcessMemory) -> list[_Frames]:
-        found = []
+    def run(self, process: memory.ProcessMemory) -> frames.FrameTable:
+        found = frames.FrameTable(self._per_frame)
         for mapping in process.mappings(self._settings.min_mapping_bytes):
-            frames = candidates = 0
+            before = self.candidate_frames
+            present_frames = 0
             for address, count in self._chunks(mapping):
                 present, guest = self._present(process, address, count)
-                if not present.size:
-                    continue
-                headers = pages.read_headers(process, present, self._page_size)
-                frames += present.size
-                before = self.candidate_frames
-                chosen = self._choose(headers, guest)
-                candidates += self.candidate_frames - before
-                if chosen.place.size:
-                    found.append(chosen)
-            if candidates:
-                self.pool_frames += frames
+                if present.size:
+                    present_frames += present.size
+                    headers = pages.read_headers(process, present, self._page_size)
+                    self._choose(headers, guest, found)
+            if self.candidate_frames > before:
+                self.pool_frames += present_frames
         return found
 
     def _chunks(self, mapping: memory.Mapping) -> Iterator[tuple[int, int]]:
@@ -272,7 +256,9 @@ class _Scan:
         addresses = present.astype(np.uint64) * np.uint64(self._page_size) + np.uint64(address)
         return addresses, guest[present]
 
-    def _choose(self, headers: pages.Headers, guest: NDArray[np.int64]) -> _Frames:
+    def _choose(
+        self, headers: pages.Headers, guest: NDArray[np.int64], found: frames.FrameTable
+    ) -> None:
         known, place, full_crc32, reason = self._table.find(headers.space, headers.page)
         written = headers.written(full_crc32)
         self._count_unknown(headers, known)
@@ -290,9 +276,7 @@ class _Scan:
             clean |= dirty
         else:
             self.excluded["dirty"] += int(np.count_nonzero(dirty)) * self._per_frame
-        return _Frames(
-            place[clean].astype(np.uint32), headers.lsn_low[clean], guest[clean].astype(np.uint32)
-        )
+        found.add(place[clean], headers.lsn_low[clean], guest[clean])
 
     def _count_unknown(self, headers: pages.Headers, known: NDArray[np.bool_]) -> None:
         """Pages of tablespaces without a file: dropped ones, or files that were not found."""
@@ -305,26 +289,22 @@ class _Scan:
 
 
 def _assemble(
-    found: list[_Frames],
+    found: frames.FrameTable,
     blocks: location.BlockTable,
     excluded: collections.Counter[str],
     page_size: int,
 ) -> buffermap.BufferMap:
     """The map of the frames in ``found``, which is emptied on the way: the map takes its room."""
     per_frame = page_size // memory.PAGE_SIZE
-    keep = _newest(found)
-    excluded["duplicate"] += int(np.count_nonzero(~keep)) * per_frame
-    capacity = int(np.count_nonzero(keep)) * per_frame
+    keep = found.newest()
+    kept_frames = int(np.count_nonzero(keep))
+    excluded["duplicate"] += (keep.size - kept_frames) * per_frame
     collectors = [
-        assembly.PageCollector(volume.volume_id, volume.size, capacity) for volume in blocks.volumes
+        assembly.PageCollector(volume.volume_id, volume.size, kept_frames * per_frame)
+        for volume in blocks.volumes
     ]
-    behind = keep.size
-    while found:
-        frames = found.pop()
-        kept = keep[behind - frames.place.size : behind]
-        behind -= frames.place.size
-        guest = frames.guest[kept].astype(np.uint64)
-        volume, block = blocks.find(frames.place[kept].astype(np.uint64))
+    for place, guest in found.drain(keep):
+        volume, block = blocks.find(place)
         there = np.count_nonzero(volume >= 0, axis=1)
         whole = there == per_frame
         # A hole inside of a page is how both servers give back what compression saved.
@@ -337,46 +317,3 @@ def _assemble(
     built = buffermap.BufferMap(tuple(each for each in maps if each.page_count))
     volumes.check_overlaps(built.volumes)
     return built
-
-
-def _newest(found: Sequence[_Frames]) -> NDArray[np.bool_]:
-    """Which of all frames to keep: bool (frames,), chunk after chunk.
-
-    A frame on the free list still holds the page that it had. When that page was read again, or
-    changed meanwhile, there are two: only the newest can be what is on the volume. Equal ones
-    both are.
-    """
-    total = sum(frames.place.size for frames in found)
-    keep = np.ones(total, np.bool_)
-    keys = np.empty(total, np.uint64)  # place, then number of the frame
-    at = 0
-    for frames in found:
-        behind = at + frames.place.size
-        keys[at:behind] = frames.place.astype(np.uint64) << np.uint64(32)
-        keys[at:behind] |= np.arange(at, behind, dtype=np.uint64)
-        at = behind
-    keys.sort()
-    same = np.zeros(total, np.bool_)
-    same[1:] = (keys[1:] ^ keys[:-1]) < np.uint64(1 << 32)
-    same[:-1] |= same[1:]
-    repeated = keys[same]
-    if not repeated.size:
-        return keep
-    rows = (repeated & np.uint64(0xFFFFFFFF)).astype(np.int64)
-    lsn = _gather_lsn(found, rows)
-    group = np.cumsum(np.append(True, (repeated[1:] ^ repeated[:-1]) >= np.uint64(1 << 32))) - 1
-    newest = np.zeros(int(group[-1]) + 1, np.uint32)
-    np.maximum.at(newest, group, lsn)
-    keep[rows[lsn != newest[group]]] = False
-    return keep
-
-
-def _gather_lsn(found: Sequence[_Frames], rows: NDArray[np.int64]) -> U32:
-    """The LSN's low half of the frames numbered ``rows``."""
-    begins = np.cumsum([0] + [frames.place.size for frames in found])
-    chunk = np.searchsorted(begins, rows, side="right") - 1
-    lsn = np.empty(rows.size, np.uint32)
-    for number in np.unique(chunk).tolist():
-        mine = chunk == number
-        lsn[mine] = found[number].lsn[rows[mine] - begins[number]]
-    return lsn
