@@ -21,17 +21,26 @@ class TokenBucket:
 
     def take(self, size: int) -> None:
         """Wait until ``size`` bytes may pass. Returns at once after :meth:`release`."""
-        if not self.rate or self._open.is_set():
-            return
+        self.wait(self.reserve(size))
+
+    def reserve(self, size: int) -> float:
+        """Book ``size`` bytes; returns when (monotonic seconds) they may pass."""
+        if not self.rate:
+            return 0.0
         with self._lock:
-            now = time.monotonic()
             # Time that was not used is forgotten, but for the burst.
-            start = max(self._next, now - self._burst)
+            start = max(self._next, time.monotonic() - self._burst)
+            # These may pass when those before them have; the next ones wait for these.
             self._next = start + size / self.rate
-        # The bytes may pass when those before them have; their own time is what the next one waits
-        # for.
-        if start > now:
-            self._open.wait(start - now)
+        return start
+
+    def wait(self, until: float, timeout: float | None = None) -> bool:
+        """Wait for a time that was booked; false when ``timeout`` seconds passed before it."""
+        left = until - time.monotonic()
+        if left <= 0 or self._open.is_set():
+            return True
+        self._open.wait(left if timeout is None else min(left, timeout))
+        return self._open.is_set() or timeout is None or left <= timeout
 
     def release(self) -> None:
         """Stop limiting: whoever waits goes on."""

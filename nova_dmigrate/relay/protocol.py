@@ -107,13 +107,15 @@ def parse_report(payload: memoryview) -> dict[str, Any] | None:
     return report if isinstance(report, dict) else None
 
 
-def map_parcels(buffer_map: BufferMap | None, layout: MemoryLayout | None) -> Iterator[Parcel]:
-    """The frames that hand over a buffer map and its layout; the last one alone if none."""
-    if buffer_map is not None and layout is not None:
-        text = json.dumps([[r.gpa, r.length, r.block, r.offset] for r in layout.ranges]).encode()
-        yield Parcel(FrameType.MAP, [memoryview(text)], len(text), flags=MAP_LAYOUT)
-        for chunk in buffer_map.to_chunks():
-            yield Parcel(FrameType.MAP, [memoryview(chunk)], len(chunk), flags=MAP_CHUNK)
+def map_parcels(mapping: tuple[BufferMap, MemoryLayout] | None) -> Iterator[Parcel]:
+    """The frames that hand over a buffer map and its layout; none where there is none."""
+    if mapping is None:
+        return
+    buffer_map, layout = mapping
+    text = json.dumps([[r.gpa, r.length, r.block, r.offset] for r in layout.ranges]).encode()
+    yield Parcel(FrameType.MAP, [memoryview(text)], len(text), flags=MAP_LAYOUT)
+    for chunk in buffer_map.to_chunks():
+        yield Parcel(FrameType.MAP, [memoryview(chunk)], len(chunk), flags=MAP_CHUNK)
     yield Parcel(FrameType.MAP, [], 0, flags=MAP_COMPLETE)
 
 

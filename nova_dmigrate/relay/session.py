@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nova_dmigrate import exception
+from nova_dmigrate.buffermap import MapLimits
 from nova_dmigrate.relay.wire.handshake import Credentials
 from nova_dmigrate.relay.wire.tls import TlsSettings
 from nova_dmigrate.volumes import VolumeSpec
@@ -41,6 +42,15 @@ class RelaySettings:
     max_map_pages: int = 1 << 26
     max_map_volumes: int = 16
     max_map_chunk_size: int = _MIB
+
+    @property
+    def map_limits(self) -> MapLimits:
+        """What a buffer map may be at most."""
+        return MapLimits(
+            max_pages=self.max_map_pages,
+            max_volumes=self.max_map_volumes,
+            max_chunk_bytes=self.max_map_chunk_size,
+        )
 
 
 @dataclass(frozen=True)

@@ -6,44 +6,30 @@ destination's answers. The window is shared between them; all else has one owner
 """
 
 import contextlib
+import functools
 import socket
 import threading
-import time
-from collections.abc import Callable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from oslo_log import log
 
 from nova_dmigrate import exception
-from nova_dmigrate.buffermap import BufferMap, MapLimits
+from nova_dmigrate.buffermap import BufferMap
 from nova_dmigrate.memory_layout import MemoryLayout
 from nova_dmigrate.relay import protocol
-from nova_dmigrate.relay.buffers import BufferPool, PooledBuffer
-from nova_dmigrate.relay.classifier import Classifier, Run, continued
+from nova_dmigrate.relay.buffers import BufferPool
+from nova_dmigrate.relay.forwarder import Forwarder
 from nova_dmigrate.relay.intake import Intake, QemuListener
 from nova_dmigrate.relay.lifecycle import Lifecycle
 from nova_dmigrate.relay.monitor import ControlServer, Report, Sampler, Stages, write_summary
 from nova_dmigrate.relay.outbox import Outbox, Parcel
 from nova_dmigrate.relay.pacing import TokenBucket
-from nova_dmigrate.relay.pagemap import PageMap
 from nova_dmigrate.relay.session import RelaySettings, SourceSession
 from nova_dmigrate.relay.window import Window
 from nova_dmigrate.relay.wire.connection import Connection
-from nova_dmigrate.relay.wire.frames import MISS, Frame, FrameType, Header, Role
+from nova_dmigrate.relay.wire.frames import MISS, SLOT, Frame, FrameType, Header, Role
 from nova_dmigrate.relay.wire.handshake import connect
-from nova_dmigrate.stream.elements import (
-    Delta,
-    Element,
-    Opaque,
-    PageRun,
-    RamSetup,
-    SectionFinish,
-    SectionStart,
-    Verbatim,
-    ZeroRun,
-)
-from nova_dmigrate.stream.format import MAX_ELEMENT, RAM_COMPLETE
+from nova_dmigrate.stream.format import MAX_ELEMENT
 from nova_dmigrate.stream.reader import StreamParser
 
 LOG = log.getLogger(__name__)
@@ -53,10 +39,6 @@ LOG = log.getLogger(__name__)
 _BUFFERS = 8
 #: Bytes that may wait for the network whatever its rate.
 _QUEUE_FLOOR = 256 << 10
-#: Of the last part of the bulk so much is taken from QEMU at once.
-_LATE_LIMIT = 256 << 10
-#: In the late passes no less, however slow the network is.
-_PACE_FLOOR = 64 << 10
 #: Seconds that an abort may take to tell the destination.
 _ABORT_SECONDS = 2.0
 
@@ -68,38 +50,39 @@ class SourceRelay:
         self._session = session
         self._settings = settings
         self._life = Lifecycle(session.instance)
+        self._stages = Stages("preparing")
         self._window = Window(settings.window_size)
         self._bucket = TokenBucket(settings.network_bandwidth)
         self._outbox = Outbox(
             self._window,
             delay=settings.queue_delay,
             floor=_QUEUE_FLOOR,
-            fill=self._reading_order_when_in_a_hurry,
+            fill=lambda: self._forwarder.reading_order(),
         )
         self._pool = BufferPool(settings.batch_size + MAX_ELEMENT, _BUFFERS + settings.channels)
         self._parser = StreamParser()
-        self._buffer_map: BufferMap | None = None
-        self._layout: MemoryLayout | None = None
-        self._classifier: Classifier | None = None
-        self._page_map: PageMap | None = None
+        self._forwarder = Forwarder(
+            session.instance,
+            settings,
+            self._parser,
+            self._window,
+            self._outbox,
+            self._stages,
+            stopped=lambda: self._life.failed,
+        )
+        self._map: tuple[BufferMap, MemoryLayout] | None = None
+        self._map_answered = threading.Event()
+        self._map_refused: str | None = None
         self._data: list[Connection] = []
         self._acks: Connection | None = None
         self._listener: QemuListener | None = None
         self._qemu: socket.socket | None = None
         self._intake: Intake | None = None
         self._control: ControlServer | None = None
-        self._stages = Stages("preparing")
         self._sampler = Sampler(self._sample)
-        self._peer = protocol.Progress()
         self._peer_done: Report | None = None
-        self._passing_reason: str | None = None
-        self._last_record: tuple[FrameType, int, bytes] | None = None
-        self._late = False
-        self._ending = False
-        self._bulk_resolved = False
-        self._held_seconds = 0.0
-        self._holding = False
         self._misses: dict[str, int] = {}
+        self._stream_ended = False
         self._return_ended = threading.Event()
         self._abort_timer: threading.Timer | None = None
 
@@ -130,14 +113,9 @@ class SourceRelay:
         session, settings = self._session, self._settings
         if session.buffer_map is None or session.memory_layout is None:
             return
-        limits = MapLimits(
-            max_pages=settings.max_map_pages,
-            max_volumes=settings.max_map_volumes,
-            max_chunk_bytes=settings.max_map_chunk_size,
-        )
         try:
-            self._layout = MemoryLayout.from_mtree(session.memory_layout.read_text())
-            self._buffer_map = BufferMap.load(session.buffer_map, limits)
+            layout = MemoryLayout.from_mtree(session.memory_layout.read_text())
+            self._map = BufferMap.load(session.buffer_map, settings.map_limits), layout
         except (
             OSError,
             ValueError,
@@ -145,7 +123,6 @@ class SourceRelay:
             exception.MemoryLayoutError,
         ) as error:
             LOG.warning("Instance %s migrates without a buffer map: %s", session.instance, error)
-            self._layout = self._buffer_map = None
 
     def _connect(self) -> None:
         session, settings = self._session, self._settings
@@ -176,15 +153,12 @@ class SourceRelay:
     # The migration
 
     def run(self) -> Report:
-        """Relay one migration; returns the summary.
-
-        :raises DMigrateError: it ended before QEMU's stream had been delivered.
-        """
+        """Relay one migration; returns the summary, whose ``state`` tells how it ended."""
         self._sampler.start()
         for connection in self._data:
-            self._life.start(f"send-{connection.index}", lambda c=connection: self._send(c))  # type: ignore[misc]
+            self._life.start(f"send-{connection.index}", functools.partial(self._send, connection))
         self._life.start("answers", self._receive_answers)
-        stream = self._life.start("stream", self._relay_stream)
+        self._life.start("stream", self._relay_stream)
         try:
             self._life.join()
             state, reason = "delivered", None
@@ -192,7 +166,6 @@ class SourceRelay:
             state, reason = "cancelled", str(error)
         except exception.DMigrateError as error:
             state, reason = "failed", str(error)
-        stream.join()
         return self._finish(state, reason)
 
     def cancel(self) -> None:
@@ -205,18 +178,31 @@ class SourceRelay:
 
     def _relay_stream(self) -> None:
         assert self._listener is not None
-        for parcel in protocol.map_parcels(self._buffer_map, self._layout):
-            self._outbox.put(parcel)
+        self._hand_over_map()
         self._qemu = self._listener.accept()
         self._life.start("watch", self._listener.watch)
         self._stages.enter("setup")
         self._intake = Intake(self._qemu, self._pool, self._parser, self._session.instance)
         self._intake.limit = self._settings.batch_size
-        for elements, buffer in self._intake.batches():
-            self._handle(elements, buffer)
-            if self._late:
-                self._hold()
+        self._forwarder.relay(self._intake)
         self._end()
+
+    def _hand_over_map(self) -> None:
+        """Both relays number the entries of the map, so both take it or neither does."""
+        for parcel in protocol.map_parcels(self._map):
+            self._outbox.put(parcel)
+        if self._map is None:
+            return
+        self._map_answered.wait()
+        if self._map_refused is None:
+            self._forwarder.use_map(*self._map)
+        else:
+            LOG.warning(
+                "Instance %s migrates without a buffer map, which the destination refused: %s",
+                self._session.instance,
+                self._map_refused,
+            )
+        self._map = None
 
     def _end(self) -> None:
         """QEMU closed its connection."""
@@ -228,172 +214,11 @@ class SourceRelay:
                 instance=self._session.instance,
                 reason="QEMU closed the connection before RAM was complete",
             )
+        self._stream_ended = True
         self._outbox.end(Parcel(FrameType.END, [], 0))
         self._listener.close()
 
-    def _handle(self, elements: Sequence[Element], buffer: PooledBuffer) -> None:
-        """Send what one buffer held, in order; runs of pages that follow each other together."""
-        runs: list[Run] = []
-        for element in elements:
-            if isinstance(element, PageRun | ZeroRun):
-                runs.append(element)
-                continue
-            self._handle_runs(runs, buffer)
-            runs = []
-            if isinstance(element, Opaque):
-                self._handle_opaque(element, buffer)
-            elif isinstance(element, SectionStart):
-                self._handle_section_start(element)
-            elif isinstance(element, SectionFinish):
-                self._put_section(protocol.SECTION_FINISH, element.end)
-            elif isinstance(element, Delta):
-                self._handle_delta(element)
-            elif isinstance(element, RamSetup):
-                self._handle_setup(element)
-            elif isinstance(element, Verbatim):
-                self._put_bytes(FrameType.VERBATIM, element.data, buffer)
-            else:
-                raise TypeError(f"no way to send {type(element).__name__}")
-        self._handle_runs(runs, buffer)
-
-    def _handle_runs(self, runs: Sequence[Run], buffer: PooledBuffer) -> None:
-        if not runs:
-            return
-        assert self._classifier is not None and self._page_map is not None
-        # Near the end of the bulk a reference must not wait for its block; behind the beginning of
-        # RAM's END, which can come within the first pass, there is none that is waited for.
-        self._classifier.referring = not self._ending and (
-            not self._late or not self._peer.volume_left
-        )
-        self._classifier.handle(runs, buffer)
-        last = runs[-1]
-        size = 4104 if isinstance(last, PageRun) else 9
-        record = bytes(last.data[-(size - 8) :])
-        header = int(last.offsets[-1]) | (0x28 if isinstance(last, PageRun) else 0x22)
-        kind = FrameType.PAGES if isinstance(last, PageRun) else FrameType.ZEROS
-        self._last_record = (kind, last.block, header.to_bytes(8, "big") + record)
-        if self._stages.current == "setup":
-            self._stages.enter("bulk")
-        if self._classifier.passes > 1:
-            self._late = True
-            self._stages.enter("converging")
-        elif not self._late:
-            left = self._page_map.total_pages - self._classifier.position
-            self._late = left <= min(self._settings.hold_pages, self._page_map.total_pages // 16)
-        if self._late and self._intake is not None:
-            self._intake.limit = _LATE_LIMIT if self._classifier.passes <= 1 else self._pace()
-            self._intake.gather = False
-
-    def _pace(self) -> int:
-        """Bytes to take from QEMU at once in late passes: what the network carries in a moment."""
-        wanted = int(self._outbox.rate * self._settings.queue_delay)
-        return min(max(wanted, _PACE_FLOOR), self._settings.batch_size)
-
-    def _hold(self) -> None:
-        """Do not let QEMU get so far that it stops the guest while references are unresolved.
-
-        A QEMU that has closed its end does not decide anything any more: what it has sent until
-        then tells whether the migration was cancelled.
-        """
-        assert self._intake is not None
-        if self._window.unresolved:
-            begin = time.monotonic()
-            self._drain(self._intake.hung_up)
-            self._held_seconds += time.monotonic() - begin
-        if self._classifier is not None and self._classifier.passes > 1:
-            self._bulk_resolved = True
-
-    def _drain(self, needless: Callable[[], bool] = lambda: False) -> None:
-        """Wait until every reference is resolved, or ``needless`` returns true."""
-        self._holding = True
-        while not self._life.failed and not self._window.wait_empty(0.1) and not needless():
-            # The answer to whether copies should be sent unasked changes with time alone.
-            self._outbox.wake()
-        self._holding = False
-
-    def _handle_setup(self, setup: RamSetup) -> None:
-        if self._buffer_map is not None and self._layout is not None:
-            self._page_map = PageMap.place_map(setup.blocks, self._buffer_map, self._layout)
-            self._buffer_map = self._layout = None
-        else:
-            self._page_map = PageMap.empty(setup.blocks)
-        self._classifier = Classifier(self._page_map, self._window, self._outbox)
-        LOG.info(
-            "Instance %s: machine %s, %d RAMBlocks, %d MiB of RAM, %d pages mapped, %d dropped",
-            self._session.instance,
-            self._parser.machine,
-            len(setup.blocks),
-            self._parser.total_ram >> 20,
-            len(self._page_map),
-            self._page_map.dropped,
-        )
-        self._outbox.put(protocol.setup_parcel(setup))
-
-    def _handle_section_start(self, element: SectionStart) -> None:
-        if element.end:
-            # The guest is stopped: RAM's END must not wait for a volume at the destination.
-            self._ending = True
-            self._drain()
-            self._stages.enter("completing")
-        self._put_section(protocol.SECTION_BEGIN, element.end)
-
-    def _put_section(self, flags: int, end: bool) -> None:
-        if end:
-            flags |= protocol.SECTION_END
-        if self._parser.has_footers:
-            flags |= protocol.SECTION_FOOTERS
-        self._outbox.put(Parcel(FrameType.SECTION, [], 0, flags=flags))
-
-    def _handle_delta(self, element: Delta) -> None:
-        # A delta changes what the destination's page holds, so that has to be settled first.
-        self._drain()
-        assert self._classifier is not None
-        self._classifier.note_delta(element)
-        record = bytes(continued(element)) + bytes(element.data[element.head :])
-        self._last_record = (FrameType.DELTA, element.block, record)
-        self._outbox.put(
-            Parcel(FrameType.DELTA, [memoryview(record)], len(record), block=element.block)
-        )
-
-    def _handle_opaque(self, element: Opaque, buffer: PooledBuffer) -> None:
-        if self._passing_reason is None:
-            self._passing_reason = element.reason
-            if element.reason == RAM_COMPLETE:
-                self._stages.enter("devices")
-            else:
-                self._latch(element.reason)
-        self._put_bytes(FrameType.VERBATIM, element.data, buffer)
-
-    def _latch(self, reason: str) -> None:
-        LOG.warning(
-            "Instance %s: the stream is passed through from byte %d on: %s",
-            self._session.instance,
-            self._parser.opaque_position,
-            reason,
-        )
-        self._drain()
-        self._stages.enter("passing")
-        self._outbox.put(
-            protocol.latch_parcel(reason, self._parser.in_ram_section, self._last_record)
-        )
-
-    def _put_bytes(self, kind: FrameType, data: memoryview, buffer: PooledBuffer) -> None:
-        buffer.hold()
-        self._outbox.put(Parcel(kind, [data], len(data), done=buffer.release))
-
     # The network
-
-    def _reading_order_when_in_a_hurry(self) -> NDArray[np.uint32] | None:
-        """The destination's reading order if its volumes are what the migration will wait for."""
-        page_map = self._page_map
-        if page_map is None or not self._window.unresolved:
-            return None
-        # While the stream is held back the network has nothing else to do.
-        if not self._holding and (
-            self._peer.volume_seconds_left() <= self._settings.hurry_threshold
-        ):
-            return None
-        return page_map.volume_position
 
     def _send(self, connection: Connection) -> None:
         while True:
@@ -404,7 +229,9 @@ class SourceRelay:
             if parcel is None:
                 connection.send(FrameType.KEEPALIVE)
                 continue
-            self._bucket.take(parcel.size)
+            due = self._bucket.reserve(parcel.size)
+            while not self._bucket.wait(due, protocol.KEEPALIVE_SECONDS):
+                connection.send(FrameType.KEEPALIVE)
             connection.send(
                 parcel.type,
                 flags=parcel.flags,
@@ -416,42 +243,50 @@ class SourceRelay:
 
     def _receive_answers(self) -> None:
         assert self._acks is not None
+        peer = self._acks.peer
         while True:
             frame = self._acks.receive(_allocate)
-            if frame.header.type is FrameType.DONE:
-                self._peer_done = protocol.parse_report(frame.payload)
-                self._end_return_path()
-                self._close_listener()
-                return
-            self._handle_answer(frame)
+            try:
+                if frame.header.type is FrameType.DONE:
+                    self._handle_done(frame.payload)
+                    return
+                self._handle_answer(frame)
+            except ValueError as error:
+                raise exception.FrameError(peer=peer, reason=f"a bad answer: {error}") from error
 
     def _handle_answer(self, frame: Frame) -> None:
-        kind = frame.header.type
-        try:
-            if kind is FrameType.SETTLED:
-                self._window.settle(np.frombuffer(frame.payload, "<u4").astype(np.uint32))
-            elif kind is FrameType.MISSED:
-                misses = np.frombuffer(frame.payload, MISS)
-                for reason, count in protocol.count_misses(misses["reason"]).items():
-                    self._misses[reason] = self._misses.get(reason, 0) + count
-                self._window.miss(misses["slot"].astype(np.uint32))
-                self._outbox.wake()
-            elif kind is FrameType.PROGRESS:
-                self._peer = protocol.Progress.parse(frame.payload)
-                self._outbox.wake()
-            elif kind is FrameType.RETURN_PATH:
-                self._return(frame.payload)
-            elif kind is FrameType.RETURN_END:
-                self._end_return_path()
-            elif kind is FrameType.FAILED:
-                raise exception.PeerLost(
-                    peer=self._acks.peer if self._acks else "?",
-                    reason=f"the destination relay gave up: {protocol.parse_text(frame.payload)}",
-                )
-        except ValueError as error:
-            raise exception.FrameError(
-                peer=self._acks.peer if self._acks else "?", reason=f"a bad answer: {error}"
-            ) from error
+        kind, payload = frame.header.type, frame.payload
+        if kind is FrameType.SETTLED:
+            self._window.settle(np.frombuffer(payload, SLOT).astype(np.uint32))
+        elif kind is FrameType.MISSED:
+            misses = np.frombuffer(payload, MISS)
+            for reason, count in protocol.count_misses(misses["reason"]).items():
+                self._misses[reason] = self._misses.get(reason, 0) + count
+            self._window.miss(misses["slot"].astype(np.uint32))
+            self._outbox.wake()
+        elif kind is FrameType.PROGRESS:
+            self._forwarder.peer = protocol.Progress.parse(payload)
+            self._outbox.wake()
+        elif kind is FrameType.RETURN_PATH:
+            self._return(payload)
+        elif kind is FrameType.RETURN_END:
+            self._end_return_path()
+        elif kind is FrameType.MAP_TAKEN:
+            self._map_refused = protocol.parse_text(payload) or None
+            self._map_answered.set()
+        elif kind is FrameType.FAILED:
+            raise exception.PeerLost(
+                peer=self._acks.peer if self._acks else "?",
+                reason=f"the destination relay gave up: {protocol.parse_text(payload)}",
+            )
+
+    def _handle_done(self, payload: memoryview) -> None:
+        """The destination has delivered everything, and its QEMU has said its last word."""
+        if not self._stream_ended:
+            raise ValueError("done before the stream's end")
+        self._peer_done = protocol.parse_report(payload)
+        self._end_return_path()
+        self._close_listener()
 
     def _return(self, data: memoryview) -> None:
         """Hand QEMU what the destination's QEMU says."""
@@ -472,6 +307,7 @@ class SourceRelay:
     def _wake_all(self) -> None:
         """After a failure: make everything that blocks return."""
         self._bucket.release()
+        self._map_answered.set()
         self._window.close()
         failure = self._life.failure
         self._outbox.abort(protocol.abort_parcel(str(failure)))
@@ -531,34 +367,34 @@ class SourceRelay:
         return {
             "guest_bytes": self._intake.bytes if self._intake else 0,
             "wire_bytes": sum(connection.bytes_sent for connection in self._data),
-            "volume_bytes": self._peer.volume_bytes,
+            "volume_bytes": self._forwarder.peer.volume_bytes,
             "window_pages": self._window.unresolved,
         }
 
     def progress(self) -> Report:
         """How far the migration is: cumulative figures, bytes and pages."""
-        counts = self._classifier.counts if self._classifier else None
+        forwarder, counts = self._forwarder, self._forwarder.counts
         return {
             "role": "source",
             "instance": self._session.instance,
             "state": "running",
             "stage": self._stages.current,
-            "passes": self._classifier.passes if self._classifier else 0,
-            "bulk_resolved": self._bulk_resolved,
-            "pass_through": None if self._passing_reason == RAM_COMPLETE else self._passing_reason,
+            "passes": forwarder.passes,
+            "bulk_resolved": forwarder.bulk_resolved,
+            "pass_through": forwarder.pass_through,
             "machine": self._parser.machine,
             "ram_bytes": self._parser.total_ram,
-            "mapped_pages": len(self._page_map) if self._page_map else 0,
+            "mapped_pages": forwarder.mapped_pages,
             "guest_bytes": self._intake.bytes if self._intake else 0,
             "wire_bytes": sum(connection.bytes_sent for connection in self._data),
             "wire_rate": round(self._outbox.rate),
-            "volume_bytes": self._peer.volume_bytes,
-            "volume_rate": round(self._peer.volume_rate),
-            "raw_pages": counts.raw if counts else 0,
-            "zero_pages": counts.zero if counts else 0,
-            "referenced_pages": counts.referenced if counts else 0,
-            "resent_pages": counts.resent if counts else 0,
-            "window_full_pages": counts.window_full if counts else 0,
+            "volume_bytes": forwarder.peer.volume_bytes,
+            "volume_rate": round(forwarder.peer.volume_rate),
+            "raw_pages": counts.raw,
+            "zero_pages": counts.zero,
+            "referenced_pages": counts.referenced,
+            "resent_pages": counts.resent,
+            "window_full_pages": counts.window_full,
             "copies_asked": self._outbox.copies_asked,
             "copies_unasked": self._outbox.copies_unasked,
             "misses": dict(self._misses),
@@ -566,7 +402,7 @@ class SourceRelay:
             "peak_window_pages": self._window.peak,
             "seconds": {
                 **self._stages.seconds(),
-                "held": round(self._held_seconds, 4),
+                "held": round(forwarder.held_seconds, 4),
                 "network_busy": round(self._outbox.busy_seconds, 4),
                 "network_blocked": round(self._outbox.blocked_seconds, 4),
             },

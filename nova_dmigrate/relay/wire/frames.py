@@ -76,6 +76,7 @@ class FrameType(enum.IntEnum):
     RETURN_END = 36
     FAILED = 37
     DONE = 38
+    MAP_TAKEN = 39
 
 
 class Header(NamedTuple):
@@ -147,6 +148,7 @@ RULES: dict[Role, dict[int, Rule]] = {
         _control(FrameType.RETURN_END),
         _control(FrameType.FAILED),
         _data(FrameType.DONE),
+        _control(FrameType.MAP_TAKEN),
         _KEEPALIVE,
     ),
 }

@@ -129,6 +129,16 @@ class TestMaps(MapTestCase):
         settings = RelaySettings(max_map_pages=100)
         self.assert_ordinary(guest, self.pair(guest, source_settings=settings))
 
+    def test_a_map_larger_than_the_destination_allows(self) -> None:
+        guest = self.guest()
+        settings = RelaySettings(max_map_pages=100)
+        pair = self.pair(guest, destination_settings=settings)
+        pair.run()
+        self.assert_exact(guest, pair)
+        self.assertEqual(0, pair.source_summary["referenced_pages"])
+        self.assertEqual(0, pair.destination_summary["volume_bytes"])
+        self.assertIn("which the destination refused: Buffer map:", self.log.output)
+
     def assert_ordinary(self, guest: FakeGuest, pair: Pair) -> None:
         pair.run()
         self.assert_exact(guest, pair)

@@ -59,6 +59,14 @@ class TokenBucketTest(TestCase):
         self.assertFalse(thread.is_alive())
         bucket.take(1)
 
+    def test_a_wait_for_what_was_booked_can_be_interrupted(self) -> None:
+        bucket = TokenBucket(1e-6, burst=0.0)
+        bucket.reserve(1)
+        due = bucket.reserve(1)
+        self.assertFalse(bucket.wait(due, 0.001))
+        bucket.release()
+        self.assertTrue(bucket.wait(due, 0.001))
+
     def test_threads_share_one_rate(self) -> None:
         bucket = TokenBucket(1e6)
         begin = time.monotonic()

@@ -29,7 +29,7 @@ class MapTest(TestCase):
         layout = MemoryLayout((MemoryRange(1 << 20, 1 << 20, "pc.ram", 4096),))
         extents = extents_of("volume", 1 << 20, np.arange(256, 300), np.arange(44))
         buffer_map = BufferMap.build([extents])
-        first, *chunks, last = protocol.map_parcels(buffer_map, layout)
+        first, *chunks, last = protocol.map_parcels((buffer_map, layout))
         self.assertEqual(protocol.MAP_LAYOUT, first.flags)
         self.assertEqual(layout, protocol.parse_layout(payload(first)))
         self.assertEqual({protocol.MAP_CHUNK}, {chunk.flags for chunk in chunks})
@@ -37,9 +37,8 @@ class MapTest(TestCase):
         self.assertEqual(44, received.page_count)
         self.assertEqual((protocol.MAP_COMPLETE, 0), (last.flags, last.size))
 
-    def test_no_map_is_told_as_well(self) -> None:
-        parcels = list(protocol.map_parcels(None, None))
-        self.assertEqual([protocol.MAP_COMPLETE], [parcel.flags for parcel in parcels])
+    def test_without_a_map_nothing_is_said(self) -> None:
+        self.assertEqual([], list(protocol.map_parcels(None)))
 
     def test_a_layout_that_makes_no_sense_is_refused(self) -> None:
         for rows in (
