@@ -117,6 +117,14 @@ class Database:
             with self._connection.cursor() as cursor:
                 cursor.execute(f"SET GLOBAL {name} = {literal}")
 
+    def may_set_globals(self) -> bool:
+        """Whether this user's own grants allow setting InnoDB's variables."""
+        with self._translated():
+            text = " ".join(str(row[0]) for row in self._rows("SHOW GRANTS")).upper()
+        granted = text.replace("`", "").replace(", ", ",").replace(" ON *.*", ",ON *.*").split(",")
+        names = {"SUPER", "SYSTEM_VARIABLES_ADMIN", "ALL PRIVILEGES"}
+        return any(word.rpartition("GRANT ")[2].strip() in names for word in granted)
+
     def pool(self) -> PoolStatus:
         """How full and how dirty the buffer pool is. Costs no more than SHOW STATUS."""
         names = {

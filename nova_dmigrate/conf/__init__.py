@@ -10,9 +10,9 @@ import copy
 
 from oslo_config import cfg
 
-from nova_dmigrate.conf import buffer_map, relay, volume, wire
+from nova_dmigrate.conf import agent, buffer_map, relay, volume, wire
 
-GROUPS = (relay, volume, wire, buffer_map)
+GROUPS = (relay, volume, wire, buffer_map, agent)
 
 
 def register_opts(conf: cfg.ConfigOpts) -> None:

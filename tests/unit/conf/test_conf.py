@@ -94,7 +94,7 @@ class OptionTest(base.TestCase):
 class SampleTest(base.TestCase):
     def test_the_generator_finds_every_group_once(self) -> None:
         groups = [group.name for group, _ in opts.list_opts()]
-        self.assertEqual(["relay", "volume", "wire", "buffer_map"], groups)
+        self.assertEqual(["relay", "volume", "wire", "buffer_map", "agent"], groups)
 
     def test_the_sample_file_is_what_the_options_give(self) -> None:
         made = self.make_directory() / "made.conf"

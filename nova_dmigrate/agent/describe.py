@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the agent knows of its guest, and what is missing for a quick migration."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nova_dmigrate import exception, version
+from nova_dmigrate.agent import database, processes
+from nova_dmigrate.agent.findings import Finding, Severity
+from nova_dmigrate.agent.maps import to_messages
+from nova_dmigrate.rpc import messages
+
+Connect = Callable[[database.Login], database.Database]
+
+_STATUS = Path("/proc/self/status")
+_MEMORY = Path("/proc/meminfo")
+# Bits of the effective capabilities, and what is impossible without
+_CAPABILITIES = {
+    "CAP_DAC_READ_SEARCH": (2, "open the files of the database"),
+    "CAP_SYS_PTRACE": (19, "read the memory of the database server"),
+    "CAP_SYS_ADMIN": (21, "learn guest-physical addresses"),
+}
+_FLUSH_METHOD = "innodb_flush_method"
+_BUFFERING = "innodb_data_file_buffering"  # MariaDB 11
+_POOL_SIZE = "innodb_buffer_pool_size"
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """All that was found out, in the agent's own records."""
+
+    servers: tuple[messages.Server, ...]
+    findings: tuple[Finding, ...]
+    memory_bytes: int
+    expected_share: float
+
+    def to_message(self) -> messages.Description:
+        return messages.Description(
+            agent_version=version.version_string(),
+            memory_bytes=self.memory_bytes,
+            expected_share=self.expected_share,
+            servers=self.servers[: messages.MAX_SERVERS],
+            findings=to_messages(self.findings),
+        )
+
+
+def inspect(
+    find: Callable[[], Sequence[processes.ServerProcess]],
+    login: Callable[[str], database.Login],
+    connect: Connect = database.connect,
+) -> Inspection:
+    """Look at the servers and at ourselves. Troubles become findings, never errors.
+
+    :param find: the servers that are meant; raises AgentError if there is none.
+    :param login: how to reach the server at a socket.
+    """
+    found = missing_capabilities(_STATUS.read_text(encoding="ascii"))
+    memory = total_memory(_MEMORY.read_text(encoding="ascii"))
+    servers: list[messages.Server] = []
+    clean = 0
+    try:
+        running = find()
+    except exception.AgentError as error:
+        running = []
+        code = "no-privilege" if isinstance(error, exception.PrivilegeError) else "no-server"
+        found.append(Finding(code, Severity.PROBLEM, str(error)))
+    for process in running:
+        if process.socket is None:
+            text = f"The server in {process.datadir} listens on no socket: it cannot be prepared"
+            found.append(Finding("no-socket", Severity.PROBLEM, text))
+            continue
+        try:
+            with connect(login(process.path(process.socket))) as server:
+                pool = server.pool()
+                servers.append(_server(process, server, pool))
+                found += inspect_server(server)
+        except exception.ServerError as error:
+            code = "no-login" if error.kwargs.get("code") == "login" else "no-answer"
+            found.append(Finding(code, Severity.PROBLEM, str(error)))
+            continue
+        clean += max(0, pool.data - pool.dirty) * pool.page_bytes
+    return Inspection(
+        servers=tuple(servers),
+        findings=tuple(found),
+        memory_bytes=memory,
+        expected_share=min(1.0, clean / memory) if memory else 0.0,
+    )
+
+
+def inspect_server(server: database.Database) -> list[Finding]:
+    """What one server's settings and our rights in it mean for a migration."""
+    found = []
+    name = f"{server.flavour} {server.server_version}"
+    if server.may_set_globals():
+        found.append(Finding("may-prepare", Severity.OK, f"{name} can be prepared"))
+    else:
+        statements = database.grants(server.flavour, server.version, server.login.user)
+        text = f"{name} does not let {server.login.user} change settings: {statements[-1]}"
+        found.append(Finding("no-grant", Severity.PROBLEM, text))
+    values = server.variables([_FLUSH_METHOD, _BUFFERING])
+    method = values.get(_FLUSH_METHOD, "").upper()
+    buffered = values.get(_BUFFERING, "").upper() == "ON"
+    if buffered or (_BUFFERING not in values and not method.startswith(("O_DIRECT", "ALL_O_DIR"))):
+        text = (
+            f"{name} writes through the guest's page cache (innodb_flush_method={method or '-'}): "
+            "O_DIRECT lets more of the pool come from the volume"
+        )
+        found.append(Finding("not-o-direct", Severity.NOTE, text))
+    return found
+
+
+def missing_capabilities(status: str) -> list[Finding]:
+    """From the text of /proc/self/status."""
+    match = re.search(r"^CapEff:\s*([0-9a-f]+)", status, re.MULTILINE)
+    effective = int(match[1], 16) if match else 0
+    return [
+        Finding("no-capability", Severity.PROBLEM, f"Without {name} the agent cannot {purpose}")
+        for name, (bit, purpose) in _CAPABILITIES.items()
+        if not effective >> bit & 1
+    ]
+
+
+def total_memory(text: str) -> int:
+    """Bytes of memory, from the text of /proc/meminfo; 0 if it does not say."""
+    match = re.search(r"^MemTotal:\s*(\d+) kB", text, re.MULTILINE)
+    return int(match[1]) << 10 if match else 0
+
+
+def inspect_health(
+    login: database.Login, connect: Connect = database.connect
+) -> messages.ServerHealth:
+    """Whether a server answers, and what it says of itself."""
+    try:
+        with connect(login) as server:
+            status = server.status(["Uptime", "Threads_running"])
+            pool = server.pool()
+    except exception.ServerError as error:
+        return messages.ServerHealth(login.socket, False, str(error)[:1000], None, None, None)
+    return messages.ServerHealth(
+        name=login.socket,
+        healthy=True,
+        message="",
+        uptime=float(status.get("Uptime", 0)),
+        dirty_share=pool.dirty_share,
+        threads_running=int(status.get("Threads_running", 0)),
+    )
+
+
+def _server(
+    process: processes.ServerProcess, server: database.Database, pool: database.PoolStatus
+) -> messages.Server:
+    size = server.variables([_POOL_SIZE]).get(_POOL_SIZE)
+    return messages.Server(
+        name=process.datadir[:256],
+        flavour=server.flavour,
+        server_version=server.server_version[:256],
+        pool_bytes=int(size) if size else pool.total * pool.page_bytes,
+        page_bytes=pool.page_bytes,
+        filled_share=pool.filled_share,
+        dirty_share=pool.dirty_share,
+    )

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent as a service: its methods, and what happens once a second."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from nova_dmigrate import exception, version
+from nova_dmigrate.agent import database, describe, ledger, mapper, maps, options, processes
+from nova_dmigrate.agent.findings import Finding
+from nova_dmigrate.agent.follow_up import FollowUp
+from nova_dmigrate.agent.preparation import Preparation, PreparationSettings
+from nova_dmigrate.buffermap import BufferMap
+from nova_dmigrate.rpc import messages
+from nova_dmigrate.rpc.dispatcher import Dispatcher
+
+LOG = logging.getLogger(__name__)
+
+_TICK_SECONDS = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentSettings:
+    """``selector``: which servers. ``login``: the SQL user; its socket is that of each server.
+
+    ``state_directory``: for the ledger of changed settings, and for maps.
+    """
+
+    state_directory: Path
+    selector: processes.Selector = processes.Selector()
+    login: database.Login = database.Login("")
+    preparation: PreparationSettings = PreparationSettings()
+    mapping: options.MapOptions = options.MapOptions()
+
+
+class Servers:
+    """The database servers of this guest, found anew whenever somebody asks."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self._settings = settings
+
+    def find(self) -> Sequence[processes.ServerProcess]:
+        return processes.find_servers(self._settings.selector)
+
+    def login(self, socket: str) -> database.Login:
+        return dataclasses.replace(self._settings.login, socket=socket)
+
+    def logins(self) -> list[database.Login]:
+        """How to reach each of them; those that listen on no socket are left out."""
+        return [
+            self.login(server.path(server.socket))
+            for server in self.find()
+            if server.socket is not None
+        ]
+
+    def build_map(self) -> tuple[BufferMap, Sequence[Finding]]:
+        """One map of all of them."""
+        built: list[BufferMap] = []
+        found: list[Finding] = []
+        for server in self.find():
+            one, summary = mapper.build_map(server, self._settings.mapping)
+            built.append(one)
+            found += summary.findings
+        return maps.merge(built), found
+
+
+def make_preparation(settings: AgentSettings) -> Preparation:
+    """The preparation whose ledger is in the state directory."""
+    return Preparation(
+        ledger.LedgerFile(settings.state_directory / "preparation.json"),
+        Servers(settings).logins,
+        database.connect,
+        settings.preparation,
+    )
+
+
+class AgentService:
+    """The methods of `rpc.messages`, and the state behind them."""
+
+    def __init__(
+        self, settings: AgentSettings, on_move: Callable[[str], None] = lambda sign: None
+    ) -> None:
+        self._servers = Servers(settings)
+        self.preparation = make_preparation(settings)
+        self._maps = maps.MapStore(self._servers.build_map, settings.state_directory)
+        self.follow_up = FollowUp(on_move)
+        self._incarnation = uuid.uuid4().hex
+
+    def tick(self) -> None:
+        """What has to be looked after. An error here must not end the agent."""
+        for each in (self.preparation.tick, self._maps.tick):
+            try:
+                each()
+            except Exception:  # noqa: BLE001
+                LOG.exception("Trouble in what the agent does every second")
+
+    # Methods of the protocol
+
+    def ping(self, arguments: messages.Nothing) -> messages.Pong:
+        return messages.Pong(version.version_string(), messages.VERSION, self._incarnation)
+
+    def describe(self, arguments: messages.Nothing) -> messages.Description:
+        return describe.inspect(self._servers.find, self._servers.login).to_message()
+
+    def health(self, arguments: messages.Nothing) -> messages.Health:
+        try:
+            logins = self._servers.logins()
+        except exception.AgentError as error:
+            gone = messages.ServerHealth("database", False, str(error)[:1000], None, None, None)
+            servers: tuple[messages.ServerHealth, ...] = (gone,)
+        else:
+            servers = tuple(describe.inspect_health(each) for each in logins)
+        return messages.Health(
+            incarnation=self._incarnation,
+            moves=self.follow_up.moves,
+            since_move=self.follow_up.since_move,
+            servers=servers[: messages.MAX_SERVERS],
+        )
+
+    def prepare(self, arguments: messages.PrepareArguments) -> messages.LeaseState:
+        return self.preparation.prepare(arguments)
+
+    def renew(self, arguments: messages.RenewArguments) -> messages.LeaseState:
+        return self.preparation.renew(arguments.lease_id, arguments.lease_seconds)
+
+    def restore(self, arguments: messages.LeaseArguments) -> messages.LeaseState:
+        return self.preparation.restore(arguments.lease_id)
+
+    def map_begin(self, arguments: messages.MapArguments) -> messages.MapState:
+        return self._maps.begin(arguments.max_chunk_bytes)
+
+    def map_state(self, arguments: messages.MapReference) -> messages.MapState:
+        return self._maps.state(arguments.map_id)
+
+    def map_chunk(self, arguments: messages.ChunkArguments) -> messages.Chunk:
+        return self._maps.chunk(arguments.map_id, arguments.index)
+
+    def map_end(self, arguments: messages.MapReference) -> messages.Done:
+        return self._maps.end(arguments.map_id)
+
+
+class RequestServer(Protocol):
+    """What `rpc.broker.BrokerServer` and `rpc.channel.ChannelServer` have in common."""
+
+    def start(self) -> None: ...
+
+    def reconnect(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+def run(
+    settings: AgentSettings,
+    make_server: Callable[[Dispatcher], RequestServer],
+    stopped: threading.Event,
+) -> None:
+    """Serve until ``stopped`` is set; all settings are restored before this returns.
+
+    :raises AgentError: if an agent already runs in this guest.
+    """
+    with exclusive(settings.state_directory):
+        service = AgentService(settings, on_move=lambda sign: server.reconnect())
+        server = make_server(Dispatcher(service))
+        service.preparation.recover()
+        service.tick()
+        service.follow_up.start()
+        server.start()
+        try:
+            while not stopped.wait(_TICK_SECONDS):
+                service.tick()
+        finally:
+            service.follow_up.stop()
+            server.stop()
+            service.preparation.restore()
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold the state directory against a second agent.
+
+    :raises AgentError: with code ``running`` if another one holds it.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise exception.AgentError(
+                reason=f"another one is running (it holds {directory})", code="running"
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nova-dmigrate-agent: the agent in the guest, and what its operator can ask it.
+
+``serve`` answers the hosts. ``check`` tells whether a migration would profit, and what is
+missing. ``map --summary`` makes a buffer map and tells what is in it. ``restore`` puts back what
+an agent that is gone has left changed. ``grants`` prints the statements that make the SQL user.
+
+Exit status: 0 all is well, 1 something is missing or failed, 2 wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import threading
+import uuid
+from pathlib import Path
+from typing import Any
+
+from oslo_config import cfg
+from oslo_log import log
+
+from nova_dmigrate import conf, exception, version
+from nova_dmigrate.agent import database, describe, options, processes, service
+from nova_dmigrate.agent.findings import Finding, Severity
+from nova_dmigrate.agent.preparation import PreparationSettings
+from nova_dmigrate.rpc.dispatcher import Dispatcher
+
+LOG = log.getLogger(__name__)
+
+PROGRAM = "nova-dmigrate-agent"
+_WELL, _TROUBLE, _WRONG_USAGE = 0, 1, 2
+_MIB = 1 << 20
+_MAX_PASSWORD = 4096
+_DMI_UUID = Path("/sys/class/dmi/id/product_uuid")
+_MARKS = {Severity.OK: "ok", Severity.NOTE: "note", Severity.PROBLEM: "PROBLEM"}
+
+
+def _add_commands(commands: Any) -> None:
+    commands.add_parser("serve", help="answer the requests of the hosts")
+    check = commands.add_parser("check", help="tell what is missing for a quick migration")
+    check.add_argument("--json", action="store_true", help="for programs")
+    check.add_argument("--no-map", action="store_true", help="do not make a map to see its share")
+    made = commands.add_parser("map", help="make a buffer map")
+    made.add_argument("--summary", action="store_true", help="tell what is in it (the default)")
+    made.add_argument("--json", action="store_true", help="tell it for programs")
+    made.add_argument("--output", metavar="FILE", help="write the map to a file")
+    commands.add_parser("restore", help="put back settings that a dead agent has left changed")
+    grants = commands.add_parser("grants", help="print the statements that make the SQL user")
+    grants.add_argument("--flavour", choices=["mysql", "mariadb"], help="else the running server's")
+    grants.add_argument("--version", default="8.0", help="of that flavour, e.g. 5.7")
+
+
+def make_config(arguments: list[str], files: list[str] | None = None) -> cfg.ConfigOpts:
+    """The configuration of this guest, with the command in ``config.command.name``."""
+    config = cfg.ConfigOpts()
+    conf.register_opts(config)
+    config.register_cli_opt(cfg.SubCommandOpt("command", title="commands", handler=_add_commands))
+    log.register_options(config)
+    config(
+        arguments,
+        project="nova-dmigrate",
+        prog=PROGRAM,
+        version=version.version_string(),
+        default_config_files=files,
+    )
+    return config
+
+
+def settings_from(config: cfg.ConfigOpts) -> service.AgentSettings:
+    """The options in the units that the agent uses.
+
+    :raises ConfigurationError: if the file with the password cannot be read.
+    """
+    agent = config.agent
+    return service.AgentSettings(
+        state_directory=Path(agent.state_directory),
+        selector=processes.Selector(datadir=agent.datadir or None, socket=agent.socket or None),
+        login=database.Login(
+            socket="",
+            user=agent.sql_user,
+            password=_read_password(agent.sql_password_file),
+            timeout=agent.sql_timeout,
+        ),
+        preparation=PreparationSettings(
+            max_flush_bytes=agent.max_flush_rate * _MIB, max_lease_seconds=agent.max_lease
+        ),
+        mapping=options.MapOptions(volume_names=dict(agent.volume_names)),
+    )
+
+
+def instance_of(config: cfg.ConfigOpts) -> str:
+    """UUID of this instance.
+
+    :raises ConfigurationError: if it is neither configured nor in the firmware's tables.
+    """
+    text = config.agent.instance
+    try:
+        return str(uuid.UUID(text or _DMI_UUID.read_text(encoding="ascii").strip()))
+    except (OSError, ValueError) as error:
+        raise exception.ConfigurationError(
+            reason=f"[agent]instance is not set, or no UUID, and DMI does not tell it: {error}"
+        ) from error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    try:
+        config = make_config(sys.argv[1:] if arguments is None else arguments)
+        settings = settings_from(config)
+        command = config.command
+        if command.name == "grants":
+            return _grants(settings, command)
+        _set_up_logging(config, quiet=command.name != "serve")
+        if command.name == "serve":
+            return _serve(config, settings)
+        return {"check": _check, "map": _map, "restore": _restore}[command.name](settings, command)
+    except (cfg.Error, exception.ConfigurationError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return _WRONG_USAGE
+    except SystemExit as error:
+        # argparse has told what is wrong, or printed its help
+        return error.code if isinstance(error.code, int) else _WRONG_USAGE
+    except (exception.DMigrateError, OSError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return _TROUBLE
+
+
+def _set_up_logging(config: cfg.ConfigOpts, quiet: bool) -> None:
+    if not (config.log_file or config.log_dir or config.use_journal):
+        config.set_override("use_stderr", True)
+    log.setup(config, "nova-dmigrate")
+    if quiet and not config.debug:
+        logging.getLogger().setLevel(logging.WARNING)
+
+
+def _serve(config: cfg.ConfigOpts, settings: service.AgentSettings) -> int:
+    stopped = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopped.set())
+    instance = instance_of(config)
+
+    def make_server(dispatcher: Dispatcher) -> service.RequestServer:
+        if config.agent.transport == "channel":
+            from nova_dmigrate.rpc import channel
+
+            path = config.agent.channel_path
+            return channel.ChannelServer(dispatcher, lambda: channel.open_port(path))
+        # The other commands, and the channel, do without oslo.messaging
+        from nova_dmigrate.rpc import broker
+
+        broker.set_defaults(config)
+        return broker.BrokerServer(instance, dispatcher, config)
+
+    LOG.info("%s %s for instance %s", PROGRAM, version.version_string(), instance)
+    service.run(settings, make_server, stopped)
+    return _WELL
+
+
+def _check(settings: service.AgentSettings, command: Any) -> int:
+    servers = service.Servers(settings)
+    inspection = describe.inspect(servers.find, servers.login)
+    found = list(inspection.findings)
+    mapped = None
+    if not command.no_map:
+        try:
+            built, more = servers.build_map()
+            mapped = built.page_count * 4096 / max(1, inspection.memory_bytes)
+            found += more
+        except exception.DMigrateError as error:
+            found.append(Finding("no-map", Severity.PROBLEM, str(error)))
+    found = list(dict.fromkeys(found))
+    if command.json:
+        _print_json(
+            {
+                "mapped_share": mapped,
+                "expected_share": inspection.expected_share,
+                "servers": [vars(each) for each in inspection.servers],
+                "findings": [_as_dict(each) for each in found],
+            }
+        )
+    else:
+        for server in inspection.servers:
+            print(
+                f"{server.flavour} {server.server_version} in {server.name}: pool "
+                f"{server.pool_bytes / _MIB:.0f} MiB, {server.filled_share:.0%} filled, "
+                f"{server.dirty_share:.1%} of that dirty"
+            )
+        if mapped is not None:
+            print(f"{mapped:.0%} of the guest's memory can be read from its volumes")
+        for each in found:
+            print(f"{_MARKS[each.severity]}: {each.message} [{each.code}]")
+    problems = any(each.severity is Severity.PROBLEM for each in found)
+    return _TROUBLE if problems else _WELL
+
+
+def _map(settings: service.AgentSettings, command: Any) -> int:
+    servers = service.Servers(settings)
+    built, found = servers.build_map()
+    if command.output:
+        built.save(Path(command.output))
+    volumes = {each.volume_id: each.page_count for each in built.volumes}
+    if command.json:
+        _print_json(
+            {
+                "pages": built.page_count,
+                "bytes": built.nbytes,
+                "volumes": volumes,
+                "findings": [_as_dict(each) for each in found],
+            }
+        )
+        return _WELL
+    print(f"{built.page_count} guest pages ({built.page_count * 4096 / _MIB:.0f} MiB) are mapped")
+    for name, count in volumes.items():
+        print(f"volume {name}: {count} guest pages")
+    for each in found:
+        print(f"{_MARKS[each.severity]}: {each.message} [{each.code}]")
+    return _WELL
+
+
+def _restore(settings: service.AgentSettings, command: Any) -> int:
+    with service.exclusive(settings.state_directory):
+        preparation = service.make_preparation(settings)
+        preparation.recover()
+        state = preparation.restore()
+    print(state.message)
+    return _WELL if state.state == "idle" else _TROUBLE
+
+
+def _grants(settings: service.AgentSettings, command: Any) -> int:
+    flavour, text = command.flavour, command.version
+    if flavour is None:
+        for login in service.Servers(settings).logins():
+            try:
+                with database.connect(login) as server:
+                    flavour, text = server.flavour, ".".join(map(str, server.version))
+                    break
+            except exception.ServerError:
+                continue
+    if flavour is None:
+        print("No server tells its version: name it with --flavour and --version", file=sys.stderr)
+        return _TROUBLE
+    _, parsed = database.parse_version(text + ".0" * (2 - text.count(".")))
+    for statement in database.grants(flavour, parsed, settings.login.user):
+        print(statement + ";")
+    return _WELL
+
+
+def _read_password(name: str) -> str:
+    if not name:
+        return ""
+    try:
+        with open(name, encoding="utf-8") as file:
+            return file.read(_MAX_PASSWORD).rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise exception.ConfigurationError(
+            reason=f"[agent]sql_password_file cannot be read: {error}"
+        ) from error
+
+
+def _as_dict(found: Finding) -> dict[str, str]:
+    return {"code": found.code, "severity": found.severity.value, "message": found.message}
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

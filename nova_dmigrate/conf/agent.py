@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the agent in the guest."""
+
+from oslo_config import cfg
+
+GROUP = cfg.OptGroup(
+    "agent",
+    title="Agent options",
+    help="""
+The agent runs in the guest, beside the database server. It tells the hosts
+which pages of the guest's memory are copies of which blocks of its volumes, and
+has the server write dirty pages before a migration. These options are read in
+the guest alone.
+""",
+)
+
+REQUESTS = [
+    cfg.StrOpt(
+        "instance",
+        default="",
+        help="""
+UUID of this instance. Empty takes it from the firmware's tables (DMI), where
+Nova puts it.
+""",
+    ),
+    cfg.StrOpt(
+        "transport",
+        default="broker",
+        choices=[
+            ("broker", "The message broker of ``[DEFAULT]/transport_url``"),
+            ("channel", "A virtio-serial port, for guests that must not reach the broker"),
+        ],
+        help="""
+How requests of the hosts arrive.
+
+With ``broker``, ``[DEFAULT]/transport_url`` must name this instance's own
+virtual host and user, see the security chapter of the administration guide.
+""",
+    ),
+    cfg.StrOpt(
+        "channel_path",
+        default="/dev/virtio-ports/org.openstack.dmigrate.0",
+        help="""
+The port for requests. Used only with ``transport = channel``.
+""",
+    ),
+    cfg.StrOpt(
+        "state_directory",
+        default="/var/lib/nova-dmigrate-agent",
+        help="""
+Directory in which the agent notes what it has changed in a server, so that it
+is put back even after the agent was killed, and keeps the map that is being
+fetched (for 64 GiB of buffer pool some 100 MB).
+""",
+    ),
+]
+
+SERVERS = [
+    cfg.StrOpt(
+        "datadir",
+        default="",
+        help="""
+Data directory of the database server that is meant. Empty, with ``socket``
+empty as well, means every MySQL and MariaDB server of the guest.
+""",
+    ),
+    cfg.StrOpt(
+        "socket",
+        default="",
+        help="""
+Socket of the database server that is meant. Empty means any.
+""",
+    ),
+    cfg.StrOpt(
+        "sql_user",
+        default="nova_dmigrate",
+        help="""
+The SQL user as which the agent asks for flushing. ``nova-dmigrate-agent
+grants`` tells how to make it with the fewest privileges.
+""",
+    ),
+    cfg.StrOpt(
+        "sql_password_file",
+        default="",
+        help="""
+File that holds the password of ``sql_user``, readable for the agent alone.
+Empty for none, when the server knows the user by the account that connects.
+""",
+    ),
+    cfg.FloatOpt(
+        "sql_timeout",
+        default=5,
+        min=0.5,
+        max=60,
+        help="""
+Seconds within which the server must answer a statement.
+""",
+    ),
+    cfg.DictOpt(
+        "volume_names",
+        default={},
+        help="""
+Names of disks whose serial does not tell the volume: kernel name of the disk
+and the volume's id, e.g. ``vdb:4dc3...``.
+""",
+    ),
+]
+
+PREPARATION = [
+    cfg.IntOpt(
+        "max_flush_rate",
+        default=200,
+        min=1,
+        max=65536,
+        help="""
+The most, in MiB/s, that a server is asked to write in order to have fewer dirty
+pages before a migration.
+
+A server whose own settings (``innodb_io_capacity``) allow more keeps those.
+""",
+    ),
+    cfg.FloatOpt(
+        "max_lease",
+        default=600,
+        min=1,
+        max=3600,
+        help="""
+Seconds after which changed settings are put back at the latest when a host does
+not ask again.
+""",
+    ),
+]
+
+OPTIONS: list[cfg.Opt] = [*REQUESTS, *SERVERS, *PREPARATION]
