@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nova_dmigrate import exception
+from nova_dmigrate.agent import processes
 
 BLOCK = 4096
 
@@ -71,11 +72,7 @@ def read_mounts(pid: int) -> dict[int, Mount]:
         with open(f"/proc/{pid}/mountinfo", encoding="utf-8", errors="replace") as file:
             return parse_mounts(file.read())
     except OSError as error:
-        raise exception.StorageError(
-            path=f"process {pid}",
-            reason=f"its mounts cannot be read: {error.strerror}",
-            code="unsupported-filesystem",
-        ) from error
+        raise processes.process_error(pid, error) from error
 
 
 def parse_mounts(text: str) -> dict[int, Mount]:

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nova_dmigrate import exception
+from nova_dmigrate.agent import processes
 
 PAGE_SIZE = 4096
 _PAGE_SHIFT = 12
@@ -85,7 +86,7 @@ class ProcessMemory:
         try:
             self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise _translated(error, pid) from error
+            raise processes.process_error(pid, error) from error
 
     def __enter__(self) -> ProcessMemory:
         return self
@@ -109,7 +110,7 @@ class ProcessMemory:
             with open(f"/proc/{self._pid}/maps", encoding="utf-8", errors="replace") as file:
                 return parse_maps(file.read(), min_bytes)
         except OSError as error:
-            raise _translated(error, self._pid) from error
+            raise processes.process_error(self._pid, error) from error
 
     def guest_pages(self, address: int, count: int) -> NDArray[np.int64]:
         """Guest page (PFN) of each of ``count`` pages from ``address`` on: int64 (count,).
@@ -129,7 +130,7 @@ class ProcessMemory:
                     break  # the process is gone, or the address beyond its address space
                 filled += got
         except OSError as error:
-            raise _translated(error, self._pid) from error
+            raise processes.process_error(self._pid, error) from error
         present = (entries & _PRESENT) != 0
         numbers = (entries & _PFN_MASK).astype(np.int64)
         if bool(present.any()) and not bool(numbers[present].any()):
@@ -181,18 +182,7 @@ class ProcessMemory:
         number = ctypes.get_errno()
         if number == errno.EFAULT:
             return 0
-        raise _translated(OSError(number, os.strerror(number)), self._pid)
-
-
-def _translated(error: OSError, pid: int) -> exception.AgentError:
-    if error.errno in (errno.ENOENT, errno.ESRCH):
-        return exception.ServerNotFound(reason=f"process {pid} has ended")
-    if error.errno in (errno.EPERM, errno.EACCES):
-        return exception.PrivilegeError(
-            reason=f"the memory of process {pid} cannot be read ({error.strerror}); "
-            "the agent needs CAP_SYS_PTRACE"
-        )
-    return exception.ServerError(server=pid, reason=f"its memory cannot be read: {error.strerror}")
+        raise processes.process_error(self._pid, OSError(number, os.strerror(number)))
 
 
 _process_vm_readv = ctypes.CDLL(None, use_errno=True).process_vm_readv

@@ -115,6 +115,18 @@ def parse_sockets(text: str, inodes: set[int]) -> list[str]:
     return paths
 
 
+def process_error(pid: int, error: OSError) -> exception.AgentError:
+    """What it means that something of a server in /proc could not be read."""
+    if error.errno in (errno.ENOENT, errno.ESRCH):
+        return exception.ServerNotFound(reason=f"process {pid} has ended")
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return exception.PrivilegeError(
+            reason=f"process {pid} cannot be inspected ({error.strerror}); "
+            "the agent needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
+        )
+    return exception.ServerError(server=pid, reason=f"/proc tells too little: {error.strerror}")
+
+
 def _all_pids() -> list[int]:
     return sorted(int(name) for name in os.listdir(_PROC) if name.isdigit())
 
@@ -139,10 +151,7 @@ def _inspect(pid: int) -> ServerProcess | None:
         )
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
-            raise exception.PrivilegeError(
-                reason=f"process {pid} looks like a database server but cannot be inspected "
-                f"({error.strerror}); the agent needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"
-            ) from error
+            raise process_error(pid, error) from error
         return None
 
 

@@ -49,6 +49,7 @@ _TEMPORARY_NAMES = re.compile(r"ibtmp.*|.*\.ibt")
 _OTHER_NAMES = re.compile(
     r".*\.dblwr|ib_logfile.*|ib_redo.*|#ib_redo.*|ib_buffer_pool.*|aria_log.*"
 )
+_TEMPORARY_IDS = (0xFFFFFFFE, 0xFFFFFFFD)
 _MAX_DEPTH = 3
 _SAMPLED_PAGES = 8
 
@@ -137,9 +138,10 @@ def discover(server: processes.ServerProcess) -> list[Tablespace]:
         else:
             found[candidate.key] = space
             page_size = space.page_size
-    # By size of the name first, so that ibdata10 continues what ibdata9 has continued.
+    # By length of the name first, so that ibdata10 continues what ibdata9 has continued.
     for candidate in sorted(parts.values(), key=lambda part: (len(part.path), part.path)):
         part = _continuation(candidate, page_size, found.values())
+        part = part or _unwritten_temporary(candidate, page_size, found.values())
         if part is not None:
             found[candidate.key] = part
     return sorted(found.values(), key=lambda space: (space.space_id, space.first_page))
@@ -164,7 +166,11 @@ def _candidates(server: processes.ServerProcess) -> Iterator[_Candidate]:
 
 def _open_files(server: processes.ServerProcess) -> Iterator[_Candidate]:
     directory = f"/proc/{server.pid}/fd"
-    for name in os.listdir(directory):
+    try:
+        names = os.listdir(directory)
+    except OSError as error:
+        raise processes.process_error(server.pid, error) from error
+    for name in names:
         location = f"{directory}/{name}"
         try:
             path = os.readlink(location)
@@ -262,6 +268,22 @@ def _continuation(
         return None
     first = FirstPage(space, page_size, same[0].full_crc32, same[0].excluded)
     return _tablespace(candidate, first, begin, same[0].excluded)
+
+
+def _unwritten_temporary(
+    candidate: _Candidate, page_size: int, known: Collection[Tablespace]
+) -> Tablespace | None:
+    """The global temporary tablespace, whose first page may never be written.
+
+    MariaDB gives it the space id that MySQL 8 gives its dictionary, MySQL 8 the one before it.
+    """
+    if not posixpath.basename(candidate.path).startswith("ibtmp"):
+        return None
+    taken = {space.space_id for space in known}
+    space_id = _TEMPORARY_IDS[1 if _TEMPORARY_IDS[0] in taken else 0]
+    if space_id in taken:
+        return None
+    return _tablespace(candidate, FirstPage(space_id, page_size, False, None), 0, "temporary")
 
 
 def _tablespace(

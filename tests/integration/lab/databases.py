@@ -17,6 +17,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,6 +94,13 @@ class LoopVolume:
             processes.end(self._holder)
             self._holder = None
 
+    def file_blocks(self, path: Path) -> NDArray[np.int64]:
+        """Blocks of the device that a file occupies, as filefrag says."""
+        text = _run([*self.enter, "filefrag", "-v", f"-b{BLOCK}", str(path)])
+        spans = re.findall(r"^ *\d+: *\d+\.\. *\d+: *(\d+)\.\. *(\d+):", text, re.MULTILINE)
+        blocks = [np.arange(int(first), int(last) + 1) for first, last in spans]
+        return np.concatenate(blocks) if blocks else np.empty(0, np.int64)
+
     def read_blocks(self, blocks: NDArray[np.uint32]) -> NDArray[np.uint8]:
         """Contents of blocks (u32 (n,)), read past all caches: u8 (n, 4096)."""
         content = np.empty((blocks.size, BLOCK), np.uint8)
@@ -132,6 +140,7 @@ class MariaDB:
         self._process: subprocess.Popen[bytes] | None = None
         self.datadir = volume.mountpoint / "data"
         self.socket = directory / "mariadbd.sock"
+        self._extra = [f"--{option}" for option in options]
         keys = directory / "keys"
         self._options = [
             f"--datadir={self.datadir}",
@@ -142,7 +151,7 @@ class MariaDB:
             f"--innodb-buffer-pool-size={pool}",
             "--plugin-load-add=file_key_management",
             f"--file-key-management-filename={keys}",
-            *(f"--{option}" for option in options),
+            *self._extra,
         ]
         # The server gives up root before it reads its keys and binds its socket.
         user = pwd.getpwnam("mysql")
@@ -157,7 +166,7 @@ class MariaDB:
         _run(
             [*self._volume.enter, "mariadb-install-db", "--no-defaults", "--user=mysql"]
             + [f"--datadir={self.datadir}", "--auth-root-authentication-method=normal"]
-            + ["--skip-test-db", "--skip-name-resolve"]
+            + ["--skip-test-db", *self._extra]
         )
 
     def start(self, timeout: float = 60) -> None:
@@ -202,6 +211,21 @@ class MariaDB:
             + ["--skip-column-names", f"--execute={text}", database],
         )
 
+    @contextlib.contextmanager
+    def session(self) -> Iterator[TextIO]:
+        """A client of its own: write statements, and flush."""
+        process = processes.spawn(
+            ["mariadb", "--no-defaults", f"--socket={self.socket}", "--user=root", "--batch"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        try:
+            assert process.stdin is not None
+            yield process.stdin
+        finally:
+            processes.end(process)
+
     def sysbench(self, command: str, *options: str, test: str = "oltp_read_write") -> list[str]:
         """The command line of sysbench against this server (database ``sbtest``)."""
         return [
@@ -218,6 +242,24 @@ class MariaDB:
         """Make sysbench's tables."""
         self.sql("CREATE DATABASE IF NOT EXISTS sbtest")
         _run(self.sysbench("prepare", f"--tables={tables}", f"--table-size={rows}"))
+
+    def dirty_pages(self) -> int:
+        return int(self.sql("SHOW GLOBAL STATUS LIKE 'Innodb_buffer_pool_pages_dirty'").split()[1])
+
+    def flush(self, timeout: float = 60) -> None:
+        """Have all dirty pages written, at once."""
+        names = ("innodb_max_dirty_pages_pct", "innodb_max_dirty_pages_pct_lwm")
+        names += ("innodb_io_capacity_max", "innodb_io_capacity")
+        before = self.sql("SELECT " + ", ".join(f"@@{name}" for name in names)).split()
+        self.sql("SET GLOBAL innodb_max_dirty_pages_pct_lwm=0, innodb_max_dirty_pages_pct=0")
+        self.sql("SET GLOBAL innodb_io_capacity_max=50000, innodb_io_capacity=50000")
+        deadline = time.monotonic() + timeout
+        while self.dirty_pages():
+            if time.monotonic() > deadline:
+                raise DatabaseError("dirty pages are not written")
+            time.sleep(0.1)
+        for name, value in zip(reversed(names), reversed(before), strict=True):
+            self.sql(f"SET GLOBAL {name}={value}")
 
     @contextlib.contextmanager
     def load(self, *options: str, test: str = "oltp_read_write") -> Iterator[None]:
@@ -247,6 +289,53 @@ def mariadb(
                 yield server, volume
             finally:
                 server.stop()
+
+
+def process_pages(pid: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The guest pages of a process's writable private memory, sorted, and their addresses.
+
+    Written anew here, so that what the agent finds is not checked by its own means.
+    """
+    guest, address = [], []
+    with open(f"/proc/{pid}/pagemap", "rb", buffering=0) as pagemap:
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            span, permissions = line.split()[:2]
+            start, end = (int(bound, 16) for bound in span.split("-"))
+            if permissions != "rw-p":
+                continue
+            raw = os.pread(pagemap.fileno(), (end - start) // BLOCK * 8, start // BLOCK * 8)
+            entries = np.frombuffer(raw, np.uint64)
+            present = np.flatnonzero(entries >> np.uint64(63))
+            guest.append((entries[present] & np.uint64((1 << 55) - 1)).astype(np.int64))
+            address.append(start + present * BLOCK)
+    found = np.concatenate(guest)
+    order = np.argsort(found)
+    return found[order], np.concatenate(address)[order]
+
+
+def read_pages(pid: int, guest: NDArray[np.uint32]) -> NDArray[np.uint8]:
+    """Contents of a process's memory by guest page (u32 (n,)): u8 (n, 4096).
+
+    A page that is the process's no more comes out as one that nothing equals.
+    """
+    known, address = process_pages(pid)
+    content = np.empty((guest.size, BLOCK), np.uint8)
+    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+        for row, page in enumerate(guest.astype(np.int64).tolist()):
+            at = int(np.searchsorted(known, page))
+            if at < known.size and known[at] == page:
+                os.preadv(memory.fileno(), [memoryview(content[row])], int(address[at]))
+            else:
+                content[row] = np.frombuffer(secrets.token_bytes(BLOCK), np.uint8)
+    return content
+
+
+def equal_share(
+    pid: int, volume: LoopVolume, guest: NDArray[np.uint32], block: NDArray[np.uint32]
+) -> float:
+    """Share of pages whose bytes in memory are those of their block at this moment."""
+    memory = read_pages(pid, guest)
+    return float((memory == volume.read_blocks(block)).all(axis=1).mean())
 
 
 def _aligned(size: int) -> NDArray[np.uint8]:

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The buffer map of real servers on block devices of this machine.
+
+The machine plays the guest: its page frame numbers are the guest pages, a loop device the volume.
+What a map claims is checked by reading both sides, the server's memory and the device.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_dmigrate import exception
+from nova_dmigrate.agent import mapper, options, processes, tablespaces
+from nova_dmigrate.buffermap import BufferMap, MapLimits
+from tests import base
+from tests.integration.lab import databases
+
+VOLUME = "0ab1c2d3-volume"
+ROWS = "SELECT REPEAT(MD5(seq), 40) FROM seq_1_to_3000"
+SPECIAL = {
+    "pagecomp": "PAGE_COMPRESSED=1",
+    "crypt": "ENCRYPTED=YES",
+    "zip": "ROW_FORMAT=COMPRESSED KEY_BLOCK_SIZE=8",
+    "plain": "ENCRYPTED=NO",
+}
+
+
+class DatabaseTestCase(base.TestCase):
+    """Tests that share one server."""
+
+    KIND: ClassVar[str] = "ext4"
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+    server: ClassVar[databases.MariaDB]
+    volume: ClassVar[databases.LoopVolume]
+    _stack: ClassVar[contextlib.ExitStack]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        reason = databases.available()
+        if reason is not None:
+            raise cls.skipException(reason)
+        with contextlib.ExitStack() as stack:
+            cls.server, cls.volume = stack.enter_context(
+                databases.mariadb(kind=cls.KIND, options=cls.OPTIONS)
+            )
+            cls.fill()
+            cls._stack = stack.pop_all()
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls._stack.close()
+        super().tearDownClass()
+
+    @classmethod
+    def fill(cls) -> None:
+        raise NotImplementedError
+
+    def find(self) -> processes.ServerProcess:
+        (found,) = processes.find_servers(processes.Selector(pid=self.server.pid))
+        return found
+
+    def build(self, **settings: Any) -> tuple[BufferMap, mapper.MapSummary]:
+        names = {self.volume.name: VOLUME}
+        return mapper.build_map(self.find(), options.MapOptions(volume_names=names, **settings))
+
+    def equal_share(self, built: BufferMap) -> float:
+        (mapped,) = built.volumes
+        self.assertEqual(VOLUME, mapped.volume_id)
+        return databases.equal_share(self.server.pid, self.volume, *mapped.pages())
+
+    def blocks(self, built: BufferMap) -> NDArray[np.int64]:
+        return np.unique(built.volumes[0].pages()[1]).astype(np.int64)
+
+    def file_blocks(self, name: str) -> NDArray[np.int64]:
+        return self.volume.file_blocks(self.server.datadir / name)
+
+    def codes(self, summary: mapper.MapSummary) -> list[str]:
+        return [finding.code for finding in summary.findings]
+
+
+class TestMariaDB(DatabaseTestCase):
+    """Debian's MariaDB as it is, ext4, with all kinds of tables."""
+
+    @classmethod
+    def fill(cls) -> None:
+        cls.server.fill(tables=3, rows=80000)
+        cls.server.sql("CREATE DATABASE special")
+        for name, attributes in SPECIAL.items():
+            cls.server.sql(
+                f"CREATE TABLE {name} (id INT AUTO_INCREMENT PRIMARY KEY, t TEXT) {attributes};"
+                f"INSERT INTO {name} (t) {ROWS}",
+                "special",
+            )
+        cls.server.flush()
+
+    @contextlib.contextmanager
+    def load(self) -> Iterator[None]:
+        with self.server.load("--tables=3", "--table-size=80000", "--threads=1"):
+            time.sleep(2)
+            yield
+
+    def test_mapped_pages_equal_the_volume_under_load_without_a_flush(self) -> None:
+        shares, pages = [], []
+        with self.load():
+            for _ in range(3):
+                built, summary = self.build()
+                shares.append(self.equal_share(built))
+                pages.append(built.page_count)
+                self.assertEqual(built.page_count, summary.mapped_pages)
+        self.assertGreaterEqual(min(shares), 0.95, f"{shares} of {pages} pages")
+        self.assertGreater(min(pages), 1000)
+
+    def test_after_a_flush_nearly_all_of_the_pool_is_mapped_and_equal(self) -> None:
+        self.server.flush()
+        built, summary = self.build()
+        self.assertGreaterEqual(self.equal_share(built), 0.99)
+        # What the server itself says that it holds of tablespaces that can be mapped. The dump of
+        # its pool would do too, but does not tell free frames from used ones.
+        held = self.server.sql(
+            "SELECT COUNT(DISTINCT space, page_number)"
+            " FROM information_schema.innodb_buffer_page p"
+            " JOIN information_schema.innodb_sys_tablespaces t USING (space)"
+            " WHERE t.name LIKE 'sbtest/%' OR t.name = 'special/plain'"
+        )
+        blocks = self.blocks(built)
+        ours = np.concatenate(
+            [self.file_blocks(f"sbtest/sbtest{n}.ibd") for n in (1, 2, 3)]
+            + [self.file_blocks("special/plain.ibd")]
+        )
+        self.assertGreaterEqual(np.isin(blocks, ours).sum(), 0.97 * 4 * int(held))
+        self.assertLessEqual(summary.dirty_frames, 0.05 * summary.candidate_frames)
+
+    def test_tables_that_differ_on_the_volume_are_left_out_with_their_reasons(self) -> None:
+        for name in SPECIAL:
+            self.server.sql(f"SELECT COUNT(t) FROM {name}", "special")
+        self.server.flush()
+        built, summary = self.build()
+        blocks = self.blocks(built)
+        for name in ("pagecomp", "crypt", "zip"):
+            within = np.isin(blocks, self.file_blocks(f"special/{name}.ibd"))
+            self.assertEqual(0, np.count_nonzero(within), name)
+        self.assertTrue(np.isin(self.file_blocks("special/plain.ibd"), blocks).any())
+        for reason in ("page-compressed", "encrypted", "compressed"):
+            self.assertGreater(summary.excluded[reason], 400, reason)
+
+    def test_temporary_tables_are_left_out(self) -> None:
+        before = self.build()[1].excluded.get("temporary", 0)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.temporary_table())
+            built, summary = self.build()
+            blocks = self.file_blocks("ibtmp1")
+        self.assertGreater(summary.excluded["temporary"], before + 400)
+        self.assertEqual(0, np.count_nonzero(np.isin(self.blocks(built), blocks)))
+
+    @contextlib.contextmanager
+    def temporary_table(self) -> Iterator[None]:
+        """A session with a temporary table, which it fills before the context begins."""
+        ready = self.make_directory() / "ready"
+        os.mkfifo(ready)
+        with self.server.session() as session:
+            session.write("USE special; CREATE TEMPORARY TABLE gone (t TEXT) ENGINE=InnoDB;\n")
+            session.write(f"INSERT INTO gone {ROWS};\n\\! echo filled >{ready}\n")
+            session.flush()
+            self.assertEqual("filled\n", ready.read_text())
+            yield
+
+    def test_dirty_frames_are_left_out_unless_they_are_asked_for(self) -> None:
+        with self.load():
+            pass
+        few, summary = self.build()
+        many, _ = self.build(include_dirty=True)
+        self.assertGreater(summary.dirty_frames, 100)
+        self.assertEqual(4 * summary.dirty_frames, summary.excluded["dirty"])
+        self.assertGreaterEqual(many.page_count, few.page_count + summary.dirty_frames)
+        self.assertLess(self.equal_share(many), self.equal_share(few))
+
+    def test_a_device_that_is_no_disk_is_mapped_only_when_it_is_named(self) -> None:
+        built, summary = mapper.build_map(self.find())
+        self.assertEqual((), built.volumes)
+        self.assertIn("unsupported-device", self.codes(summary))
+        self.assertIn("nothing-mapped", self.codes(summary))
+        self.assertGreater(summary.excluded["unsupported-device"], 1000)
+
+    def test_o_direct_is_recognised(self) -> None:
+        spaces = tablespaces.discover(self.find())
+        opened = [space for space in spaces if space.direct is not None]
+        self.assertGreater(len(opened), 5)
+        self.assertTrue(all(space.direct for space in opened))
+        self.assertEqual([], self.codes(self.build()[1]))
+
+    def test_the_server_is_found_by_each_thing_that_names_it(self) -> None:
+        server = self.find()
+        self.assertEqual(str(self.server.datadir), server.datadir)
+        self.assertEqual(str(self.server.socket), server.socket)
+        for selector in (
+            processes.Selector(),
+            processes.Selector(datadir=f"{self.server.datadir}/"),
+            processes.Selector(socket=str(self.server.socket)),
+        ):
+            self.assertIn(server, processes.find_servers(selector))
+        for selector in (
+            processes.Selector(pid=os.getpid()),
+            processes.Selector(datadir="/nowhere"),
+            processes.Selector(pid=self.server.pid, socket="/nowhere"),
+        ):
+            self.assertRaises(exception.ServerNotFound, processes.find_servers, selector)
+
+    def test_the_map_survives_its_way_as_chunks(self) -> None:
+        built, _ = self.build()
+        again = BufferMap.from_chunks(built.to_chunks(), MapLimits())
+        for ours, theirs in zip(built.volumes, again.volumes, strict=True):
+            self.assertTrue(all(map(np.array_equal, ours.pages(), theirs.pages())))
+
+
+class TestOldFashioned(DatabaseTestCase):
+    """XFS, small pages, an older checksum, buffered files, a system tablespace of two files."""
+
+    KIND = "xfs"
+    OPTIONS = (
+        "innodb-page-size=4k",
+        "innodb-checksum-algorithm=crc32",
+        "innodb-flush-method=fsync",
+        "innodb-data-file-path=ibdata1:12M;ibdata2:12M:autoextend",
+        "innodb-file-per-table=OFF",
+        "innodb-undo-tablespaces=2",
+    )
+
+    @classmethod
+    def fill(cls) -> None:
+        cls.server.fill(tables=1, rows=120000)
+        cls.server.flush()
+
+    def test_the_pages_of_both_files_are_mapped_and_equal(self) -> None:
+        built, summary = self.build()
+        self.assertEqual(4096, summary.page_size)
+        self.assertGreaterEqual(self.equal_share(built), 0.99)
+        blocks = self.blocks(built)
+        for name in ("ibdata1", "ibdata2", "undo001"):
+            mapped = np.isin(self.file_blocks(name), blocks)
+            self.assertGreater(np.count_nonzero(mapped), 50, name)
+
+    def test_files_that_are_not_opened_with_o_direct_are_a_finding(self) -> None:
+        self.assertIn("not-o-direct", self.codes(self.build()[1]))
+
+    def test_a_server_that_was_killed_is_gone_and_one_that_came_back_is_found(self) -> None:
+        server = self.find()
+        self.server.kill()
+        self.assertFalse(server.running)
+        self.assertRaises(exception.AgentError, mapper.build_map, server)
+        self.server.start()
+        self.server.sql("SELECT COUNT(c), COUNT(k) FROM sbtest1", "sbtest")
+        built, _ = self.build()
+        self.assertGreaterEqual(self.equal_share(built), 0.95)
+        self.assertGreater(built.page_count, 1000)
