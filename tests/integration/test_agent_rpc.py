@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,10 @@ from tests.integration.lab.broker import HOST_USER, Broker
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # eventlet's, of which nothing is used
     from nova_dmigrate.rpc import broker as rpc_broker
+
+# At DEBUG they tell of every byte
+for chatty in ("amqp", "oslo.messaging", "oslo_messaging", "stevedore"):
+    logging.getLogger(chatty).setLevel(logging.INFO)
 
 ONE, OTHER = str(uuid.uuid4()), str(uuid.uuid4())
 PASSWORD = "a password"
@@ -94,7 +99,7 @@ class AgentRpcTest(base.TestCase):
         with contextlib.ExitStack() as stack:
             directory = stack.enter_context(processes.workspace())
             cls.server, volume = stack.enter_context(
-                databases.mariadb(megabytes=320, pool="48M", options=["innodb-log-file-size=64M"])
+                databases.mariadb(pool="48M", options=["innodb-log-file-size=64M"])
             )
             cls._fill_server()
             cls.broker = stack.enter_context(Broker([ONE, OTHER]))
@@ -142,6 +147,12 @@ class AgentRpcTest(base.TestCase):
     def wait_for_new_agent(self) -> None:
         wait_for(lambda: self.client.ping().incarnation != self.incarnation, "a new agent")
 
+    def settle(self) -> None:
+        """The table is in the pool, and the pool on the volume."""
+        self.server.sql("SELECT COUNT(DISTINCT pad) FROM sbtest1", "sbtest")
+        state = self.prepare()
+        wait_for(lambda: self.client.renew(state.lease_id).reached, "few dirty pages")
+
     # What is asked
 
     def test_the_agent_describes_the_server_and_may_prepare_it(self) -> None:
@@ -154,6 +165,7 @@ class AgentRpcTest(base.TestCase):
         self.assertFalse(codes & {"no-login", "no-grant", "no-server", "no-answer"}, codes)
 
     def test_a_map_arrives_in_chunks_that_can_be_asked_for_again(self) -> None:
+        self.settle()
         settings = client.ClientSettings(timeout=5, attempts=6, chunk_bytes=4096)
         small = client.AgentClient(ONE, self.client._transport, settings)
         fetched = small.fetch_map(MapLimits(max_chunk_bytes=4096))
@@ -196,6 +208,7 @@ class AgentRpcTest(base.TestCase):
             self.assertEqual(before[name], after[name], name)
 
     def test_the_operator_is_told_that_all_is_well(self) -> None:
+        self.settle()
         done = subprocess.run(
             self.agent.command("check", "--json"), capture_output=True, text=True, check=False
         )
