@@ -94,6 +94,14 @@ def build_map(
         seconds=time.monotonic() - began,
         findings=notes.all(scan, built.page_count),
     )
+    LOG.info(
+        "Mapped %d guest pages of %s in %.2f s (%d frames with pages, excluded: %s)",
+        summary.mapped_pages,
+        server.datadir,
+        summary.seconds,
+        summary.candidate_frames,
+        summary.excluded,
+    )
     return built, summary
 
 
@@ -228,15 +236,17 @@ class _Scan:
         found = frames.FrameTable(self._per_frame)
         for mapping in process.mappings(self._settings.min_mapping_bytes):
             before = self.candidate_frames
-            present_frames = 0
+            present_frames = unknown = 0
             for address, count in self._chunks(mapping):
                 present, guest = self._present(process, address, count)
                 if present.size:
                     present_frames += present.size
                     headers = pages.read_headers(process, present, self._page_size)
-                    self._choose(headers, guest, found)
+                    unknown += self._choose(headers, guest, found)
+            # Elsewhere what looks like a page is something else.
             if self.candidate_frames > before:
                 self.pool_frames += present_frames
+                self.excluded["unknown-tablespace"] += unknown * self._per_frame
         return found
 
     def _chunks(self, mapping: memory.Mapping) -> Iterator[tuple[int, int]]:
@@ -258,10 +268,10 @@ class _Scan:
 
     def _choose(
         self, headers: pages.Headers, guest: NDArray[np.int64], found: frames.FrameTable
-    ) -> None:
+    ) -> int:
+        """Add to ``found`` what can be mapped; the number of pages of unknown tablespaces."""
         known, place, full_crc32, reason = self._table.find(headers.space, headers.page)
         written = headers.written(full_crc32)
-        self._count_unknown(headers, known)
         mappable = known & (reason < 0)
         clean = mappable & written & headers.has_lsn
         dirty = mappable & ~written & headers.plausible
@@ -277,15 +287,16 @@ class _Scan:
         else:
             self.excluded["dirty"] += int(np.count_nonzero(dirty)) * self._per_frame
         found.add(place[clean], headers.lsn_low[clean], guest[clean])
+        return _count_unknown(headers, known)
 
-    def _count_unknown(self, headers: pages.Headers, known: NDArray[np.bool_]) -> None:
-        """Pages of tablespaces without a file: dropped ones, or files that were not found."""
-        no = np.zeros(known.size, np.bool_)
-        whole = headers.written(no) | headers.written(~no)
-        # MariaDB marks free frames with the highest numbers.
-        used = headers.space != np.uint32(0xFFFFFFFF)
-        unknown = int(np.count_nonzero(~known & used & headers.plausible & whole))
-        self.excluded["unknown-tablespace"] += unknown * self._per_frame
+
+def _count_unknown(headers: pages.Headers, known: NDArray[np.bool_]) -> int:
+    """Pages of tablespaces without a file: dropped ones, or files that were not found."""
+    no = np.zeros(known.size, np.bool_)
+    whole = headers.written(no) | headers.written(~no)
+    # MariaDB marks free frames with the highest numbers.
+    used = headers.space != np.uint32(0xFFFFFFFF)
+    return int(np.count_nonzero(~known & used & headers.plausible & whole))
 
 
 def _assemble(
