@@ -212,9 +212,18 @@ class _Locator:
                 self._notes.buffered(space.path)
                 if self._settings.sync_buffered:
                     os.fdatasync(descriptor)
-            return storage.place(filesystem.file_extents(descriptor, space.path), segments)
+            extents = filesystem.file_extents(descriptor, space.path)
         finally:
             os.close(descriptor)
+        placed = storage.place(extents, segments)
+        if 2 * sum(int(part.length.sum()) for part in placed) < int(extents.length.sum()):
+            raise exception.StorageError(
+                path=space.path,
+                reason="it is not aligned to blocks of 4 KiB of the volume (the file system has "
+                "smaller blocks, or its partition begins in between)",
+                code="unaligned",
+            )
+        return placed
 
 
 class _Scan:

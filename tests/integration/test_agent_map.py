@@ -9,16 +9,18 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nova_dmigrate import exception
-from nova_dmigrate.agent import mapper, options, processes, tablespaces
+from nova_dmigrate.agent import filesystem, mapper, options, processes, storage, tablespaces
 from nova_dmigrate.buffermap import BufferMap, MapLimits
 from tests import base
 from tests.integration.lab import databases
+from tests.integration.lab import processes as lab_processes
 
 VOLUME = "0ab1c2d3-volume"
 ROWS = "SELECT REPEAT(MD5(seq), 40) FROM seq_1_to_3000"
@@ -258,3 +260,58 @@ class TestOldFashioned(DatabaseTestCase):
         built, _ = self.build()
         self.assertGreaterEqual(self.equal_share(built), 0.95)
         self.assertGreater(built.page_count, 1000)
+
+
+class TestStorage(base.TestCase):
+    """Bytes of files are found on the device, below a partition and real file systems."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        reason = databases.available()
+        if reason is not None:
+            self.skipTest(reason)
+
+    def check(self, volume: databases.LoopVolume) -> None:
+        """A file with all that a file can have: holes, room that was never written, extents."""
+        path = volume.mountpoint / "file"
+        outside = Path(f"/proc/{volume.holder_pid}/root{path}")
+        content = np.random.default_rng(5).integers(0, 256, 3 << 20, np.uint8)
+        with open(outside, "w+b", buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, 1 << 20)
+            file.truncate(64 << 20)
+            written = [at << 16 for at in (0, 3, 4, 40, 41, 42, 90, 500, 1023)]
+            for at in written:
+                file.seek(at)
+                file.write(content[at % (2 << 20) :][: 1 << 16])
+            os.fsync(file.fileno())
+            mounts = filesystem.read_mounts(volume.holder_pid)
+            device = os.fstat(file.fileno()).st_dev
+            filesystem.check_mount(str(path), mounts.get(device))
+            stack = storage.DeviceStack({volume.name: VOLUME})
+            extents = filesystem.file_extents(file.fileno(), str(path))
+            placed = storage.place(extents, stack.segments(device))
+            found = {}
+            for part in placed:
+                self.assertEqual(VOLUME, part.volume_id)
+                for logical, offset, length in zip(
+                    part.logical.tolist(), part.offset.tolist(), part.length.tolist(), strict=True
+                ):
+                    for step in range(0, length, 4096):
+                        found[logical + step] = (offset + step) // 4096
+            self.assertEqual(
+                {at + n for at in written for n in range(0, 1 << 16, 4096)}, set(found)
+            )
+            blocks = volume.read_blocks(np.array(list(found.values()), np.uint32))
+            for at, block in zip(found, blocks, strict=True):
+                self.assertEqual(os.pread(file.fileno(), 4096, at), block.tobytes())
+
+    def test_files_on_a_whole_device(self) -> None:
+        for kind in ("ext4", "xfs"):
+            with self.subTest(kind), lab_processes.workspace() as directory:
+                with databases.LoopVolume(directory, 400, kind) as volume:
+                    self.check(volume)
+
+    def test_files_on_a_partition(self) -> None:
+        with lab_processes.workspace() as directory:
+            with databases.LoopVolume(directory, 400, partitioned=True) as volume:
+                self.check(volume)

@@ -26,8 +26,10 @@ from tests.integration.lab import processes
 
 BLOCK = 4096
 _READ_BLOCKS = 256
+_PARTITION_SECTOR = 2048
 _MKFS: Mapping[str, Sequence[str]] = {
-    "ext4": ("mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,nodiscard"),
+    # Small ones would have smaller blocks
+    "ext4": ("mkfs.ext4", "-q", "-F", "-b", "4096", "-E", "lazy_itable_init=0,nodiscard"),
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
 }
 
@@ -52,11 +54,14 @@ class LoopVolume:
     ``device``: the loop device. ``enter``: what to put before a command to run it there.
     """
 
-    def __init__(self, directory: Path, megabytes: int, kind: str = "ext4") -> None:
+    def __init__(
+        self, directory: Path, megabytes: int, kind: str = "ext4", partitioned: bool = False
+    ) -> None:
         self.mountpoint = directory / "volume"
         self._image = directory / "volume.img"
         self._megabytes = megabytes
         self._kind = kind
+        self._partitioned = partitioned
         self._holder: subprocess.Popen[bytes] | None = None
         self.device = Path()
         self.enter: tuple[str, ...] = ()
@@ -70,11 +75,27 @@ class LoopVolume:
         self.mountpoint.mkdir()
         with open(self._image, "wb") as file:
             file.truncate(self._megabytes << 20)
-        _run([*_MKFS[self._kind], str(self._image)])
-        script = 'mount -o loop "$1" "$2" && echo mounted && exec cat >/dev/null'
+        # Once it is mounted, the loop device goes with its last user (autoclear).
+        loop = ["losetup", "--find", "--show"]
+        if self._partitioned:
+            loop.append("--partscan")
+        self.device = Path(_run([*loop, str(self._image)]).strip())
+        try:
+            if self._partitioned:
+                # Told to the kernel directly: this one may know no partition tables.
+                begin, sectors = _PARTITION_SECTOR, self._megabytes << 11
+                _run(["addpart", str(self.device), "1", str(begin), str(sectors - begin)])
+            self._mount(f"{self.device}p1" if self._partitioned else str(self.device))
+        finally:
+            _run(["losetup", "--detach", str(self.device)])
+        return self
+
+    def _mount(self, device: str) -> None:
+        _run([*_MKFS[self._kind], device])
+        script = 'mount "$1" "$2" && echo mounted && exec cat >/dev/null'
         self._holder = processes.spawn(
             ["unshare", "--mount", "--propagation", "private", "--"]
-            + ["sh", "-c", script, "sh", str(self._image), str(self.mountpoint)],
+            + ["sh", "-c", script, "sh", device, str(self.mountpoint)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -82,12 +103,13 @@ class LoopVolume:
         if self._holder.stdout.readline() != b"mounted\n":
             self.__exit__()
             raise DatabaseError("the volume could not be mounted")
-        mounts = Path(f"/proc/{self._holder.pid}/mountinfo").read_text()
-        match = re.search(rf" {re.escape(str(self.mountpoint))} .* - \S+ (\S+)", mounts)
-        assert match is not None, mounts
-        self.device = Path(match[1])
-        self.enter = ("nsenter", f"--mount=/proc/{self._holder.pid}/ns/mnt", "--")
-        return self
+        self.enter = ("nsenter", f"--mount=/proc/{self.holder_pid}/ns/mnt", "--")
+
+    @property
+    def holder_pid(self) -> int:
+        """The process that keeps the namespace: /proc/PID/root leads into it."""
+        assert self._holder is not None
+        return self._holder.pid
 
     def __exit__(self, *_: object) -> None:
         if self._holder is not None:

@@ -264,6 +264,12 @@ class MapperTest(base.TestCase):
         _, summary = self.build([innodb.page(5, 1)])
         self.assertEqual({"unsupported-filesystem": 4}, summary.excluded)
 
+    def test_a_file_that_is_not_aligned_on_the_volume_is_a_finding_and_a_reason(self):
+        self.space(5, 10, (0, FILE_AT + 1024, 10))
+        _, summary = self.build([innodb.page(5, 1)])
+        self.assertEqual({"unaligned": 4}, summary.excluded)
+        self.assertEqual({"unaligned", "nothing-mapped"}, self.codes(summary))
+
     def test_files_that_are_not_direct_are_written_back_first(self):
         self.space(5, 10, direct=False)
         built, summary = self.build([innodb.page(5, 1)])
