@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's methods, as a client on the other end of a channel sees them."""
+
+import base64
+import socket
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from nova_dmigrate import exception
+from nova_dmigrate.agent import maps, service
+from nova_dmigrate.agent.findings import Finding, Severity
+from nova_dmigrate.agent.preparation import Preparation
+from nova_dmigrate.buffermap import BufferMap, MapLimits, VolumeExtents
+from nova_dmigrate.rpc import channel, client
+from nova_dmigrate.rpc.dispatcher import Dispatcher
+from tests import base
+from tests.unit.agent.fakes import FakeGuest, FakeServer
+
+NOTE = Finding("a-note", Severity.NOTE, "something")
+
+
+def make_map(pages: int, volume: str = "a-volume", first: int = 0) -> BufferMap:
+    guest = np.arange(first, first + 2 * pages, 2, dtype=np.uint64) * 4096
+    block = np.random.default_rng(3).permutation(pages).astype(np.uint64) * 4096
+    length = np.full(pages, 4096, np.uint64)
+    return BufferMap.build([VolumeExtents(volume, 1 << 30, guest, block, length)])
+
+
+def same(one: BufferMap, other: BufferMap) -> bool:
+    return list(one.to_chunks()) == list(other.to_chunks())
+
+
+class Servers:
+    """In the place of service.Servers."""
+
+    def __init__(self, built: Any) -> None:
+        self.built = built
+        self.builds = 0
+        self.go = threading.Event()
+        self.go.set()
+
+    def build_map(self) -> tuple[BufferMap, Sequence[Finding]]:
+        self.builds += 1
+        self.go.wait()
+        if isinstance(self.built, Exception):
+            raise self.built
+        return self.built, [NOTE]
+
+
+class MapStoreTest(base.TestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = 0.0
+        self.servers = Servers(make_map(5000))
+        self.store = maps.MapStore(
+            self.servers.build_map, self.make_directory() / "state", lambda: self.now
+        )
+
+    def begin(self, size: int = 4096) -> Any:
+        state = self.store.begin(size)
+        while state.state == "building":
+            state = self.store.state(state.map_id)
+        return state
+
+    def test_chunks_are_the_maps_and_can_be_asked_for_in_any_order(self) -> None:
+        state = self.begin()
+        self.assertEqual(("ready", 5000), (state.state, state.pages))
+        self.assertGreater(state.chunks, 3)
+        backwards = [
+            base64.b64decode(self.store.chunk(state.map_id, index).data)
+            for index in reversed(range(state.chunks))
+        ]
+        self.assertEqual(list(self.servers.built.to_chunks(4096)), backwards[::-1])
+        self.assertEqual(sum(map(len, backwards)), state.size)
+        self.assertEqual("a-note", state.findings[0].code)
+
+    def test_a_chunk_beyond_the_last_is_refused(self) -> None:
+        state = self.begin()
+        error = self.assertRaises(
+            exception.AgentError, self.store.chunk, state.map_id, state.chunks
+        )
+        self.assertEqual("no-chunk", error.kwargs["code"])
+
+    def test_while_a_map_is_being_built_no_second_one_is(self) -> None:
+        self.servers.go.clear()
+        first = self.store.begin(4096)
+        self.assertEqual(first.map_id, self.store.begin(4096).map_id)
+        error = self.assertRaises(exception.AgentError, self.store.begin, 8192)
+        self.assertEqual("busy", error.kwargs["code"])
+        self.assertRaises(exception.AgentError, self.store.chunk, first.map_id, 0)
+        self.servers.go.set()
+        self.assertEqual(1, self.servers.builds)
+
+    def test_a_failure_is_the_maps_state(self) -> None:
+        for error in (exception.ServerNotFound(reason="gone"), RuntimeError("what is this")):
+            self.servers.built = error
+            state = self.begin()
+            self.assertEqual("failed", state.state)
+            self.assertIn(str(error), state.message)
+
+    def test_a_map_is_forgotten_at_its_end_or_when_nobody_asks_any_more(self) -> None:
+        for forget in (self.store.end, lambda map_id: self.store.tick()):
+            state = self.begin()
+            self.now += 299
+            self.store.tick()
+            self.store.state(state.map_id)
+            self.now += 301
+            forget(state.map_id)
+            error = self.assertRaises(exception.AgentError, self.store.state, state.map_id)
+            self.assertEqual("unknown-map", error.kwargs["code"])
+
+    def test_maps_of_several_servers_become_one(self) -> None:
+        one, two, three = make_map(50), make_map(60, first=101), make_map(40, "other", 1000)
+        merged = maps.merge([one, two, three])
+        self.assertEqual(150, merged.page_count)
+        self.assertEqual(2, len(merged.volumes))
+
+    def test_of_maps_that_contradict_each_other_the_largest_is_taken(self) -> None:
+        one, two = make_map(50), make_map(60, "other")
+        self.assertIs(two, maps.merge([one, two]))
+        self.assertIs(one, maps.merge([one]))
+
+
+class ServiceTest(base.TestCase):
+    """The whole agent but for oslo.messaging and the database."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        settings = service.AgentSettings(self.make_directory() / "state")
+        self.service = service.AgentService(settings)
+        self.servers = Servers(make_map(3000))
+        self.service._maps = maps.MapStore(self.servers.build_map, settings.state_directory)
+        self.database = FakeServer()
+        guest = FakeGuest(self.database)
+        self.service.preparation = Preparation(
+            self.service.preparation._file,
+            guest.logins,
+            guest.connect,  # type: ignore[arg-type]
+        )
+        ours, theirs = socket.socketpair()
+        server = channel.ChannelServer(Dispatcher(self.service), theirs.detach)
+        server.start()
+        self.addCleanup(server.stop)
+        transport = channel.ChannelTransport("an-instance", ours.detach)
+        self.client = client.AgentClient(
+            "an-instance", transport, client.ClientSettings(chunk_bytes=4096, poll_interval=0.01)
+        )
+        self.addCleanup(self.client.close)
+
+    def test_a_map_arrives_as_it_was_made(self) -> None:
+        fetched = self.client.fetch_map(MapLimits(max_chunk_bytes=4096))
+        self.assertTrue(same(self.servers.built, fetched))
+
+    def test_a_map_beyond_the_hosts_limits_is_not_fetched(self) -> None:
+        self.assertRaises(
+            exception.BufferMapError, self.client.fetch_map, MapLimits(max_pages=2999)
+        )
+
+    def test_a_map_that_cannot_be_made_is_refused_with_the_reason(self) -> None:
+        self.servers.built = exception.ServerNotFound(reason="none runs here")
+        error = self.assertRaises(exception.AgentRefused, self.client.fetch_map, MapLimits())
+        self.assertIn("none runs here", str(error))
+        self.assertEqual("map-failed", error.kwargs["code"])
+
+    def test_preparing_and_restoring_over_the_channel(self) -> None:
+        before = dict(self.database.values)
+        state = self.client.prepare(seconds=2)
+        self.assertEqual("flushing", state.state)
+        self.database.dirty = 0
+        self.assertEqual("ready", self.client.renew(state.lease_id).state)
+        self.assertEqual("idle", self.client.restore(state.lease_id).state)
+        self.assertEqual(before, self.database.values)
+        error = self.assertRaises(exception.AgentRefused, self.client.renew, state.lease_id)
+        self.assertEqual("unknown-lease", error.kwargs["code"])
+
+    def test_health_tells_of_moves_and_a_missing_server(self) -> None:
+        self.service._servers = service.Servers(
+            service.AgentSettings(self.make_directory(), service.processes.Selector(pid=1))
+        )
+        self.service.follow_up.noticed("a sign")
+        health = self.client.health()
+        self.assertEqual(1, health.moves)
+        self.assertIsNotNone(health.since_move)
+        self.assertFalse(health.servers[0].healthy)
+
+    def test_an_agent_that_forgot_the_map_is_asked_for_one_more(self) -> None:
+        forgotten = []
+        real = self.service._maps.chunk
+
+        def chunk(map_id: str, index: int) -> Any:
+            if not forgotten and index == 1:
+                forgotten.append(map_id)
+                self.service._maps.end(map_id)
+            return real(map_id, index)
+
+        self.service._maps.chunk = chunk  # type: ignore[method-assign]
+        fetched = self.client.fetch_map(MapLimits(max_chunk_bytes=4096))
+        self.assertTrue(same(self.servers.built, fetched))
+        self.assertEqual(2, self.servers.builds)
+
+    def test_trouble_in_the_ticks_does_not_end_the_agent(self) -> None:
+        def broken() -> None:
+            raise RuntimeError("no")
+
+        self.service.preparation.tick = broken  # type: ignore[method-assign]
+        self.service.tick()
+        self.assertIn("Trouble", self.log.output)
+
+
+class RunTest(base.TestCase):
+    def test_a_second_agent_in_the_same_guest_is_refused(self) -> None:
+        directory = self.make_directory()
+        with service.exclusive(directory):
+            error = self.assertRaises(exception.AgentError, service.exclusive(directory).__enter__)
+        self.assertEqual("running", error.kwargs["code"])
+        with service.exclusive(directory):
+            pass
+
+    def test_the_agent_serves_until_it_is_stopped_and_reconnects_after_a_move(self) -> None:
+        told: list[str] = []
+
+        class Server:
+            def start(self) -> None:
+                told.append("start")
+                made[0]._handler.follow_up.noticed("a sign")
+                stopped.set()
+
+            def reconnect(self) -> None:
+                told.append("reconnect")
+
+            def stop(self) -> None:
+                told.append("stop")
+
+        made: list[Any] = []
+        stopped = threading.Event()
+
+        def make_server(dispatcher: Dispatcher) -> Server:
+            made.append(dispatcher)
+            return Server()
+
+        service.run(service.AgentSettings(self.make_directory()), make_server, stopped)
+        self.assertEqual(["start", "reconnect", "stop"], told)
