@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The broker's transport as far as it can be tested without one: oslo.messaging's fake driver."""
+
+import re
+import uuid
+import warnings
+
+from nova_dmigrate import exception
+from nova_dmigrate.rpc import client, isolation, messages
+from nova_dmigrate.rpc.dispatcher import Dispatcher
+from tests import base
+from tests.unit.rpc.test_dispatcher import Handler
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # eventlet's, of which nothing is used
+    from nova_dmigrate.rpc import broker
+
+
+class BrokerTest(base.TestCase):
+    def test_a_broker_that_is_not_there_is_noticed_at_once(self) -> None:
+        transport = broker.BrokerTransport("i", "rabbit://u:p@127.0.0.1:1/v")
+        self.addCleanup(transport.close)
+        error = self.assertRaises(exception.AgentUnreachable, transport.call, "ping", "r", {}, 60)
+        self.assertIn("no broker can be reached", str(error))
+
+    def test_requests_pass_through_oslo_messaging(self) -> None:
+        instance = str(uuid.uuid4())
+        handler = Handler()
+        server = broker.BrokerServer(
+            instance, Dispatcher(handler), broker.make_conf(), "fake://one/"
+        )
+        server.start()
+        self.addCleanup(server.stop)
+        self.assertTrue(server.wait_until_serving(60))
+        transport = broker.BrokerTransport(instance, "fake://one/")
+        self.addCleanup(transport.close)
+        asked = client.AgentClient(instance, transport)
+        self.assertEqual("abc", asked.ping().incarnation)
+        handler.error = RuntimeError("broken")
+        error = self.assertRaises(exception.AgentRefused, asked.ping)
+        self.assertIn("RuntimeError: broken", str(error))
+
+    def test_the_endpoint_has_the_protocols_methods_and_no_others(self) -> None:
+        endpoint = broker.Endpoint(Dispatcher(Handler()))
+        for method in messages.METHODS:
+            self.assertTrue(callable(getattr(endpoint, method)))
+        public = {name for name in dir(endpoint) if not name.startswith("_")}
+        self.assertEqual({"target"}, public)
+        self.assertFalse(hasattr(endpoint, "other"))
+
+    def test_no_class_of_the_other_sides_choice_is_allowed(self) -> None:
+        transport = broker.BrokerTransport("i", "fake://two/")
+        self.addCleanup(transport.close)
+        self.assertEqual([], transport._transport._driver._allowed_remote_exmods)
+
+
+class IsolationTest(base.TestCase):
+    def test_only_uuids_become_names_at_the_broker(self) -> None:
+        for name in ("", "*", "a", "../x", str(uuid.uuid4()).upper(), str(uuid.uuid4()) + "\n"):
+            self.assertRaises(ValueError, isolation.virtual_host, name)
+
+    def test_the_agents_names_are_allowed_and_the_hosts_are_not(self) -> None:
+        instance = str(uuid.uuid4())
+        agent = [
+            messages.TOPIC,
+            f"{messages.TOPIC}.{instance}",
+            f"{messages.TOPIC}_fanout",
+            f"{messages.TOPIC}_fanout_{uuid.uuid4().hex}",
+        ]
+        reply = f"reply_{uuid.uuid4().hex}"
+        for pattern in (isolation.GUEST.configure, isolation.GUEST.write, isolation.GUEST.read):
+            for name in agent:
+                self.assertTrue(re.search(pattern, name), (pattern, name))
+            for name in (reply, "other", "amq.topic", f"x{messages.TOPIC}"):
+                self.assertFalse(re.search(pattern, name), (pattern, name))
+        for pattern in (isolation.HOST.configure, isolation.HOST.write, isolation.HOST.read):
+            self.assertTrue(re.search(pattern, reply))
+            for name in agent:
+                self.assertFalse(re.search(pattern, name), (pattern, name))

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The host's side against agents that answer late, wrongly, or not at all."""
+
+import base64
+import contextlib
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nova_dmigrate import exception
+from nova_dmigrate.buffermap import MapLimits
+from nova_dmigrate.rpc import client
+from nova_dmigrate.rpc.transport import Transport
+from tests import base
+from tests.unit.rpc.test_fields import JSON
+
+PONG = {"result": {"agent_version": "1", "version": "1.0", "incarnation": "abc"}}
+
+
+class Then(list[Any]):
+    """Answers one after the other; the last one stays."""
+
+
+class Scripted(Transport):
+    """Answers what it was given, method by method; exceptions are raised."""
+
+    def __init__(self, **answers: Any) -> None:
+        self.answers = answers
+        self.asked: list[tuple[str, str, dict[str, Any]]] = []
+
+    def call(self, method: str, request_id: str, arguments: dict[str, Any], timeout: float) -> Any:
+        self.asked.append((method, request_id, arguments))
+        answer = self.answers[method]
+        if isinstance(answer, Then):
+            answer = answer.pop(0) if len(answer) > 1 else answer[0]
+        if callable(answer):
+            answer = answer(**arguments)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        pass
+
+
+def state(**values: Any) -> dict[str, Any]:
+    whole = {
+        "map_id": "m",
+        "state": "ready",
+        "chunks": 1,
+        "pages": 1,
+        "size": 100,
+        "seconds": 0.1,
+        "message": "",
+    }
+    return {"result": {**whole, **values}}
+
+
+LOST = exception.AgentUnreachable(instance="i", reason="no answer in time")
+
+
+class ClientTest(base.TestCase):
+    def make(self, **answers: Any) -> client.AgentClient:
+        self.transport = Scripted(map_end={"result": {}}, **answers)
+        self.slept: list[float] = []
+        self.now = 0.0
+
+        def sleep(seconds: float) -> None:
+            self.slept.append(seconds)
+            self.now += seconds
+
+        return client.AgentClient(
+            "i", self.transport, client.ClientSettings(map_timeout=10), lambda: self.now, sleep
+        )
+
+    def test_a_lost_answer_is_asked_for_again_as_the_same_request(self) -> None:
+        self.assertEqual("abc", self.make(ping=Then([LOST, LOST, PONG])).ping().incarnation)
+        self.assertEqual(1, len({asked[1] for asked in self.transport.asked}))
+        self.assertEqual([0.5, 0.5], self.slept)
+
+    def test_an_agent_that_never_answers_is_unreachable(self) -> None:
+        made = self.make(ping=LOST)
+        self.assertRaises(exception.AgentUnreachable, made.ping)
+        self.assertEqual(3, len(self.transport.asked))
+
+    def test_a_refusal_is_told_with_its_code(self) -> None:
+        refused = {"error": {"code": "unknown-lease", "message": "it\nis not held"}}
+        error = self.assertRaises(exception.AgentRefused, self.make(renew=refused).renew, "x")
+        self.assertEqual("unknown-lease", error.kwargs["code"])
+        self.assertIn("renew: it?is not held", str(error))
+
+    def test_answers_that_make_no_sense_are_refusals(self) -> None:
+        for answer in (None, 3, {}, {"result": {}}, {"result": None, "error": 5}, {"error": {}}):
+            error = self.assertRaises(exception.AgentRefused, self.make(ping=answer).ping)
+            self.assertEqual("nonsense", error.kwargs["code"])
+
+    @settings(deadline=None, derandomize=True, max_examples=150)
+    @given(st.sampled_from(["ping", "describe", "health", "prepare"]), JSON)
+    def test_no_answer_raises_anything_else(self, method: str, value: Any) -> None:
+        for answer in (value, {"result": value}, {"error": value}):
+            with contextlib.suppress(exception.RpcError):
+                getattr(self.make(**{method: answer}), method)()
+
+    def test_a_map_that_is_never_ready_is_given_up(self) -> None:
+        made = self.make(map_begin=state(state="building"), map_state=state(state="building"))
+        error = self.assertRaises(exception.AgentUnreachable, made.fetch_map, MapLimits())
+        self.assertIn("10 s", str(error))
+        self.assertEqual("map_end", self.transport.asked[-1][0])
+
+    def test_chunks_are_asked_for_one_by_one_and_never_larger_than_agreed(self) -> None:
+        big = base64.b64encode(bytes(5000)).decode()
+        made = self.make(map_begin=state(), map_chunk={"result": {"index": 0, "data": big}})
+        limits = MapLimits(max_chunk_bytes=4096)
+        self.assertRaises(exception.AgentRefused, made.fetch_map, limits)
+        self.assertEqual(4096, self.transport.asked[0][2]["max_chunk_bytes"])
+
+    def test_wrong_chunks_are_refused(self) -> None:
+        for chunk in (
+            {"index": 1, "data": "AAAA"},
+            {"index": 0, "data": "!!!!"},
+            {"index": 0, "data": "AAA"},
+            {"index": 0, "data": "ÄÄÄÄ"},
+        ):
+            made = self.make(map_begin=state(), map_chunk={"result": chunk})
+            self.assertRaises(exception.AgentRefused, made.fetch_map, MapLimits())
+
+    def test_chunks_that_are_no_map_are_a_map_error(self) -> None:
+        made = self.make(map_begin=state(), map_chunk={"result": {"index": 0, "data": "AAAA"}})
+        self.assertRaises(exception.BufferMapError, made.fetch_map, MapLimits())
+        made = self.make(map_begin=state(chunks=0))
+        self.assertRaises(exception.BufferMapError, made.fetch_map, MapLimits())
+
+    def test_an_agent_that_keeps_forgetting_its_map_is_asked_twice_at_most(self) -> None:
+        gone = {"error": {"code": "unknown-map", "message": "there is no map m"}}
+        made = self.make(map_begin=state(), map_chunk=gone)
+        self.assertRaises(exception.AgentRefused, made.fetch_map, MapLimits())
+        begun = [asked for asked in self.transport.asked if asked[0] == "map_begin"]
+        self.assertEqual(2, len(begun))
+
+    def test_an_agent_that_speaks_of_another_map_is_refused(self) -> None:
+        made = self.make(map_begin=state(state="building"), map_state=state(map_id="other"))
+        self.assertRaises(exception.AgentRefused, made.fetch_map, MapLimits())
