@@ -19,6 +19,16 @@ while read -r package _; do
     installed "$package" || missing+=("$package")
 done < <(grep -E '^[a-z0-9][^ ]* \[.*\btest\b.*\]' bindep.txt)
 
+# Packages of servers start them when they are installed; the tests start their own. Debian asks this
+# program first, and 101 is its "no". One that is there already is somebody's decision: it stays.
+forbid_services() {
+    local policy=/usr/sbin/policy-rc.d
+    if [ -e "$policy" ]; then return; fi
+    printf '#!/bin/sh\nexit 101\n' | as_root tee "$policy" >/dev/null
+    as_root chmod 755 "$policy"
+    trap 'as_root rm -f /usr/sbin/policy-rc.d' EXIT
+}
+
 # The integration suite fetches its guest's kernel with "apt-get download": that wants package lists
 if [ "${#missing[@]}" -gt 0 ] || [ -z "$(apt-cache policy linux-image-cloud-amd64 2>/dev/null)" ]; then
     say "System packages: ${missing[*]:-package lists only}"
@@ -26,6 +36,7 @@ if [ "${#missing[@]}" -gt 0 ] || [ -z "$(apt-cache policy linux-image-cloud-amd6
 fi
 if [ "${#missing[@]}" -gt 0 ]; then
     log=$STATE/apt.log
+    forbid_services
     apt install -y --no-install-recommends "${missing[@]}" >"$log" 2>&1 || {
         tail -n 40 "$log" >&2
         exit 1
