@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent and a genuine MySQL 5.6: the oldest server that it knows."""
+
+import contextlib
+from pathlib import Path
+from typing import ClassVar
+
+from nova_dmigrate import exception
+from nova_dmigrate.agent import database, describe, flushing, ledger, preparation
+from nova_dmigrate.rpc import messages
+from tests import base
+from tests.integration.lab import databases, mysql56
+
+
+class MySQL56Test(base.TestCase):
+    socket: ClassVar[Path]
+    _stack: ClassVar[contextlib.ExitStack]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        if databases.available() is not None:
+            raise cls.skipException(databases.available())
+        server = mysql56.fetch()
+        if server is None:
+            raise cls.skipException("MySQL 5.6 cannot be fetched: no npm, or no network")
+        with contextlib.ExitStack() as stack:
+            cls.socket = stack.enter_context(mysql56.running(server))
+            statements = database.grants("mysql", (5, 6))
+            mysql56.execute(
+                cls.socket,
+                *(statement.replace("PASSWORD", "a password") for statement in statements),
+                "CREATE USER 'nobody'@'localhost' IDENTIFIED BY 'a password'",
+            )
+            cls._stack = stack.pop_all()
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls._stack.close()
+        super().tearDownClass()
+
+    def connect(self, user: str = database.DEFAULT_USER) -> database.Database:
+        opened = database.connect(database.Login(str(self.socket), user, "a password"))
+        self.addCleanup(opened.close)
+        return opened
+
+    def test_it_is_recognised(self) -> None:
+        opened = self.connect()
+        self.assertEqual(("mysql", (5, 6, 24)), (opened.flavour, opened.version))
+        self.assertIsNotNone(opened.pid)
+        self.assertGreater(opened.pool().total, 1000)
+
+    def test_the_documented_grants_are_enough_and_less_is_told(self) -> None:
+        self.assertTrue(self.connect().may_set_globals())
+        nobody = self.connect("nobody")
+        self.assertFalse(nobody.may_set_globals())
+        self.assertIn("no-grant", [each.code for each in describe.inspect_server(nobody)])
+        error = self.assertRaises(
+            exception.ServerError, nobody.set_global, flushing.CAPACITY, "300"
+        )
+        self.assertEqual("privilege", error.kwargs["code"])
+
+    def test_a_wrong_password_is_told(self) -> None:
+        login = database.Login(str(self.socket), password="wrong")
+        error = self.assertRaises(exception.ServerError, database.connect, login)
+        self.assertEqual("login", error.kwargs["code"])
+
+    def test_settings_are_changed_and_put_back(self) -> None:
+        opened = self.connect()
+        before = opened.variables(flushing.ORDER)
+        prepared = preparation.Preparation(
+            ledger.LedgerFile(self.make_directory() / "preparation.json"),
+            lambda: [opened.login],
+            database.connect,
+        )
+        state = prepared.prepare(messages.PrepareArguments(seconds=1))
+        self.assertEqual("0", opened.variables(flushing.ORDER)[flushing.HIGH_WATER])
+        self.assertEqual("idle", prepared.restore(state.lease_id).state)
+        self.assertEqual(before, opened.variables(flushing.ORDER))
