@@ -33,6 +33,8 @@ LOG = log.getLogger(__name__)
 #: compression.
 _MAX_MAP_BYTES = 512 << 20
 _ZEROS_AT_ONCE = 65536
+#: So many times as many blocks are to be read as references wait before these are read first.
+_SPARSE = 8
 
 
 class Assembler:
@@ -242,7 +244,11 @@ class Assembler:
             planner = self.prefetch.planner
             planner.prefer(entries)
             waiting = self.table.referenced * PAGE_SIZE
-            planner.references_first = waiting > self._settings.window_size // 2
+            # Where the window is a fair part of what is to be read, the sweep empties it as well.
+            planner.references_first = (
+                waiting > self._settings.window_size // 2
+                and self.table.referenced * _SPARSE < self.table.wanted_count
+            )
 
     def _handle_copies(self, payload: memoryview) -> None:
         copies = np.frombuffer(payload, COPY)

@@ -3,6 +3,7 @@
 block.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from nova_dmigrate.relay.pagemap import PageMap
 from nova_dmigrate.relay.window import Window
 from nova_dmigrate.relay.wire.frames import REFERENCE, FrameType
 from nova_dmigrate.stream.elements import Delta, PageRun, ZeroRun
-from nova_dmigrate.stream.records import page_records
+from nova_dmigrate.stream.format import PAGE_RECORD_SIZE, RECORD_HEADER_SIZE, ZERO_RECORD_SIZE
 
 Run = PageRun | ZeroRun
 
@@ -138,10 +139,12 @@ class Classifier:
         self._refer(entries[referable], slots, pages[referable])
         rest = np.ones(len(entries), np.bool_)
         rest[referable] = False
-        records = page_records(offsets[rest], pages[rest])
-        self._outbox.put(
-            Parcel(FrameType.PAGES, [memoryview(records)], records.nbytes, block=block)
-        )
+        begin = 0
+        remaining = []
+        for run in runs:
+            remaining += _parts(run, rest[begin : begin + len(run.offsets)])
+            begin += len(run.offsets)
+        self._forward(FrameType.PAGES, block, remaining, buffer)
 
     def _refer(
         self, entries: NDArray[np.int64], slots: NDArray[np.uint32], pages: NDArray[np.uint8]
@@ -185,20 +188,37 @@ def continued(run: Run | Delta) -> memoryview:
     return memoryview(header.to_bytes(8, "big"))
 
 
+def _parts(run: PageRun, mask: NDArray[np.bool_]) -> list[PageRun]:
+    """The pages of a run that ``mask`` (n,) chooses, as runs that view the same memory."""
+    edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
+    return [_part(run, low, high) for low, high in edges.reshape(-1, 2).tolist()]
+
+
+def _part(run: PageRun, low: int, high: int) -> PageRun:
+    """Pages ``low`` to ``high`` of a run."""
+    data = _records(run, low, high, PAGE_RECORD_SIZE)
+    head = run.head if low == 0 else RECORD_HEADER_SIZE
+    return PageRun(data, run.block, run.offsets[low:high], run.pages[low:high], head)
+
+
+def _records(run: Run, low: int, high: int, stride: int) -> memoryview:
+    """Bytes of records ``low`` to ``high``: all but the first begin 8 bytes before their payload,
+    which are ``stride`` apart; the first one's header may be longer.
+    """
+    first = run.head - RECORD_HEADER_SIZE
+    begin = 0 if low == 0 else first + low * stride
+    return run.data[begin : first + high * stride]
+
+
 def _ascending(run: Run, positions: NDArray[np.int64]) -> list[Run]:
     """Cut a run into runs of strictly ascending position."""
-    stride = 4104 if isinstance(run, PageRun) else 9
     cuts = [0, *(np.flatnonzero(positions[1:] <= positions[:-1]) + 1).tolist(), len(positions)]
     pieces: list[Run] = []
-    for low, high in zip(cuts, cuts[1:], strict=False):
-        # A record's payload begins `head` bytes in; record i > 0 begins 8 bytes before its payload.
-        begin = 0 if low == 0 else run.head + low * stride - 8
-        data = run.data[begin : run.head + high * stride - 8]
-        head = run.head if low == 0 else 8
+    for low, high in itertools.pairwise(cuts):
         if isinstance(run, PageRun):
-            pieces.append(
-                PageRun(data, run.block, run.offsets[low:high], run.pages[low:high], head)
-            )
+            pieces.append(_part(run, low, high))
         else:
+            data = _records(run, low, high, ZERO_RECORD_SIZE)
+            head = run.head if low == 0 else RECORD_HEADER_SIZE
             pieces.append(ZeroRun(data, run.block, run.offsets[low:high], run.fill[low:high], head))
     return pieces

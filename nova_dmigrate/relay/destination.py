@@ -22,7 +22,6 @@ from nova_dmigrate.relay.feed import DEPTH, Feed, ReceivedFrame
 from nova_dmigrate.relay.lifecycle import Lifecycle
 from nova_dmigrate.relay.monitor import ControlServer, Report, Sampler, Stages, write_summary
 from nova_dmigrate.relay.outlet import QemuOutlet
-from nova_dmigrate.relay.pacing import RateMeter
 from nova_dmigrate.relay.prefetch import BlockBatch, Prefetch
 from nova_dmigrate.relay.session import DestinationSession, RelaySettings
 from nova_dmigrate.relay.wire.connection import Connection
@@ -68,7 +67,6 @@ class DestinationRelay:
             deliver=self._feed.put_blocks,
         )
         self._return_thread: threading.Thread | None = None
-        self._volume_rate = RateMeter()
         self._abort_timer: threading.Timer | None = None
 
     # Before the migration
@@ -310,7 +308,7 @@ class DestinationRelay:
         del now
         prefetch = self._core.prefetch
         if prefetch is not None:
-            rate = self._volume_rate.sample(prefetch.bytes, prefetch.busy_seconds)
+            rate = prefetch.measure()
             left = self._core.table.wanted_count * PAGE_SIZE
             self._answers.put_progress(protocol.Progress(prefetch.bytes, rate, left))
         return {

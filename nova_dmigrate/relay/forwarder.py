@@ -47,6 +47,11 @@ LOG = log.getLogger(__name__)
 
 #: Of the last part of the bulk so much is taken from QEMU at once.
 _LATE_LIMIT = 256 << 10
+#: Seconds of the network's rate that may wait in the bulk. QEMU does not measure then, and the
+#: network must not starve when the processor is busy with other things for a moment.
+BULK_DELAY = 0.1
+#: Seconds without anything to send after which the network counts as idle.
+_IDLE = 0.05
 #: In the late passes no less, however slow the network is.
 _PACE_FLOOR = 64 << 10
 
@@ -123,17 +128,21 @@ class Forwarder:
                 self._hold(intake)
                 intake.limit = _LATE_LIMIT if self.passes <= 1 else self._pace()
                 intake.gather = False
+                self._outbox.delay = self._settings.queue_delay
 
-    def reading_order(self) -> NDArray[np.uint32] | None:
+    def reading_order(self, idle: float) -> NDArray[np.uint32] | None:
         """The destination's reading order when waiting references should be sent as copies: when
         its volumes are what the migration will wait for. Else None. Thread safe.
+
+        :param idle: seconds for which the stream has given the network nothing to do. The time that
+            the next piece of the stream takes to be read and digested must not count.
         """
         page_map = self._page_map
         if page_map is None or not self._window.unresolved:
             return None
         # While the stream is held back the network has nothing else to do.
         if not self._holding and (
-            self.peer.volume_seconds_left() <= self._settings.hurry_threshold
+            idle < _IDLE or self.peer.volume_seconds_left() <= self._settings.hurry_threshold
         ):
             return None
         return page_map.volume_position

@@ -18,6 +18,8 @@ from nova_dmigrate.relay.wire.frames import COPY, FrameType
 
 #: Pages in one frame of copies: 1 MiB, small enough to be spread over the connections.
 COPIES_PER_FRAME = 256
+#: Seconds after which it is asked again whether copies are to be sent unasked.
+_POLL = 0.02
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Parcel:
     block: int = 0
     seq: int = 0
     done: Callable[[], None] | None = None
+    unasked: bool = False
 
 
 def copies_parcel(
@@ -59,16 +62,17 @@ class Outbox:
         *,
         delay: float,
         floor: int,
-        fill: Callable[[], NDArray[np.uint32] | None],
+        fill: Callable[[float], NDArray[np.uint32] | None],
     ) -> None:
         """:param delay: seconds of the network's rate that may wait here.
         :param floor: bytes that may always wait here.
-        :param fill: the destination's reading order when waiting references should be sent as
-            copies because the volume is what everybody waits for, else None. Asked only when
-            nothing else is to be sent.
+        :param fill: is asked when nothing else is to be sent, and told for how many seconds that
+            has been so; returns the destination's reading order if waiting references should be
+            sent as copies, else None.
         """
         self._window = window
-        self._delay = delay
+        #: Seconds of the network's rate that may wait here; may be changed at any time.
+        self.delay = delay
         self._floor = floor
         self._fill = fill
         lock = threading.Lock()
@@ -77,9 +81,11 @@ class Outbox:
         self._queue: deque[Parcel] = deque()
         self._queued = 0
         self._seq = 0
+        self._idle_since: float | None = None
         self._ended = False
         self._aborted = False
         self._in_hand = 0
+        self._needed_in_hand = 0
         self._busy_since = 0.0
         self._busy_seconds = 0.0
         self._busy_bytes = 0
@@ -147,12 +153,14 @@ class Outbox:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return None
-                self._work.wait(left)
+                # Whether to send copies unasked depends on time alone.
+                self._work.wait(min(left, _POLL) if self._window.unresolved else left)
             parcel.seq = self._seq
             self._seq += 1
             if not self._in_hand:
                 self._busy_since = time.monotonic()
             self._in_hand += 1
+            self._needed_in_hand += not parcel.unasked
             return parcel
 
     def sent(self, parcel: Parcel) -> None:
@@ -163,6 +171,9 @@ class Outbox:
             self._busy_seconds += now - self._busy_since
             self._busy_since = now
             self._in_hand -= 1
+            self._needed_in_hand -= not parcel.unasked
+            if not parcel.unasked:
+                self._idle_since = None
             bytes_then, seconds_then = self._rate_mark
             if self._busy_seconds - seconds_then >= 0.1:
                 self.rate = (self._busy_bytes - bytes_then) / (self._busy_seconds - seconds_then)
@@ -176,7 +187,7 @@ class Outbox:
         return self._busy_seconds
 
     def _limit(self) -> float:
-        return max(self._floor, self.rate * self._delay)
+        return max(self._floor, self.rate * self.delay)
 
     def _choose(self) -> Parcel | None:
         if not self._aborted:
@@ -191,9 +202,14 @@ class Outbox:
             return parcel
         if self._ended:
             return None
-        rank = self._fill()
+        now = time.monotonic()
+        if self._idle_since is None or self._needed_in_hand:
+            self._idle_since = now
+        rank = self._fill(now - self._idle_since)
         unasked = None if rank is None else self._window.take_last(COPIES_PER_FRAME, rank)
         if unasked is not None:
             self.copies_unasked += len(unasked[1])
-            return copies_parcel(*unasked)
+            parcel = copies_parcel(*unasked)
+            parcel.unasked = True
+            return parcel
         return None

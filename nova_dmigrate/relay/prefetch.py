@@ -9,7 +9,6 @@ would have to go over the network.
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -20,30 +19,18 @@ from oslo_log import log
 from nova_dmigrate import exception
 from nova_dmigrate.buffermap import PAGE_SIZE
 from nova_dmigrate.relay.buffers import BufferPool, PooledBuffer
-from nova_dmigrate.relay.digest import DIGEST_SIZE, digest_pages
+from nova_dmigrate.relay.digest import digest_pages
 from nova_dmigrate.relay.entries import EntryTable
-from nova_dmigrate.relay.pacing import TokenBucket
+from nova_dmigrate.relay.pacing import RateMeter, TokenBucket
 from nova_dmigrate.relay.pagemap import PageMap
+from nova_dmigrate.relay.readplan import ReadPlan, ReadPlanner
 from nova_dmigrate.relay.session import RelaySettings
 from nova_dmigrate.volumes.base import VolumeReader
 
 LOG = log.getLogger(__name__)
 
-#: Entries looked at when the next read is planned; a read of 1 MiB serves 256 if nothing lies
-#: between.
-_LOOK = 4096
-
-_NONE = np.empty(0, np.int64)
-
-
-@dataclass(frozen=True)
-class ReadPlan:
-    """One read: consecutive blocks of one volume, and the entries served, sorted by block."""
-
-    volume: int
-    first: int
-    count: int
-    entries: NDArray[np.int64]
+#: What one more read costs, beside the bytes: work in the interpreter and in the storage.
+_READ_SECONDS = 150e-6
 
 
 @dataclass(frozen=True)
@@ -61,113 +48,6 @@ class BlockBatch:
     digests: NDArray[np.uint8]
     failed: NDArray[np.int64]
     buffer: PooledBuffer
-
-
-class ReadPlanner:
-    """Decides what is read next. Thread safe.
-
-    :param merge_gap: blocks that are read through between wanted ones.
-    :param read_size: blocks of one read.
-    """
-
-    def __init__(
-        self, page_map: PageMap, table: EntryTable, *, merge_gap: int, read_size: int
-    ) -> None:
-        self._map = page_map
-        self._table = table
-        self._gap = merge_gap
-        self._size = read_size
-        self._ends = np.array(
-            [volume.first + volume.blocks for volume in page_map.volumes], np.int64
-        )
-        self._order = np.argsort(page_map.volume_position, kind="stable").astype(np.uint32)
-        self._claimed = np.zeros(len(page_map), np.bool_)
-        self._cursor = 0
-        self._lock = threading.Lock()
-        self._waiting: deque[NDArray[np.int64]] = deque()
-        self._waiting_count = 0
-        self._sorted = _NONE
-        #: Whether what references wait for is read first.
-        self.references_first = False
-
-    def prefer(self, entries: NDArray[np.int64]) -> None:
-        """References wait for the blocks of these entries."""
-        with self._lock:
-            self._waiting.append(entries)
-            self._waiting_count += len(entries)
-            if self._waiting_count > 2 * self._table.referenced + _LOOK:
-                self._gather(self._waiting_count)
-                self._waiting.append(self._sorted)
-                self._waiting_count = len(self._sorted)
-                self._sorted = _NONE
-
-    def next(self) -> ReadPlan | None:
-        """The next read; None when there is nothing left to read."""
-        with self._lock:
-            if self.references_first:
-                if not len(self._sorted):
-                    self._gather(_LOOK)
-                plan = self._plan_sorted()
-                if plan is not None:
-                    return plan
-            return self._plan_sweep()
-
-    def _gather(self, limit: int) -> None:
-        """Sort up to about ``limit`` waiting entries that still want a read."""
-        parts = [self._sorted]
-        count = len(self._sorted)
-        while self._waiting and count < limit:
-            part = self._waiting.popleft()
-            self._waiting_count -= len(part)
-            part = part[self._unread(part)]
-            parts.append(part)
-            count += len(part)
-        entries = np.concatenate(parts)
-        self._sorted = entries[np.argsort(self._map.volume_position[entries], kind="stable")]
-
-    def _plan_sorted(self) -> ReadPlan | None:
-        while len(self._sorted):
-            look = self._sorted[:_LOOK]
-            wanted = look[self._unread(look)]
-            if not len(wanted):
-                self._sorted = self._sorted[len(look) :]
-                continue
-            plan = self._cut(wanted)
-            last = np.flatnonzero(look == plan.entries[-1])[-1]
-            self._sorted = self._sorted[last + 1 :]
-            return plan
-        return None
-
-    def _plan_sweep(self) -> ReadPlan | None:
-        while self._cursor < len(self._order):
-            look = self._order[self._cursor : self._cursor + _LOOK].astype(np.int64)
-            indices = np.flatnonzero(self._unread(look))
-            if not len(indices):
-                self._cursor += len(look)
-                continue
-            plan = self._cut(look[indices])
-            self._cursor += int(indices[len(plan.entries) - 1]) + 1
-            return plan
-        return None
-
-    def _unread(self, entries: NDArray[np.int64]) -> NDArray[np.bool_]:
-        return self._table.wanted(entries) & ~self._claimed[entries]
-
-    def _cut(self, entries: NDArray[np.int64]) -> ReadPlan:
-        """The first of these entries (sorted by block, not empty) that one read can serve."""
-        blocks = self._map.volume_position[entries].astype(np.int64)
-        first = int(blocks[0])
-        volume = int(np.searchsorted(self._ends, first, side="right"))
-        end = min(first + self._size, int(self._ends[volume]))
-        stop = blocks >= end
-        stop[1:] |= blocks[1:] - blocks[:-1] > self._gap + 1
-        count = int(stop.argmax()) if stop.any() else len(blocks)
-        # A map may send many pages to one block: what a read brings is bounded by its size as well.
-        count = min(count, self._size)
-        entries = entries[:count]
-        self._claimed[entries] = True
-        begin = first - self._map.volumes[volume].first
-        return ReadPlan(volume, begin, int(blocks[count - 1]) - first + 1, entries)
 
 
 class Prefetch:
@@ -198,6 +78,8 @@ class Prefetch:
             read_size=size // PAGE_SIZE,
         )
         self._pool = BufferPool(size, max(settings.read_ahead // size, self.depth + 2))
+        self._merge_gap = settings.volume_merge_gap // PAGE_SIZE
+        self._meter = RateMeter()
         self._bucket = TokenBucket(settings.volume_bandwidth)
         self._error_limit = settings.volume_error_limit
         self._errors = [0] * len(readers)
@@ -229,6 +111,17 @@ class Prefetch:
         self._bucket.release()
         self._pool.close()
 
+    def measure(self) -> float:
+        """Bytes a second that the volumes deliver while something is read; call it regularly.
+
+        What it finds also decides which gaps are read through: those that cost less time than a
+        read of its own costs.
+        """
+        rate = self._meter.sample(self.bytes, self.busy_seconds)
+        worth = int(rate * _READ_SECONDS) // PAGE_SIZE
+        self.planner.gap = min(worth, self._merge_gap)
+        return rate
+
     @property
     def busy_seconds(self) -> float:
         """Seconds in which at least one read was under way (or waited for the cap)."""
@@ -237,51 +130,49 @@ class Prefetch:
             return self._busy_seconds + running
 
     def _read(self, plan: ReadPlan, buffer: PooledBuffer) -> BlockBatch:
-        size = plan.count * PAGE_SIZE
-        view = buffer.view[:size]
-        done = 0
+        count = plan.count
+        view = buffer.view[: count * PAGE_SIZE]
         self._begin()
+        done = 0
         try:
-            self._bucket.take(size)
-            failed = self._read_into(plan, view)
-            done = size if len(failed) < len(plan.entries) else 0
+            self._bucket.take(len(view))
+            good = self._read_into(plan, view)
+            done = int(np.count_nonzero(good)) * PAGE_SIZE
         finally:
             self._finish(done)
-        entries = plan.entries
-        if len(failed):
-            entries = entries[~np.isin(entries, failed)]
+        readable = good[plan.index]
         # What the source has sent in the meantime needs no digest.
-        entries = entries[self._table.wanted(entries)]
-        if not len(entries):
-            empty = np.empty((0, PAGE_SIZE), np.uint8)
-            return BlockBatch(entries, empty, np.empty((0, DIGEST_SIZE), np.uint8), failed, buffer)
-        first = self._map.volumes[plan.volume].first + plan.first
-        index = self._map.volume_position[entries].astype(np.int64) - first
-        blocks = np.frombuffer(view, np.uint8).reshape(plan.count, PAGE_SIZE)
-        whole = len(index) == plan.count and bool((index[1:] > index[:-1]).all())
+        chosen = readable & self._table.wanted(plan.entries)
+        entries, index = plan.entries[chosen], plan.index[chosen]
+        blocks = np.frombuffer(view, np.uint8).reshape(count, PAGE_SIZE)
+        whole = len(index) == count and bool((index[1:] > index[:-1]).all())
         pages = blocks if whole else blocks[index]
-        return BlockBatch(entries, pages, digest_pages(pages), failed, buffer)
+        return BlockBatch(entries, pages, digest_pages(pages), plan.entries[~readable], buffer)
 
-    def _read_into(self, plan: ReadPlan, view: memoryview) -> NDArray[np.int64]:
-        """Read what the plan says; returns the entries whose blocks cannot be read."""
+    def _read_into(self, plan: ReadPlan, view: memoryview) -> NDArray[np.bool_]:
+        """Read what the plan says; returns which of the buffer's blocks have been read."""
+        good = np.zeros(plan.count, np.bool_)
         reader = self._readers[plan.volume]
         if reader is None or self._errors[plan.volume] >= self._error_limit:
-            return plan.entries
-        try:
-            reader.read_into(plan.first * PAGE_SIZE, view)
-            return _NONE
-        except exception.VolumeError as error:
+            return good
+        places = np.cumsum(plan.lengths) - plan.lengths
+        ranges = _ranges(plan.starts, plan.lengths, places, view)
+        for number, error in enumerate(reader.read_ranges(ranges)):
+            blocks = slice(int(places[number]), int(places[number] + plan.lengths[number]))
+            if error is None:
+                good[blocks] = True
+                continue
             self._count_error(plan.volume, error)
-        # One bad block must not cost its neighbours: block by block, for this read only.
-        first = self._map.volumes[plan.volume].first + plan.first
-        index = self._map.volume_position[plan.entries].astype(np.int64) - first
-        needed = np.unique(index)
-        ranges = [
-            ((plan.first + number) * PAGE_SIZE, view[number * PAGE_SIZE : (number + 1) * PAGE_SIZE])
-            for number in needed.tolist()
-        ]
-        bad = [error is not None for error in reader.read_ranges(ranges)]
-        return plan.entries[np.isin(index, needed[bad])]
+            # One bad block must not cost its neighbours: once more, block by block.
+            offsets = np.arange(plan.lengths[number])
+            singles = _ranges(
+                plan.starts[number] + offsets,
+                np.ones_like(offsets),
+                places[number] + offsets,
+                view,
+            )
+            good[blocks] = [single is None for single in reader.read_ranges(singles)]
+        return good
 
     def _count_error(self, volume: int, error: exception.VolumeError) -> None:
         with self._lock:
@@ -309,3 +200,21 @@ class Prefetch:
                 self._busy_seconds += time.monotonic() - self._busy_since
             self.bytes += size
             self.reads += 1
+
+
+def _ranges(
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    places: NDArray[np.int64],
+    view: memoryview,
+) -> list[tuple[int, memoryview]]:
+    """Byte offsets in the volume with the parts of ``view`` to be filled; all arrays in blocks."""
+    return [
+        (start, view[place : place + length])
+        for start, length, place in zip(
+            (starts * PAGE_SIZE).tolist(),
+            (lengths * PAGE_SIZE).tolist(),
+            (places * PAGE_SIZE).tolist(),
+            strict=True,
+        )
+    ]

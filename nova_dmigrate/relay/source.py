@@ -18,7 +18,7 @@ from nova_dmigrate.buffermap import BufferMap
 from nova_dmigrate.memory_layout import MemoryLayout
 from nova_dmigrate.relay import protocol
 from nova_dmigrate.relay.buffers import BufferPool
-from nova_dmigrate.relay.forwarder import Forwarder
+from nova_dmigrate.relay.forwarder import BULK_DELAY, Forwarder
 from nova_dmigrate.relay.intake import Intake, QemuListener
 from nova_dmigrate.relay.lifecycle import Lifecycle
 from nova_dmigrate.relay.monitor import ControlServer, Report, Sampler, Stages, write_summary
@@ -55,9 +55,9 @@ class SourceRelay:
         self._bucket = TokenBucket(settings.network_bandwidth)
         self._outbox = Outbox(
             self._window,
-            delay=settings.queue_delay,
+            delay=BULK_DELAY,
             floor=_QUEUE_FLOOR,
-            fill=lambda: self._forwarder.reading_order(),
+            fill=lambda idle: self._forwarder.reading_order(idle),
         )
         self._pool = BufferPool(settings.batch_size + MAX_ELEMENT, _BUFFERS + settings.channels)
         self._parser = StreamParser()

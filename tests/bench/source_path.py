@@ -37,7 +37,7 @@ class _DrainedOutbox(Outbox):
     """Hands every frame over at once; references are settled ``_UNRESOLVED`` frames later."""
 
     def __init__(self, window: Window) -> None:
-        super().__init__(window, delay=0, floor=0, fill=lambda: None)
+        super().__init__(window, delay=0, floor=0, fill=lambda idle: None)
         self.window = window
         self._slots: list[np.ndarray] = []
         self.references = 0

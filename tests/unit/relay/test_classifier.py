@@ -31,7 +31,7 @@ class ClassifierTest(TestCase):
 
     def begin(self) -> None:
         self.window = Window(64 * PAGE)
-        self.outbox = Outbox(self.window, delay=1, floor=1 << 30, fill=lambda: None)
+        self.outbox = Outbox(self.window, delay=1, floor=1 << 30, fill=lambda idle: None)
         mapped = np.array([*range(16), *range(64, 68)], np.uint32)
         volumes = (MappedVolume("volume", 0, 100),)
         bases = np.array([0, 64, 128])

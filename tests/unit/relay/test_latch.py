@@ -3,11 +3,13 @@
 
 import socket
 import threading
+from collections.abc import Sequence
 from struct import pack
 from unittest import mock
 
 import numpy as np
 
+from nova_dmigrate import exception
 from nova_dmigrate.relay.session import RelaySettings
 from nova_dmigrate.stream import format as fmt
 from nova_dmigrate.volumes import DRIVERS, BlockReader, VolumeSpec
@@ -154,10 +156,12 @@ class TestLatch(PairTestCase):
         reads: list[int] = []
 
         class Waiting(BlockReader):
-            def read_into(self, offset: int, buffer: memoryview) -> None:
-                reads.append(offset)
+            def read_ranges(
+                self, ranges: Sequence[tuple[int, memoryview]]
+            ) -> list[exception.VolumeError | None]:
+                reads.extend(offset for offset, _ in ranges)
                 latched.wait(HANGS)
-                super().read_into(offset, buffer)
+                return super().read_ranges(ranges)
 
         def receive(qemu: socket.socket) -> None:
             got = b""

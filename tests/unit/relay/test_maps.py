@@ -4,13 +4,14 @@
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nova_dmigrate import exception
 from nova_dmigrate.relay.session import RelaySettings
 from nova_dmigrate.volumes import DRIVERS, BlockReader, VolumeSpec
 from tests.unit.relay.guest import PAGE, FakeGuest
@@ -251,9 +252,11 @@ class TestVolumes(MapTestCase):
         answer = threading.Event()
 
         class Hung(BlockReader):
-            def read_into(self, offset: int, buffer: memoryview) -> None:
+            def read_ranges(
+                self, ranges: Sequence[tuple[int, memoryview]]
+            ) -> list[exception.VolumeError | None]:
                 answer.wait(HANGS)
-                super().read_into(offset, buffer)
+                return super().read_ranges(ranges)
 
         try:
             pair = self.with_reader(guest, Hung)
@@ -272,9 +275,11 @@ class TestVolumes(MapTestCase):
         answer = threading.Event()
 
         class Hung(BlockReader):
-            def read_into(self, offset: int, buffer: memoryview) -> None:
+            def read_ranges(
+                self, ranges: Sequence[tuple[int, memoryview]]
+            ) -> list[exception.VolumeError | None]:
                 answer.wait(HANGS)
-                super().read_into(offset, buffer)
+                return super().read_ranges(ranges)
 
         directory = self.make_directory()
         volume = directory / "volume"
@@ -301,14 +306,14 @@ class TestVolumes(MapTestCase):
             class Late(BlockReader):
                 """Answers from the moment on at which the source sends copies unasked."""
 
-                def read_into(
-                    self, offset: int, buffer: memoryview, pairs: list[Pair] = pairs
-                ) -> None:
+                def read_ranges(
+                    self, ranges: Sequence[tuple[int, memoryview]], pairs: list[Pair] = pairs
+                ) -> list[exception.VolumeError | None]:
                     deadline = time.monotonic() + HANGS
                     while not pairs[0].source._outbox.copies_unasked:
                         assert time.monotonic() < deadline
                         time.sleep(0.001)
-                    super().read_into(offset, buffer)
+                    return super().read_ranges(ranges)
 
             path = guest.write_volume(self.make_directory() / "volume")
             settings = RelaySettings(volume_read_size=16 << 10, volume_queue_depth=2)

@@ -19,7 +19,7 @@ class OutboxTest(TestCase):
         super().setUp()
         self.window = Window(1024 * PAGE)
         self.order: NDArray[np.uint32] | None = None
-        self.outbox = Outbox(self.window, delay=0.01, floor=1000, fill=lambda: self.order)
+        self.outbox = Outbox(self.window, delay=0.01, floor=1000, fill=lambda idle: self.order)
         self.done: list[str] = []
 
     def parcel(self, name: str, size: int = 10) -> Parcel:
@@ -85,6 +85,21 @@ class OutboxTest(TestCase):
         self.outbox.put(self.parcel("b"))
         self.assertIs(FrameType.VERBATIM, self.take().type)
         self.assertEqual(256, self.outbox.copies_unasked)
+
+    def test_the_network_is_idle_only_when_nothing_that_is_needed_is_under_way(self) -> None:
+        idle: list[float] = []
+        self.outbox = Outbox(self.window, delay=0.01, floor=1000, fill=idle.append)
+        self.outbox.put(self.parcel("a"))
+        parcel = self.take()
+        for _ in range(3):
+            self.assertIsNone(self.outbox.take(0))
+        self.assertEqual([0.0] * 3, idle)
+        self.outbox.sent(parcel)
+        for _ in range(3):
+            self.assertIsNone(self.outbox.take(0))
+        self.assertEqual(0.0, idle[3])
+        self.assertLess(0.0, idle[4])
+        self.assertLess(idle[4], idle[5])
 
     def test_copies_do_not_go_unasked_when_there_is_no_hurry(self) -> None:
         self.waiting(3)
