@@ -62,8 +62,11 @@ class Headers:
 
     @property
     def plausible(self) -> Bools:
-        """Whether LSN and type are ones that a page may have."""
-        plausible: Bools = self._has_type & self.has_lsn
+        """Whether LSN and type are ones that a page in use may have.
+
+        For frames that nothing else vouches for: the heap is full of small numbers and pointers.
+        """
+        plausible: Bools = self._has_type & self.has_lsn & (self.type != 0)
         return plausible
 
     @property
@@ -83,8 +86,11 @@ class Headers:
 
     @property
     def has_lsn(self) -> Bools:
-        """Whether there is an LSN; without one the page was never written."""
-        sane: Bools = (self.lsn != 0) & (self.lsn < np.uint64(1 << 63))
+        """Whether there is an LSN; without one the page was never written.
+
+        It counts the bytes of the log: none has come to 72 PB.
+        """
+        sane: Bools = (self.lsn != 0) & (self.lsn < np.uint64(1 << 56))
         return sane
 
 
