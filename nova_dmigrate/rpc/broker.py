@@ -157,7 +157,7 @@ class BrokerTransport(Transport):
             return self._unreachable("no answer in time")
         if isinstance(error, oslo_messaging.MessageUndeliverable):
             return self._unreachable("no agent is connected to the broker")
-        if isinstance(error, oslo_messaging.RemoteError):
+        if isinstance(error, (oslo_messaging.RemoteError, oslo_messaging.RPCDispatcherError)):
             # Our own agent answers errors as results: this is a version or method it lacks
             return exception.AgentRefused(
                 instance=self._instance,

@@ -231,6 +231,26 @@ class AgentRpcTest(base.TestCase):
         self.client.restore(state.lease_id)
         self.assertEqual(before, self.settings())
 
+    def test_a_map_is_fetched_although_the_agent_is_killed_midway(self) -> None:
+        self.settle()
+        real, killed = self.client._transport.call, []
+
+        def call(method: str, request_id: str, arguments: dict[str, Any], timeout: float) -> Any:
+            if method == "map_chunk" and arguments["index"] == 1 and not killed:
+                self.agent.kill()
+                killed.append(arguments["map_id"])
+                self.agent.start()
+            return real(method, request_id, arguments, timeout)
+
+        transport = self.client._transport
+        transport.call = call  # type: ignore[method-assign]
+        settings = client.ClientSettings(timeout=5, attempts=12, chunk_bytes=4096)
+        fetched = client.AgentClient(ONE, transport, settings).fetch_map(
+            MapLimits(max_chunk_bytes=4096)
+        )
+        self.assertEqual(1, len(killed))
+        self.assertGreater(fetched.page_count, 1000)
+
     def test_the_lease_of_a_killed_agent_ends_with_its_successor(self) -> None:
         before = self.settings()
         self.prepare(lease_seconds=1)

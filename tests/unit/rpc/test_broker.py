@@ -5,6 +5,8 @@ import re
 import uuid
 import warnings
 
+import fixtures
+
 from nova_dmigrate import exception
 from nova_dmigrate.rpc import client, isolation, messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
@@ -13,6 +15,8 @@ from tests.unit.rpc.test_dispatcher import Handler
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # eventlet's, of which nothing is used
+    import oslo_messaging
+
     from nova_dmigrate.rpc import broker
 
 
@@ -47,6 +51,25 @@ class BrokerTest(base.TestCase):
         public = {name for name in dir(endpoint) if not name.startswith("_")}
         self.assertEqual({"target"}, public)
         self.assertFalse(hasattr(endpoint, "other"))
+
+    def test_an_agent_of_another_version_is_told_as_such(self) -> None:
+        instance = str(uuid.uuid4())
+        self.useFixture(
+            fixtures.MonkeyPatch(
+                "nova_dmigrate.rpc.broker.Endpoint.target",
+                oslo_messaging.Target(namespace=messages.NAMESPACE, version="2.0"),
+            )
+        )
+        conf = broker.make_conf()
+        server = broker.BrokerServer(instance, Dispatcher(Handler()), conf, "fake://three/")
+        server.start()
+        self.addCleanup(server.stop)
+        self.assertTrue(server.wait_until_serving(60))
+        transport = broker.BrokerTransport(instance, "fake://three/")
+        self.addCleanup(transport.close)
+        asked = client.AgentClient(instance, transport)
+        error = self.assertRaises(exception.AgentRefused, asked.ping)
+        self.assertEqual("version", error.kwargs["code"])
 
     def test_no_class_of_the_other_sides_choice_is_allowed(self) -> None:
         transport = broker.BrokerTransport("i", "fake://two/")
