@@ -20,6 +20,8 @@ from nova_dmigrate.relay.wire.frames import COPY, FrameType
 COPIES_PER_FRAME = 256
 #: Seconds after which it is asked again whether copies are to be sent unasked.
 _POLL = 0.02
+#: Bytes a second from which on the thread that brings a frame sends it as well.
+_FAST = 300e6
 
 
 @dataclass
@@ -71,6 +73,8 @@ class Outbox:
             sent as copies, else None.
         """
         self._window = window
+        #: Sends a numbered frame at once and accounts for it; None to leave all to other threads.
+        self.direct: Callable[[Parcel], None] | None = None
         #: Seconds of the network's rate that may wait here; may be changed at any time.
         self.delay = delay
         self._floor = floor
@@ -98,7 +102,16 @@ class Outbox:
         self.copies_unasked = 0
 
     def put(self, parcel: Parcel) -> None:
-        """Queue a frame of the stream; waits for room. After an abort frames are thrown away."""
+        """Send or queue a frame of the stream; waits for room. After an abort frames are thrown
+        away.
+        """
+        with self._room:
+            at_once = self._may_go_at_once()
+            if at_once:
+                self._number(parcel)
+        if at_once and self.direct is not None:
+            self.direct(parcel)
+            return
         with self._room:
             if self._queued >= self._limit() and not self._aborted:
                 begin = time.monotonic()
@@ -155,13 +168,25 @@ class Outbox:
                     return None
                 # Whether to send copies unasked depends on time alone.
                 self._work.wait(min(left, _POLL) if self._window.unresolved else left)
-            parcel.seq = self._seq
-            self._seq += 1
-            if not self._in_hand:
-                self._busy_since = time.monotonic()
-            self._in_hand += 1
-            self._needed_in_hand += not parcel.unasked
+            self._number(parcel)
             return parcel
+
+    def _may_go_at_once(self) -> bool:
+        """On a fast network handing a frame to another thread costs more than sending it."""
+        return (
+            self.direct is not None
+            and self.rate > _FAST
+            and not (self._queue or self._ended or self._aborted)
+        )
+
+    def _number(self, parcel: Parcel) -> None:
+        """The parcel is the next one to be sent."""
+        parcel.seq = self._seq
+        self._seq += 1
+        if not self._in_hand:
+            self._busy_since = time.monotonic()
+        self._in_hand += 1
+        self._needed_in_hand += not parcel.unasked
 
     def sent(self, parcel: Parcel) -> None:
         """Account for a frame whose bytes the kernel has taken."""

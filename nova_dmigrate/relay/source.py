@@ -157,6 +157,9 @@ class SourceRelay:
         self._sampler.start()
         for connection in self._data:
             self._life.start(f"send-{connection.index}", functools.partial(self._send, connection))
+        if self._session.tls is None:
+            # What TLS costs is better spread over threads.
+            self._outbox.direct = functools.partial(self._send_parcel, self._data[0])
         self._life.start("answers", self._receive_answers)
         self._life.start("stream", self._relay_stream)
         try:
@@ -229,17 +232,20 @@ class SourceRelay:
             if parcel is None:
                 connection.send(FrameType.KEEPALIVE)
                 continue
-            due = self._bucket.reserve(parcel.size)
-            while not self._bucket.wait(due, protocol.KEEPALIVE_SECONDS):
-                connection.send(FrameType.KEEPALIVE)
-            connection.send(
-                parcel.type,
-                flags=parcel.flags,
-                block=parcel.block,
-                seq=parcel.seq,
-                payload=parcel.payload,
-            )
-            self._outbox.sent(parcel)
+            self._send_parcel(connection, parcel)
+
+    def _send_parcel(self, connection: Connection, parcel: Parcel) -> None:
+        due = self._bucket.reserve(parcel.size)
+        while not self._bucket.wait(due, protocol.KEEPALIVE_SECONDS):
+            connection.send(FrameType.KEEPALIVE)
+        connection.send(
+            parcel.type,
+            flags=parcel.flags,
+            block=parcel.block,
+            seq=parcel.seq,
+            payload=parcel.payload,
+        )
+        self._outbox.sent(parcel)
 
     def _receive_answers(self) -> None:
         assert self._acks is not None

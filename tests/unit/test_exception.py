@@ -40,7 +40,14 @@ class MessageTest(base.TestCase):
         self.assertEqual("Buffer map: 100 %s of it", str(error))
 
     def test_every_sentence_takes_the_keywords_of_its_family(self) -> None:
-        words = {"reason": "why", "instance": "i-1", "volume": "vol-1", "peer": "there"}
+        words = {
+            "reason": "why",
+            "instance": "i-1",
+            "volume": "vol-1",
+            "peer": "there",
+            "server": "mariadbd",
+            "path": "/var/lib/mysql",
+        }
         for error_type in all_errors():
             message = str(error_type(**words))
             self.assertNotIn("%(", message, error_type.__name__)

@@ -101,6 +101,21 @@ class OutboxTest(TestCase):
         self.assertLess(0.0, idle[4])
         self.assertLess(idle[4], idle[5])
 
+    def test_on_a_fast_network_a_frame_goes_at_once_unless_others_wait(self) -> None:
+        sent: list[int] = []
+        self.outbox.direct = lambda parcel: sent.append(parcel.seq)
+        self.outbox.put(self.parcel("a"))
+        self.assertEqual([], sent)
+        self.outbox.rate = 1e9
+        self.outbox.put(self.parcel("b"))
+        self.assertEqual([], sent)
+        self.assertEqual([0, 1], [self.take().seq for _ in range(2)])
+        self.outbox.put(self.parcel("c"))
+        self.assertEqual([2], sent)
+        self.outbox.end(self.parcel("end"))
+        self.assertEqual([2, 3], sent)
+        self.assertRaises(EOFError, self.outbox.take, 0)
+
     def test_copies_do_not_go_unasked_when_there_is_no_hurry(self) -> None:
         self.waiting(3)
         self.assertIsNone(self.outbox.take(0))
