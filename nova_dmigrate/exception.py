@@ -6,6 +6,8 @@ of that sentence as keywords, and they stay readable in ``kwargs`` for code that
 by them. A message says what happened, to which instance, volume or peer, and why.
 """
 
+from __future__ import annotations
+
 from typing import Any, ClassVar
 
 

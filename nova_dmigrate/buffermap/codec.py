@@ -19,6 +19,8 @@ each as four planes of bytes, because the high bytes are nearly all zero and com
 Gaps cannot be negative, so the form itself cannot express entries that overlap or are unsorted.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import enum
 import struct
@@ -275,8 +277,9 @@ class _Receiver:
         if self._entries_left or self._pages_left:
             raise self._error("entries are missing")
         nothing = (np.empty(0, np.uint32),) * self._columns
+        pieces = self._pieces or [nothing]
         columns = [
-            np.concatenate(column) for column in zip(*self._pieces or [nothing], strict=True)
+            np.concatenate([piece[number] for piece in pieces]) for number in range(self._columns)
         ]
         self._pieces = []
         lengths = columns[2] if self._columns == 3 else None

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The buffer map of one guest."""
 
+from __future__ import annotations
+
 import collections
 import dataclasses
 import os
@@ -29,7 +31,7 @@ class BufferMap:
     volumes: tuple[volume.VolumeMap, ...] = ()
 
     @classmethod
-    def build(cls, extents: Iterable[volume.VolumeExtents]) -> "BufferMap":
+    def build(cls, extents: Iterable[volume.VolumeExtents]) -> BufferMap:
         """Build the map from extents in bytes, in any order.
 
         Extents of one volume may come in several pieces (one a file, say). The volumes keep the
@@ -63,7 +65,7 @@ class BufferMap:
         return codec.encode(self.volumes, max_chunk_bytes)
 
     @classmethod
-    def from_chunks(cls, chunks: Iterable[bytes], limits: codec.MapLimits) -> "BufferMap":
+    def from_chunks(cls, chunks: Iterable[bytes], limits: codec.MapLimits) -> BufferMap:
         """Rebuild the map from the chunks of someone who is not trusted.
 
         Memory grows with what was received, never with what was announced.
@@ -95,7 +97,7 @@ class BufferMap:
                 raise
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], limits: codec.MapLimits) -> "BufferMap":
+    def load(cls, path: str | os.PathLike[str], limits: codec.MapLimits) -> BufferMap:
         """Read a map that ``save`` wrote.
 
         :raises BufferMapError: if the file cannot be read or does not hold a map within

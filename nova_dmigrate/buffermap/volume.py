@@ -9,6 +9,8 @@ page, block, length) however long it is; a volume map uses runs only when that i
 All work is done on whole arrays: a buffer pool of 64 GiB has 16 million guest pages.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import re
 from typing import Any
@@ -72,7 +74,7 @@ class VolumeMap:
                 array.flags.writeable = False
 
     @classmethod
-    def from_extents(cls, extents: VolumeExtents) -> "VolumeMap":
+    def from_extents(cls, extents: VolumeExtents) -> VolumeMap:
         """Validate and sort extents in bytes.
 
         :raises BufferMapError: if an extent is empty, not aligned to 4 KiB, outside the volume
@@ -99,7 +101,7 @@ class VolumeMap:
     @classmethod
     def from_runs(
         cls, volume_id: str, size: int, guest: U32, block: U32, lengths: U32 | None
-    ) -> "VolumeMap":
+    ) -> VolumeMap:
         """Take sorted entries, whose bounds were checked, in the smallest form.
 
         Adjacent entries that continue each other on both sides become one. The arrays belong to

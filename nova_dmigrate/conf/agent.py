@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Options of the agent in the guest."""
 
+from __future__ import annotations
+
 from oslo_config import cfg
 
 GROUP = cfg.OptGroup(

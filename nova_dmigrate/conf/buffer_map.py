@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Limits of the buffer map, which comes from the guest and is not trusted."""
 
+from __future__ import annotations
+
 from oslo_config import cfg
 
 GROUP = cfg.OptGroup(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entry point of oslo-config-generator and of the configuration reference."""
 
+from __future__ import annotations
+
 from oslo_config import cfg
 
 from nova_dmigrate import conf

@@ -3,3 +3,8 @@
 
 Nothing here knows of Nova or libvirt.
 """
+
+import sys
+
+if sys.version_info < (3, 10):  # noqa: UP036 - the agent alone runs on 3.9
+    raise ImportError("The relays of nova-dmigrate need Python 3.10 or later")
