@@ -234,7 +234,9 @@ class DestinationRelay:
     def _relay_return_path(self) -> None:
         self._outlet.read_return_path(lambda data: self._answers.put(FrameType.RETURN_PATH, data))
         core = self._core
-        if not (core.ram_complete or core.pass_through or core.ended or self._life.failed):
+        if self._life.failed:
+            return  # what the source has to hear is on its way
+        if not (core.ram_complete or core.pass_through or core.ended):
             raise exception.QemuError(
                 instance=self._session.instance,
                 reason="QEMU closed its end before RAM was complete",
@@ -261,11 +263,12 @@ class DestinationRelay:
 
     def _wake_all(self) -> None:
         """After a failure: make everything that blocks return, and tell the source why."""
+        # First, because the source's QEMU may end its migration as soon as ours is cut off.
+        self._answers.end(FrameType.FAILED, str(self._life.failure).encode()[:1024])
         self._outlet.abort()
         self._feed.close()
         if self._listener is not None:
             self._listener.close()
-        self._answers.end(FrameType.FAILED, str(self._life.failure).encode()[:1024])
         if isinstance(self._life.failure, exception.PeerLost):
             self._shut_wire()
         else:
