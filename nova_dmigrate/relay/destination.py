@@ -18,6 +18,7 @@ from nova_dmigrate.relay import protocol
 from nova_dmigrate.relay.answers import Answers
 from nova_dmigrate.relay.assembler import Assembler
 from nova_dmigrate.relay.buffers import BufferPool, PooledBuffer
+from nova_dmigrate.relay.connections import Connections
 from nova_dmigrate.relay.feed import DEPTH, Feed, ReceivedFrame
 from nova_dmigrate.relay.lifecycle import Lifecycle
 from nova_dmigrate.relay.monitor import ControlServer, Report, Sampler, Stages, write_summary
@@ -35,8 +36,6 @@ LOG = log.getLogger(__name__)
 #: Frames up to this size are received into pooled memory; larger ones are rare.
 _FRAME_BUFFER = (1 << 20) + (64 << 10)
 _MAX_CONNECTIONS = 16
-#: Seconds that the source gets to hear why the migration ended.
-_ABORT_SECONDS = 2.0
 
 
 class DestinationRelay:
@@ -48,8 +47,7 @@ class DestinationRelay:
         self._life = Lifecycle(session.instance)
         self._listener: Listener | None = None
         self._control: ControlServer | None = None
-        self._data: list[Connection] = []
-        self._acks: Connection | None = None
+        self._wire = Connections()
         self._answers = Answers()
         self._feed = Feed()
         self._outlet = QemuOutlet(session.qemu_socket, session.instance)
@@ -67,7 +65,6 @@ class DestinationRelay:
             deliver=self._feed.put_blocks,
         )
         self._return_thread: threading.Thread | None = None
-        self._abort_timer: threading.Timer | None = None
 
     # Before the migration
 
@@ -114,22 +111,11 @@ class DestinationRelay:
         self._sampler.start()
         self._life.start("accept", self._accept_source)
         self._life.start("core", self._run_core)
-        try:
-            self._life.join()
-            state, reason = "delivered", None
-        except exception.MigrationCancelled as error:
-            state, reason = "cancelled", str(error)
-        except exception.DMigrateError as error:
-            state, reason = "failed", str(error)
-        return self._finish(state, reason)
+        return self._finish(*self._life.outcome())
 
     def cancel(self) -> None:
         """End the migration; both QEMUs see a broken connection."""
-        self._life.fail(
-            exception.MigrationCancelled(
-                instance=self._session.instance, reason="cancelled by request"
-            )
-        )
+        self._life.cancel()
 
     def _run_core(self) -> None:
         while not self._core.ended:
@@ -143,7 +129,7 @@ class DestinationRelay:
                 self._core.handle_frame(item.frame)
             except ValueError as error:
                 raise exception.FrameError(
-                    peer=self._data[0].peer, reason=f"{item.frame.header.type.name}: {error}"
+                    peer=self._wire.peer, reason=f"{item.frame.header.type.name}: {error}"
                 ) from error
             if item.done is not None:
                 item.done()
@@ -165,12 +151,12 @@ class DestinationRelay:
                 connection, _ = self._listener.accept(None)
             except exception.WireError:
                 return  # closed
-            if connection.role is Role.ACKS and self._acks is None:
-                self._acks = connection
+            if connection.role is Role.ACKS and self._wire.acks is None:
+                self._wire.acks = connection
                 connection.set_timeout(None)
                 self._life.start("answers", functools.partial(self._send_answers, connection))
-            elif connection.role is Role.DATA and len(self._data) < _MAX_CONNECTIONS:
-                self._data.append(connection)
+            elif connection.role is Role.DATA and len(self._wire.data) < _MAX_CONNECTIONS:
+                self._wire.data.append(connection)
                 # The source shows on each of them that it is alive.
                 connection.set_timeout(self._settings.stall_timeout)
                 number = self._feed.add_connection()
@@ -269,18 +255,7 @@ class DestinationRelay:
         self._feed.close()
         if self._listener is not None:
             self._listener.close()
-        if isinstance(self._life.failure, exception.PeerLost):
-            self._shut_wire()
-        else:
-            # What the source still sends is received and thrown away until it has heard the reason:
-            # a connection that breaks would reach it first.
-            self._abort_timer = threading.Timer(_ABORT_SECONDS, self._shut_wire)
-            self._abort_timer.daemon = True
-            self._abort_timer.start()
-
-    def _shut_wire(self) -> None:
-        for connection in [*self._data, *([self._acks] if self._acks else [])]:
-            connection.shutdown()
+        self._wire.break_off(self._life.failure)
 
     def _finish(self, state: str, reason: str | None) -> Report:
         series = self._sampler.stop()
@@ -294,14 +269,10 @@ class DestinationRelay:
         return summary
 
     def _close(self) -> None:
-        if self._abort_timer is not None:
-            self._abort_timer.cancel()
-            self._abort_timer.join()
         if self._listener is not None:
             self._listener.close()
         self._outlet.close()
-        for connection in [*self._data, *([self._acks] if self._acks else [])]:
-            connection.close()
+        self._wire.close()
         for reader in self._readers.values():
             reader.close()
         if self._control is not None:
@@ -315,7 +286,7 @@ class DestinationRelay:
             left = self._core.table.wanted_count * PAGE_SIZE
             self._answers.put_progress(protocol.Progress(prefetch.bytes, rate, left))
         return {
-            "wire_bytes": sum(connection.bytes_received for connection in self._data),
+            "wire_bytes": sum(connection.bytes_received for connection in self._wire.data),
             "volume_bytes": prefetch.bytes if prefetch else 0,
             "qemu_bytes": self._outlet.bytes,
         }
@@ -330,7 +301,7 @@ class DestinationRelay:
             "stage": self._stages.current,
             "pass_through": self._core.pass_through,
             "mapped_pages": len(table),
-            "wire_bytes": sum(connection.bytes_received for connection in self._data),
+            "wire_bytes": sum(connection.bytes_received for connection in self._wire.data),
             "qemu_bytes": self._outlet.bytes,
             "volume_bytes": prefetch.bytes if prefetch else 0,
             "volume_reads": prefetch.reads if prefetch else 0,

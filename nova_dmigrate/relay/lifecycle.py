@@ -92,6 +92,22 @@ class Lifecycle:
         if self.failure is not None:
             raise self.failure
 
+    def outcome(self) -> tuple[str, str | None]:
+        """Wait for all threads; returns "delivered", "cancelled" or "failed", and the reason."""
+        try:
+            self.join()
+        except exception.MigrationCancelled as error:
+            return "cancelled", str(error)
+        except exception.DMigrateError as error:
+            return "failed", str(error)
+        return "delivered", None
+
+    def cancel(self) -> None:
+        """Somebody wants the migration to end."""
+        self.fail(
+            exception.MigrationCancelled(instance=self._instance, reason="cancelled by request")
+        )
+
     def _guarded(self, target: Callable[[], None]) -> None:
         try:
             target()

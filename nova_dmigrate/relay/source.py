@@ -18,6 +18,7 @@ from nova_dmigrate.buffermap import BufferMap
 from nova_dmigrate.memory_layout import MemoryLayout
 from nova_dmigrate.relay import protocol
 from nova_dmigrate.relay.buffers import BufferPool
+from nova_dmigrate.relay.connections import Connections
 from nova_dmigrate.relay.forwarder import BULK_DELAY, Forwarder
 from nova_dmigrate.relay.intake import Intake, QemuListener
 from nova_dmigrate.relay.lifecycle import Lifecycle
@@ -39,8 +40,6 @@ LOG = log.getLogger(__name__)
 _BUFFERS = 8
 #: Bytes that may wait for the network whatever its rate.
 _QUEUE_FLOOR = 256 << 10
-#: Seconds that an abort may take to tell the destination.
-_ABORT_SECONDS = 2.0
 
 
 class SourceRelay:
@@ -73,8 +72,7 @@ class SourceRelay:
         self._map: tuple[BufferMap, MemoryLayout] | None = None
         self._map_answered = threading.Event()
         self._map_refused: str | None = None
-        self._data: list[Connection] = []
-        self._acks: Connection | None = None
+        self._wire = Connections()
         self._listener: QemuListener | None = None
         self._qemu: socket.socket | None = None
         self._intake: Intake | None = None
@@ -84,7 +82,6 @@ class SourceRelay:
         self._misses: dict[str, int] = {}
         self._stream_ended = False
         self._return_ended = threading.Event()
-        self._abort_timer: threading.Timer | None = None
 
     # Before the migration
 
@@ -140,44 +137,33 @@ class SourceRelay:
             )
             return connection
 
-        self._acks = open_connection(Role.ACKS, 0)
+        self._wire.acks = acks = open_connection(Role.ACKS, 0)
         # The destination shows that it is alive every second, whatever its QEMU does.
-        self._acks.set_timeout(settings.stall_timeout)
+        acks.set_timeout(settings.stall_timeout)
         for index in range(settings.channels):
             connection = open_connection(Role.DATA, index)
             # A sender may wait for as long as the destination's QEMU does: silence shows on the
             # other connection.
             connection.set_timeout(None)
-            self._data.append(connection)
+            self._wire.data.append(connection)
 
     # The migration
 
     def run(self) -> Report:
         """Relay one migration; returns the summary, whose ``state`` tells how it ended."""
         self._sampler.start()
-        for connection in self._data:
+        for connection in self._wire.data:
             self._life.start(f"send-{connection.index}", functools.partial(self._send, connection))
         if self._session.tls is None:
             # What TLS costs is better spread over threads.
-            self._outbox.direct = functools.partial(self._send_parcel, self._data[0])
+            self._outbox.direct = functools.partial(self._send_parcel, self._wire.data[0])
         self._life.start("answers", self._receive_answers)
         self._life.start("stream", self._relay_stream)
-        try:
-            self._life.join()
-            state, reason = "delivered", None
-        except exception.MigrationCancelled as error:
-            state, reason = "cancelled", str(error)
-        except exception.DMigrateError as error:
-            state, reason = "failed", str(error)
-        return self._finish(state, reason)
+        return self._finish(*self._life.outcome())
 
     def cancel(self) -> None:
         """End the migration; QEMU sees a broken connection and the guest goes on at the source."""
-        self._life.fail(
-            exception.MigrationCancelled(
-                instance=self._session.instance, reason="cancelled by request"
-            )
-        )
+        self._life.cancel()
 
     def _relay_stream(self) -> None:
         assert self._listener is not None
@@ -248,17 +234,19 @@ class SourceRelay:
         self._outbox.sent(parcel)
 
     def _receive_answers(self) -> None:
-        assert self._acks is not None
-        peer = self._acks.peer
+        acks = self._wire.acks
+        assert acks is not None
         while True:
-            frame = self._acks.receive(_allocate)
+            frame = acks.receive(_allocate)
             try:
                 if frame.header.type is FrameType.DONE:
                     self._handle_done(frame.payload)
                     return
                 self._handle_answer(frame)
             except ValueError as error:
-                raise exception.FrameError(peer=peer, reason=f"a bad answer: {error}") from error
+                raise exception.FrameError(
+                    peer=acks.peer, reason=f"a bad answer: {error}"
+                ) from error
 
     def _handle_answer(self, frame: Frame) -> None:
         kind, payload = frame.header.type, frame.payload
@@ -282,7 +270,7 @@ class SourceRelay:
             self._map_answered.set()
         elif kind is FrameType.FAILED:
             raise exception.PeerLost(
-                peer=self._acks.peer if self._acks else "?",
+                peer=self._wire.peer,
                 reason=f"the destination relay gave up: {protocol.parse_text(payload)}",
             )
 
@@ -323,16 +311,7 @@ class SourceRelay:
             # QEMU sees its migration fail, and the guest goes on here.
             with contextlib.suppress(OSError):
                 self._qemu.shutdown(socket.SHUT_RDWR)
-        if isinstance(failure, exception.PeerLost):
-            self._shut_wire()
-        else:
-            self._abort_timer = threading.Timer(_ABORT_SECONDS, self._shut_wire)
-            self._abort_timer.daemon = True
-            self._abort_timer.start()
-
-    def _shut_wire(self) -> None:
-        for connection in [*self._data, *([self._acks] if self._acks else [])]:
-            connection.shutdown()
+        self._wire.break_off(failure)
 
     def _close_listener(self) -> None:
         if self._listener is not None:
@@ -354,14 +333,10 @@ class SourceRelay:
         return summary
 
     def _close(self) -> None:
-        if self._abort_timer is not None:
-            self._abort_timer.cancel()
-            self._abort_timer.join()
         self._close_listener()
         if self._qemu is not None:
             self._qemu.close()
-        for connection in [*self._data, *([self._acks] if self._acks else [])]:
-            connection.close()
+        self._wire.close()
         if self._control is not None:
             self._control.close()
 
@@ -372,7 +347,7 @@ class SourceRelay:
         self._outbox.wake()
         return {
             "guest_bytes": self._intake.bytes if self._intake else 0,
-            "wire_bytes": sum(connection.bytes_sent for connection in self._data),
+            "wire_bytes": sum(connection.bytes_sent for connection in self._wire.data),
             "volume_bytes": self._forwarder.peer.volume_bytes,
             "window_pages": self._window.unresolved,
         }
@@ -392,7 +367,7 @@ class SourceRelay:
             "ram_bytes": self._parser.total_ram,
             "mapped_pages": forwarder.mapped_pages,
             "guest_bytes": self._intake.bytes if self._intake else 0,
-            "wire_bytes": sum(connection.bytes_sent for connection in self._data),
+            "wire_bytes": sum(connection.bytes_sent for connection in self._wire.data),
             "wire_rate": round(self._outbox.rate),
             "volume_bytes": forwarder.peer.volume_bytes,
             "volume_rate": round(forwarder.peer.volume_rate),
