@@ -7,6 +7,7 @@ status=0
 "$VENV/bin/ruff" check --output-format=concise . || status=1
 "$VENV/bin/ruff" format --check --output-format=concise . || status=1
 "$VENV/bin/mypy" --strict nova_dmigrate || status=1
+"$VENV/bin/python" tools/check_python39.py || status=1
 "$VENV/bin/reno" --quiet lint || status=1
 while read -r file; do
     echo "$file: no SPDX-License-Identifier in its first lines"

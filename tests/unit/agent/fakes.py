@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Database servers without a database: variables that clamp each other as the real ones do."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Sequence
 
@@ -36,9 +38,7 @@ class FakeServer:
         self.flavour, self.version, self.socket = flavour, version, socket
         values = DEFAULTS[flavour, version]
         self.values = {
-            name: value
-            for name, value in zip(flushing.ORDER, values, strict=True)
-            if value is not None
+            name: value for name, value in zip(flushing.ORDER, values) if value is not None
         }
         # The process that is looked for in /proc: this one is there
         self.pid: int | None = os.getpid()

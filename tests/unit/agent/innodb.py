@@ -58,7 +58,7 @@ class FakeMemory:
 
     def read_pieces(self, addresses, lengths):
         pieces = []
-        for address, length in zip(addresses.tolist(), lengths.tolist(), strict=True):
+        for address, length in zip(addresses.tolist(), lengths.tolist()):
             begin = address - self.start
             first, last = begin // memory.PAGE_SIZE, (begin + length - 1) // memory.PAGE_SIZE
             assert (self.guest[first : last + 1] >= 0).all(), "touches what is not in memory"

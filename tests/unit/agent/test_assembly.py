@@ -38,9 +38,7 @@ class CollectorTest(base.TestCase):
         with mock.patch.object(assembly, "_STEP", data.draw(st.integers(1, 9))):
             made = collect(shuffled, pieces=data.draw(st.integers(1, 4)))
         guest, block = made.pages()
-        self.assertEqual(
-            sorted(expected.items()), list(zip(guest.tolist(), block.tolist(), strict=True))
-        )
+        self.assertEqual(sorted(expected.items()), list(zip(guest.tolist(), block.tolist())))
         self.assertEqual(len(expected), made.page_count)
         again = buffermap.BufferMap.from_chunks(
             buffermap.BufferMap((made,)).to_chunks(), buffermap.MapLimits()

@@ -152,7 +152,7 @@ class PlanTest(base.TestCase):
     def test_no_change_clamps_another_in_the_order_in_which_they_are_made(self) -> None:
         pool = PoolStatus(16384, 100000, 90000, 80000)
         for kind, values in DEFAULTS.items():
-            names = dict(zip(flushing.ORDER, values, strict=True))
+            names = dict(zip(flushing.ORDER, values))
             variables = {name: value for name, value in names.items() if value is not None}
             plan = flushing.plan(variables, pool, 10, 1 << 30)
             order = [name for name in flushing.ORDER if name in plan]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the agent says of its guest."""
 
+from __future__ import annotations
+
 from typing import Any
 
 from nova_dmigrate import exception
@@ -24,7 +26,7 @@ class Described(FakeDatabase):
     def variables(self, names: Any) -> dict[str, str]:
         return {name: self.settings[name] for name in names if name in self.settings}
 
-    def __enter__(self) -> "Described":
+    def __enter__(self) -> Described:
         return self
 
     def __exit__(self, *_: object) -> None:

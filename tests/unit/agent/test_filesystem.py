@@ -78,9 +78,7 @@ class ExtentsTest(base.TestCase):
         file = FakeFile(*args, **kwargs)
         with mock.patch.object(filesystem.fcntl, "ioctl", file.ioctl):
             found = filesystem.file_extents(0, "/x")
-        return list(
-            zip(found.logical.tolist(), found.physical.tolist(), found.length.tolist(), strict=True)
-        )
+        return list(zip(found.logical.tolist(), found.physical.tolist(), found.length.tolist()))
 
     def test_all_extents_come_however_many_a_call_returns(self):
         extents = [(n * 8192, n * 65536, 4096, 0) for n in range(1300)]

@@ -24,7 +24,7 @@ def drained(table, keep):
     return {
         int(pages[0]) // PER_FRAME: int(place)
         for places, guests in table.drain(keep)
-        for place, pages in zip(places, guests, strict=True)
+        for place, pages in zip(places, guests)
     }
 
 

@@ -139,7 +139,7 @@ class MapperTest(base.TestCase):
         return {
             guest: (each.volume_id, block)
             for each in built.volumes
-            for guest, block in zip(*(column.tolist() for column in each.pages()), strict=True)
+            for guest, block in zip(*(column.tolist() for column in each.pages()))
         }
 
     def blocks(self, at, frame):

@@ -68,7 +68,7 @@ class ProcessMemoryTest(base.TestCase):
         self.addCleanup(self.process.close)
 
     def read(self, *pieces):
-        starts, lengths = zip(*pieces, strict=True)
+        starts, lengths = zip(*pieces)
         return self.process.read_pieces(
             np.array(starts, np.uint64) + np.uint64(self.address), np.array(lengths, np.uint64)
         )

@@ -30,10 +30,10 @@ class HeadersTest(base.TestCase):
         ]
         frames = [
             innodb.page(space, number, lsn, kind & 0xFFFF, size) if there else None
-            for there, (space, number, lsn, kind) in zip(present, facts, strict=True)
+            for there, (space, number, lsn, kind) in zip(present, facts)
         ]
         found = read(innodb.FakeMemory(frames, size), np.flatnonzero(present), size)
-        expected = [fact for there, fact in zip(present, facts, strict=True) if there]
+        expected = [fact for there, fact in zip(present, facts) if there]
         self.assertEqual([fact[0] for fact in expected], found.space.tolist())
         self.assertEqual([fact[1] for fact in expected], found.page.tolist())
         self.assertEqual([fact[2] for fact in expected], found.lsn.tolist())

@@ -187,7 +187,7 @@ class PlaceTest(base.TestCase):
         found = {}
         for part in placed:
             for begin, offset, length in zip(
-                part.logical.tolist(), part.offset.tolist(), part.length.tolist(), strict=True
+                part.logical.tolist(), part.offset.tolist(), part.length.tolist()
             ):
                 self.assertEqual((0, 0, 0), (begin % BLOCK, offset % BLOCK, length % BLOCK))
                 for at in range(0, length, BLOCK):

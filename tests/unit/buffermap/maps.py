@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maps for the tests, a plain model of what a map means, and the chunk format written anew."""
 
+from __future__ import annotations
+
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
@@ -58,7 +60,7 @@ def as_dict(buffer_map: buffermap.BufferMap) -> dict[int, tuple[str, int]]:
     return {
         guest: (volume.volume_id, block)
         for volume in buffer_map.volumes
-        for guest, block in zip(*(column.tolist() for column in volume.pages()), strict=True)
+        for guest, block in zip(*(column.tolist() for column in volume.pages()))
     }
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
+from __future__ import annotations
+
 import tracemalloc
 import zlib
 
@@ -113,7 +115,7 @@ class RefusalTest(base.TestCase):
         self, what: str, *bodies: bytes, limits: buffermap.MapLimits = maps.LIMITS
     ) -> None:
         kinds = [maps.VOLUMES] + [maps.ENTRIES] * (len(bodies) - 1)
-        chunks = maps.reseal(list(zip(kinds, bodies, strict=True)))
+        chunks = maps.reseal(list(zip(kinds, bodies)))
         self.assert_refused(what, *chunks, limits=limits)
 
     def setUp(self) -> None:

@@ -43,7 +43,7 @@ class BuildTest(base.TestCase):
         for volume in maps.build(*volumes).volumes:
             found = volume.lookup(wanted)
             self.assertEqual(np.int64, found.dtype)
-            for page, block in zip(wanted.tolist(), found.tolist(), strict=True):
+            for page, block in zip(wanted.tolist(), found.tolist()):
                 name, number = expected.get(page, (None, -1))
                 self.assertEqual(number if name == volume.volume_id else -1, block)
 

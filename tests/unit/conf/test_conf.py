@@ -3,6 +3,8 @@
 
 import contextlib
 import io
+import sys
+import unittest
 from pathlib import Path
 
 from oslo_config import cfg, generator
@@ -96,6 +98,7 @@ class SampleTest(base.TestCase):
         groups = [group.name for group, _ in opts.list_opts()]
         self.assertEqual(["relay", "volume", "wire", "buffer_map", "agent"], groups)
 
+    @unittest.skipIf(sys.version_info < (3, 10), "the generator cannot find its own version there")
     def test_the_sample_file_is_what_the_options_give(self) -> None:
         made = self.make_directory() / "made.conf"
         settings = str(SAMPLES / "nova-dmigrate-config-generator.conf")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The answering side: checks, answers once, never raises."""
 
+from __future__ import annotations
+
 import threading
 from typing import Any
 
