@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what the environment asks for.
 
-``BENCH_ONLY``: a part, ``relay``, ``efficiency`` or ``ordinary``; ``quick`` for a short run of the
-first; all parts without it. ``BENCH_SHAPES``: network:volume in MB/s, separated by commas.
-``BENCH_ROUNDS``: runs of which the median is taken. ``BENCH_OUTPUT``: the file, bench.json.
+``BENCH_ONLY``: a part, ``relay``, ``efficiency``, ``ordinary`` or ``agent``; ``quick`` for a short
+run of the first; all parts without it. ``BENCH_SHAPES``: network:volume in MB/s, separated by
+commas. ``BENCH_ROUNDS``: runs of which the median is taken. ``BENCH_OUTPUT``: the file, bench.json.
 """
 
 import json
@@ -12,10 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.bench import efficiency, machine, ordinary, source_path, table, throughput
+from tests.bench import agent, efficiency, machine, ordinary, source_path, table, throughput
 from tests.integration.lab.processes import workspace
 
-PARTS = ("relay", "efficiency", "ordinary")
+PARTS = ("relay", "efficiency", "ordinary", "agent")
 DEFAULT_SHAPES = "50:50,50:100,100:50"
 
 
@@ -61,6 +61,9 @@ def main() -> int:
     if only in ("", "ordinary"):
         with workspace() as directory:
             results["ordinary"] = ordinary.measure(directory, rounds or 5)
+    if only in ("", "agent"):
+        with workspace() as directory:
+            results["agent"] = agent.measure(directory)
     path = Path(os.environ.get("BENCH_OUTPUT") or "bench.json")
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(table.render(results))

@@ -42,6 +42,21 @@ _TABLES: Sequence[tuple[str, str, Sequence[tuple[str, str]]]] = (
             ("stock_downtime_ms", "stock ms"),
         ),
     ),
+    (
+        "agent",
+        "Agent: buffer maps of a native MariaDB, by size of its pool",
+        (
+            ("pool_gib", "pool GiB"),
+            ("map_s", "map s"),
+            ("map_s_per_gib", "s/GiB"),
+            ("ready_s", "with chunks s"),
+            ("peak_rss_mb", "peak RSS MB"),
+            ("mapped_pages", "mapped pages"),
+            ("wire_bytes_per_page", "wire B/page"),
+            ("tps", "tps"),
+            ("tps_change", "tps change"),
+        ),
+    ),
 )
 _PAIRS = (
     ("source", "Source relay, in process, one core"),

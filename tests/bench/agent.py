@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Part ``agent``: what a buffer map costs the guest, by size of the buffer pool.
+
+A real MariaDB on a loop device, whose pool is filled by scans; this machine plays the guest.
+"""
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tests.integration.lab import databases, processes
+
+POOLS_GIB = (1, 2, 4)
+_GIB = 1 << 30
+#: A table fills a pool of 1 GiB, with room for the load's: two rows on each page of 16 KiB.
+_ROWS = 112_000
+_ROW_BYTES = 7800
+_LOAD_TABLES, _LOAD_ROWS = 2, 100_000
+_OPTIONS = (
+    "innodb-log-file-size=512M",
+    # The load is bound by the processor, as it has to be to feel the agent at all
+    "innodb-flush-log-at-trx-commit=0",
+    "innodb-flush-method=O_DIRECT",
+)
+_MAPS = 5
+#: Seconds of one turn with and of one without maps, the number of such pairs, and what is left out
+#: at the beginning of each turn.
+_TURN, _PAIRS, _SETTLE = 1.5, 12, 0.25
+
+
+def pools() -> tuple[int, ...]:
+    """The sizes, in GiB, for which there are disk and memory."""
+    disk = shutil.disk_usage(tempfile.gettempdir()).free
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return tuple(size for size in POOLS_GIB if (size + 3) * _GIB < min(disk, memory))
+
+
+class Worker:
+    """The agent's part, in a process (`tests.bench.mapping`). A context manager."""
+
+    def __init__(self, pid: int, device: str, directory: Path) -> None:
+        self._process = processes.spawn(
+            [sys.executable, "-m", "tests.bench.mapping", str(pid), device, str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        processes.end(self._process)
+
+    def map(self) -> dict[str, Any]:
+        """Make a map; what it took.
+
+        :raises RuntimeError: the process has ended.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write("map\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the mapping process has ended")
+        result: dict[str, Any] = json.loads(line)
+        return result
+
+
+class Bench:
+    """A volume with data for the largest pool; servers with pools of any size on it."""
+
+    def __init__(self, directory: Path, volume: databases.LoopVolume, largest: int) -> None:
+        self._directory = directory
+        self._volume = volume
+        with self._server(1, install=True) as server:
+            server.sql("CREATE DATABASE bench")
+            for number in range(largest):
+                # Into an empty table, without checks: InnoDB builds it in bulk, without undo
+                server.sql(
+                    "SET unique_checks=0, foreign_key_checks=0;"
+                    f"CREATE TABLE fill{number} (id INT PRIMARY KEY, body VARCHAR({_ROW_BYTES})"
+                    " NOT NULL) CHARACTER SET latin1;"
+                    f"INSERT INTO fill{number} SELECT seq, RPAD(MD5(seq), {_ROW_BYTES}, MD5(-seq))"
+                    f" FROM seq_1_to_{_ROWS}",
+                    "bench",
+                )
+            server.fill(_LOAD_TABLES, _LOAD_ROWS)
+
+    @contextmanager
+    def _server(self, gib: int, install: bool = False) -> Iterator[databases.MariaDB]:
+        server = databases.MariaDB(self._directory, self._volume, _OPTIONS, f"{gib}G")
+        if install:
+            server.install()
+        server.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+
+    def row(self, gib: int) -> dict[str, Any]:
+        """One row ``agent`` of bench.json."""
+        with self._server(gib) as server:
+            for number in range(gib):
+                server.sql(f"SELECT SUM(LENGTH(body)) FROM fill{number}", "bench")
+            with Worker(server.pid, self._volume.name, self._directory) as worker:
+                made = [worker.map() for _ in range(_MAPS)]
+                last = made[-1]
+                tps, change = compare(server, worker)
+            map_s = statistics.median(each["map_s"] for each in made)
+            filled = last["pool_frames"] * 16384 / _GIB
+            return {
+                "pool_gib": gib,
+                "map_s": round(map_s, 3),
+                "map_s_per_gib": round(map_s / filled, 3),
+                "ready_s": round(statistics.median(each["ready_s"] for each in made), 3),
+                "peak_rss_mb": round(last["peak_rss_mb"], 1),
+                "mapped_pages": last["mapped_pages"],
+                "wire_bytes_per_page": round(last["wire_bytes"] / last["mapped_pages"], 2),
+                "tps": round(tps, 1),
+                "tps_change": round(change, 4),
+            }
+
+
+def compare(server: databases.MariaDB, worker: Worker) -> tuple[float, float]:
+    """Transactions a second of a running load without maps, and by what share they change while
+    maps are made one after the other.
+
+    Both are measured in turn, and each turn is compared with its neighbour: what else happens on
+    the machine is in both of them. Medians.
+    """
+    rates: tuple[list[float], list[float]] = ([], [])
+    options = (f"--tables={_LOAD_TABLES}", f"--table-size={_LOAD_ROWS}", "--threads=1")
+    with server.load(*options):
+        time.sleep(3)
+        for turn in range(2 * _PAIRS):
+            mapping = bool((turn + turn // 2) % 2)  # no, yes, yes, no, ...: drifts cancel out
+            stopped = threading.Event()
+            thread = threading.Thread(target=_keep_mapping, args=(worker, stopped))
+            if mapping:
+                thread.start()
+            try:
+                time.sleep(_SETTLE)
+                before, began = _commits(server), time.monotonic()
+                time.sleep(_TURN - _SETTLE)
+                after, ended = _commits(server), time.monotonic()
+            finally:
+                stopped.set()
+                if mapping:
+                    thread.join()
+            rates[mapping].append((after - before) / (ended - began))
+    changes = [with_maps / without - 1 for without, with_maps in zip(*rates, strict=True)]
+    return statistics.median(rates[0]), statistics.median(changes)
+
+
+def _keep_mapping(worker: Worker, stopped: threading.Event) -> None:
+    while not stopped.is_set():
+        worker.map()
+
+
+def _commits(server: databases.MariaDB) -> int:
+    return int(server.sql("SHOW GLOBAL STATUS LIKE 'Com_commit'").split()[1])
+
+
+def measure(directory: Path) -> list[dict[str, Any]]:
+    """Rows ``agent``, one for each size of the pool for which there is room.
+
+    :raises RuntimeError: the machine cannot run the database at all.
+    """
+    reason = databases.available()
+    sizes = pools()
+    if reason is not None or not sizes:
+        raise RuntimeError(f"part agent: {reason or 'too little disk or memory'}")
+    os.chmod(directory, 0o755)  # the server's user has to get in
+    rows = []
+    with databases.LoopVolume(directory, (sizes[-1] + 2) << 10) as volume:
+        bench = Bench(directory, volume, sizes[-1])
+        for size in sizes:
+            rows.append(bench.row(size))
+            print(f"pool of {size} GiB: {rows[-1]['map_s']} s", file=sys.stderr, flush=True)
+    return rows
