@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What brings the agent into an image and starts it there: the element, the cloud-config."""
+
+import json
+import os
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nova_dmigrate.agent import database
+from tests import base
+
+ROOT = Path(__file__).parents[2]
+ELEMENT = ROOT / "elements" / "nova-dmigrate-agent"
+CLOUD_CONFIG = ROOT / "etc" / "cloud-init" / "nova-dmigrate-agent.yaml"
+UNIT = ROOT / "etc" / "systemd" / "nova-dmigrate-agent.service"
+
+
+def scripts() -> list[Path]:
+    return [
+        path
+        for phase in ("environment.d", "extra-data.d", "install.d", "post-install.d")
+        for path in sorted((ELEMENT / phase).iterdir())
+    ]
+
+
+class ElementTest(base.TestCase):
+    def test_the_shell_can_parse_every_script(self) -> None:
+        self.assertGreaterEqual(len(scripts()), 4)
+        for script in scripts():
+            subprocess.run(["bash", "-n", str(script)], check=True)
+
+    def test_what_is_run_can_be_run_and_stops_at_the_first_error(self) -> None:
+        for script in scripts():
+            sourced = script.parent.name == "environment.d"
+            self.assertEqual(not sourced, os.access(script, os.X_OK), script)
+            self.assertRegex(script.name, r"^\d\d-[a-z-]+$")
+            if not sourced:
+                text = script.read_text()
+                self.assertTrue(text.startswith("#!/bin/bash\n"), script)
+                self.assertIn("\nset -eu\nset -o pipefail\n", text)
+
+    def test_every_variable_has_a_default_and_is_told_of(self) -> None:
+        names = set(re.findall(r"DIB_NOVA_\w+", "".join(each.read_text() for each in scripts())))
+        readme = (ELEMENT / "README.rst").read_text()
+        environment = (ELEMENT / "environment.d" / "10-nova-dmigrate-agent").read_text()
+        for name in names:
+            self.assertIn(f"``{name}``", readme)
+            self.assertIn(f"export {name}=${{{name}:-", environment)
+        self.assertEqual(set(re.findall(r"DIB_NOVA_\w+", readme)), names)
+
+    def test_every_package_has_a_name_for_every_distribution(self) -> None:
+        packages = yaml.safe_load((ELEMENT / "package-installs.yaml").read_text())
+        names = json.loads((ELEMENT / "pkg-map").read_text())["default"]
+        self.assertEqual(set(packages), set(names))
+
+    def test_the_unit_of_the_package_is_the_one_that_is_installed(self) -> None:
+        setup = (ROOT / "setup.cfg").read_text()
+        self.assertIn("share/nova-dmigrate = etc/systemd/nova-dmigrate-agent.service", setup)
+        script = (ELEMENT / "install.d" / "60-nova-dmigrate-agent").read_text()
+        self.assertIn("$venv/share/nova-dmigrate/$unit", script)
+        # The drop-in replaces the only command of the unit
+        self.assertEqual(1, UNIT.read_text().count("\nExecStart"))
+        self.assertIn("nova-dmigrate-agent serve", script)
+
+
+class CloudConfigTest(base.TestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.text = CLOUD_CONFIG.read_text()
+        self.config: dict[str, Any] = yaml.safe_load(self.text)
+
+    def test_cloud_init_recognises_it(self) -> None:
+        self.assertTrue(self.text.startswith("#cloud-config\n"))
+
+    def test_the_file_that_the_agent_waits_for_is_written_and_only_root_can_read_it(self) -> None:
+        files = {each["path"]: each for each in self.config["write_files"]}
+        condition = "nova-dmigrate-agent.conf.d/instance.conf"
+        (path,) = [path for path in files if path.endswith(condition)]
+        self.assertEqual("0600", files[path]["permissions"])
+        self.assertIn("transport_url = rabbit://dmigrate-UUID:", files[path]["content"])
+        script = (ELEMENT / "install.d" / "60-nova-dmigrate-agent").read_text()
+        self.assertIn(f"ConditionPathExists=$etc/{condition}", script)
+        # Whatever else that file names is written too
+        for name in re.findall(r"= (/etc/\S+)", files[path]["content"]):
+            self.assertIn(name, list(files) + [self.password_file()])
+
+    def password_file(self) -> str:
+        (found,) = re.findall(r"^file=(\S+)$", self.config["runcmd"][0], re.MULTILINE)
+        return str(found)
+
+    def test_the_sql_user_is_made_with_a_password_that_no_argument_shows(self) -> None:
+        for answer, flavour, version in (
+            ("10.11.6-MariaDB-0+deb12u1", "mariadb", (10, 11)),
+            ("8.4.3", "mysql", (8, 4)),
+        ):
+            with self.subTest(answer):
+                directory = self.make_directory()
+                arguments, sql = self.run_command(directory, answer)
+                path = directory / "sql-password"
+                password = path.read_text()
+                self.assertRegex(password, r"^[A-Za-z0-9]{40}$")
+                self.assertEqual(0o600, stat.S_IMODE(path.stat().st_mode))
+                self.assertNotIn(password, arguments)
+                expected = [
+                    each.replace("PASSWORD", password) + ";"
+                    for each in database.grants(flavour, version)
+                ]
+                self.assertEqual(expected, sql.splitlines())
+                self.assertEqual([], list(directory.glob("*.sql")))
+
+    def run_command(self, directory: Path, version: str) -> tuple[str, str]:
+        """Run the script with a client that notes what it gets: its arguments, its SQL."""
+        programs = directory / "bin"
+        programs.mkdir()
+        for name, text in (
+            (
+                "mysql",
+                f'echo "$@" >>{directory}/arguments\n'
+                f'if [ "$1" = -N ]; then echo {version}; else cat >{directory}/sql; fi',
+            ),
+            ("sed", f'echo "$@" >>{directory}/arguments; exec /usr/bin/env -i /bin/sed "$@"'),
+            (
+                "nova-dmigrate-agent",
+                f'exec {sys.executable} -m nova_dmigrate.cmd.agent "$@"',
+            ),
+        ):
+            (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+            (programs / name).chmod(0o755)
+        script = self.config["runcmd"][0].replace("/etc/nova-dmigrate", str(directory))
+        subprocess.run(
+            ["sh", "-c", script],
+            check=True,
+            stdin=subprocess.DEVNULL,
+            cwd=ROOT,
+            env={**os.environ, "PATH": f"{programs}:/usr/bin:/bin"},
+        )
+        return (directory / "arguments").read_text(), (directory / "sql").read_text()
