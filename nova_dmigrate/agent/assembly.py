@@ -20,7 +20,7 @@ from nova_dmigrate.buffermap import volume as volumes
 _HALF = np.uint64(32)
 # One page on in guest memory and one block on: both halves grow by one.
 _FOLLOWING = np.uint64((1 << 32) + 1)
-_STEP = 1 << 18  # entries that are worked on at a time
+_STEP = 1 << 16  # entries that are worked on at a time
 
 U64 = NDArray[np.uint64]
 

@@ -333,6 +333,7 @@ def _assemble(
         for number, collector in enumerate(collectors):
             mine = (volume == number) & whole[:, np.newaxis]
             collector.add(guest[mine], block[mine])
+    del keep  # 4 MB of 64 GiB of pool, and the map is about to need the most memory
     maps = tuple(collector.finish() for collector in collectors)
     built = buffermap.BufferMap(tuple(each for each in maps if each.page_count))
     volumes.check_overlaps(built.volumes)
