@@ -156,7 +156,7 @@ class TestElement(base.TestCase):
         from diskimage_builder import element_dependencies, paths
 
         found = element_dependencies.get_elements(
-            ["debian-minimal", "nova-dmigrate-agent"],
+            ["debian-minimal", "vm", "block-device-mbr", "cloud-init", "nova-dmigrate-agent"],
             f"{ELEMENTS}:{paths.get_path('elements')}",
         )
         names = {name for name, _ in found}
