@@ -36,6 +36,7 @@ class Parcel:
     seq: int = 0
     done: Callable[[], None] | None = None
     unasked: bool = False
+    direct: bool = False
 
 
 def copies_parcel(
@@ -74,6 +75,7 @@ class Outbox:
         """
         self._window = window
         #: Sends a numbered frame at once and accounts for it; None to leave all to other threads.
+        #: The connection that it uses has a sender thread as well, see :meth:`take`.
         self.direct: Callable[[Parcel], None] | None = None
         #: Seconds of the network's rate that may wait here; may be changed at any time.
         self.delay = delay
@@ -90,6 +92,11 @@ class Outbox:
         self._aborted = False
         self._in_hand = 0
         self._needed_in_hand = 0
+        # Frames of one connection must go in the order of their numbers: the destination would wait
+        # for ever for one that stands behind a later one. Two threads use the direct connection, so
+        # only one of them may have a frame in hand.
+        self._direct_in_hand = False
+        self._held_up = False
         self._busy_since = 0.0
         self._busy_seconds = 0.0
         self._busy_bytes = 0
@@ -108,7 +115,7 @@ class Outbox:
         with self._room:
             at_once = self._may_go_at_once()
             if at_once:
-                self._number(parcel)
+                self._number(parcel, direct=True)
         if at_once and self.direct is not None:
             self.direct(parcel)
             return
@@ -149,18 +156,21 @@ class Outbox:
         with self._work:
             self._work.notify()
 
-    def take(self, timeout: float) -> Parcel | None:
+    def take(self, timeout: float, *, direct: bool = False) -> Parcel | None:
         """The next frame, numbered, or None when ``timeout`` seconds brought none.
 
+        :param direct: whether it is to be sent on the connection that :attr:`direct` uses.
         :raises EOFError: the last frame has been taken.
         """
         with self._work:
             deadline = time.monotonic() + timeout
             while True:
-                parcel = self._choose()
+                held_up = direct and self._direct_in_hand
+                self._held_up |= held_up
+                parcel = None if held_up else self._choose()
                 if parcel is not None:
                     break
-                if self._ended:
+                if self._ended and not (held_up and self._queue):
                     self._work.notify_all()
                     raise EOFError
                 left = deadline - time.monotonic()
@@ -168,7 +178,7 @@ class Outbox:
                     return None
                 # Whether to send copies unasked depends on time alone.
                 self._work.wait(min(left, _POLL) if self._window.unresolved else left)
-            self._number(parcel)
+            self._number(parcel, direct)
             return parcel
 
     def _may_go_at_once(self) -> bool:
@@ -176,11 +186,13 @@ class Outbox:
         return (
             self.direct is not None
             and self.rate > _FAST
-            and not (self._queue or self._ended or self._aborted)
+            and not (self._direct_in_hand or self._queue or self._ended or self._aborted)
         )
 
-    def _number(self, parcel: Parcel) -> None:
+    def _number(self, parcel: Parcel, direct: bool) -> None:
         """The parcel is the next one to be sent."""
+        parcel.direct = direct
+        self._direct_in_hand |= direct
         parcel.seq = self._seq
         self._seq += 1
         if not self._in_hand:
@@ -197,6 +209,11 @@ class Outbox:
             self._busy_since = now
             self._in_hand -= 1
             self._needed_in_hand -= not parcel.unasked
+            if parcel.direct:
+                self._direct_in_hand = False
+                if self._held_up:
+                    self._held_up = False
+                    self._work.notify_all()
             if not parcel.unasked:
                 self._idle_since = None
             bytes_then, seconds_then = self._rate_mark

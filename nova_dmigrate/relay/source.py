@@ -210,9 +210,10 @@ class SourceRelay:
     # The network
 
     def _send(self, connection: Connection) -> None:
+        direct = connection is self._wire.data[0]
         while True:
             try:
-                parcel = self._outbox.take(protocol.KEEPALIVE_SECONDS)
+                parcel = self._outbox.take(protocol.KEEPALIVE_SECONDS, direct=direct)
             except EOFError:
                 return
             if parcel is None:

@@ -103,7 +103,12 @@ class OutboxTest(TestCase):
 
     def test_on_a_fast_network_a_frame_goes_at_once_unless_others_wait(self) -> None:
         sent: list[int] = []
-        self.outbox.direct = lambda parcel: sent.append(parcel.seq)
+
+        def send(parcel: Parcel) -> None:
+            sent.append(parcel.seq)
+            self.outbox.sent(parcel)
+
+        self.outbox.direct = send
         self.outbox.put(self.parcel("a"))
         self.assertEqual([], sent)
         self.outbox.rate = 1e9
@@ -115,6 +120,62 @@ class OutboxTest(TestCase):
         self.outbox.end(self.parcel("end"))
         self.assertEqual([2, 3], sent)
         self.assertRaises(EOFError, self.outbox.take, 0)
+
+    def test_nothing_goes_at_once_past_what_the_connection_has_in_hand(self) -> None:
+        sent: list[int] = []
+        self.outbox.direct = lambda parcel: sent.append(parcel.seq)
+        self.outbox.put(self.parcel("a"))
+        first = self.outbox.take(0, direct=True)
+        assert first is not None
+        self.outbox.rate = 1e9
+        self.outbox.put(self.parcel("b"))
+        self.assertEqual([], sent)
+        self.outbox.sent(first)
+        self.assertEqual(1, self.take().seq)
+        self.outbox.put(self.parcel("c"))
+        self.assertEqual([2], sent)
+
+    def test_what_goes_at_once_holds_up_the_thread_of_its_connection_alone(self) -> None:
+        going = threading.Event()
+        go_on = threading.Event()
+
+        def send(parcel: Parcel) -> None:
+            going.set()
+            go_on.wait(LONG)
+            self.outbox.sent(parcel)
+
+        self.outbox.direct = send
+        self.outbox.rate = 1e9
+        thread = self.in_thread(self.parcel("a"))
+        self.assertTrue(going.wait(LONG))
+        self.missed(300)
+        self.assertIsNone(self.outbox.take(0, direct=True))
+        self.assertEqual(1, self.take().seq)
+        self.missed(1)
+        found: list[Parcel | None] = []
+        waiting = threading.Thread(
+            target=lambda: found.append(self.outbox.take(LONG, direct=True)), daemon=True
+        )
+        waiting.start()
+        waiting.join(0.02)
+        self.assertEqual([], found)
+        go_on.set()
+        thread.join(LONG)
+        waiting.join(LONG)
+        assert found[0] is not None
+        self.assertEqual(2, found[0].seq)
+
+    def test_an_abort_is_the_last_frame_also_while_one_goes_at_once(self) -> None:
+        sent: list[Parcel] = []
+        self.outbox.direct = sent.append
+        self.outbox.rate = 1e9
+        self.outbox.put(self.parcel("a"))
+        last = self.parcel("abort")
+        self.outbox.abort(last)
+        self.assertIsNone(self.outbox.take(0, direct=True))
+        self.outbox.sent(sent[0])
+        self.assertIs(last, self.outbox.take(0, direct=True))
+        self.assertRaises(EOFError, self.outbox.take, 0, direct=True)
 
     def test_copies_do_not_go_unasked_when_there_is_no_hurry(self) -> None:
         self.waiting(3)

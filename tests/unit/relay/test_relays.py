@@ -5,6 +5,7 @@ import json
 import socket
 import time
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -79,6 +80,17 @@ class TestWays(PairTestCase):
 
     def test_one_channel(self) -> None:
         self.migrate(FakeGuest(8, ram_pages=1024), source_settings=RelaySettings(channels=1))
+
+    def test_copies_between_frames_that_go_at_once(self) -> None:
+        # On any network, so that copies and the stream meet on one connection all the time.
+        patched = mock.patch("nova_dmigrate.relay.outbox._FAST", -1.0)
+        patched.start()
+        self.addCleanup(patched.stop)
+        for channels in (1, 2):
+            guest = FakeGuest(9, ram_pages=16384, mapped=0.6, stale=0.5, dirty=0.3)
+            settings = RelaySettings(channels=channels, hurry_threshold=3600.0)
+            pair = self.migrate(guest, source_settings=settings)
+            self.assertGreater(pair.source_summary["copies_asked"], 0)
 
     def test_tls(self) -> None:
         authority = Authority(self.make_directory())
