@@ -36,7 +36,7 @@ _OPTIONS = (
 _MAPS = 5
 #: Seconds of one turn with and of one without maps, the number of such pairs, and what is left out
 #: at the beginning of each turn.
-_TURN, _PAIRS, _SETTLE = 1.5, 12, 0.25
+_TURN, _PAIRS, _SETTLE = 1.5, 8, 0.25
 
 
 def pools() -> tuple[int, ...]:
@@ -86,36 +86,42 @@ class Worker:
 class Bench:
     """A volume with data for the largest pool; servers with pools of any size on it."""
 
-    def __init__(self, directory: Path, volume: databases.LoopVolume, largest: int) -> None:
+    def __init__(self, directory: Path, volume: databases.LoopVolume) -> None:
         self._directory = directory
         self._volume = volume
-        with self._server(1, install=True) as server:
-            server.sql("CREATE DATABASE bench")
-            for number in range(largest):
-                # Into an empty table, without checks: InnoDB builds it in bulk, without undo
-                server.sql(
-                    "SET unique_checks=0, foreign_key_checks=0;"
-                    f"CREATE TABLE fill{number} (id INT PRIMARY KEY, body VARCHAR({_ROW_BYTES})"
-                    " NOT NULL) CHARACTER SET latin1;"
-                    f"INSERT INTO fill{number} SELECT seq, RPAD(MD5(seq), {_ROW_BYTES}, MD5(-seq))"
-                    f" FROM seq_1_to_{_ROWS}",
-                    "bench",
-                )
-            server.fill(_LOAD_TABLES, _LOAD_ROWS)
+        self._tables = 0
+
+    def _fill(self, server: databases.MariaDB, tables: int) -> None:
+        server.sql("CREATE DATABASE bench")
+        for number in range(tables):
+            # Into an empty table, without checks: InnoDB builds it in bulk, without undo
+            server.sql(
+                "SET unique_checks=0, foreign_key_checks=0;"
+                f"CREATE TABLE fill{number} (id INT PRIMARY KEY, body VARCHAR({_ROW_BYTES})"
+                " NOT NULL) CHARACTER SET latin1;"
+                f"INSERT INTO fill{number} SELECT seq, RPAD(MD5(seq), {_ROW_BYTES}, MD5(-seq))"
+                f" FROM seq_1_to_{_ROWS}",
+                "bench",
+            )
+        server.fill(_LOAD_TABLES, _LOAD_ROWS)
+        server.flush(timeout=120)
+        self._tables = tables
 
     @contextmanager
-    def _server(self, gib: int, install: bool = False) -> Iterator[databases.MariaDB]:
+    def _server(self, gib: int) -> Iterator[databases.MariaDB]:
         server = databases.MariaDB(self._directory, self._volume, _OPTIONS, f"{gib}G")
-        if install:
+        if not self._tables:
             server.install()
         server.start()
         try:
+            if not self._tables:
+                self._fill(server, gib)
             yield server
         finally:
             server.stop()
 
     def row(self, gib: int) -> dict[str, Any]:
-        """One row ``agent`` of bench.json."""
+        """One row ``agent`` of bench.json; the largest first, which makes the data for all."""
         with self._server(gib) as server:
             for number in range(gib):
                 server.sql(f"SELECT SUM(LENGTH(body)) FROM fill{number}", "bench")
@@ -129,6 +135,9 @@ class Bench:
                 "pool_gib": gib,
                 "map_s": round(map_s, 3),
                 "map_s_per_gib": round(map_s / filled, 3),
+                "cpu_s_per_gib": round(
+                    statistics.median(each["cpu_s"] for each in made) / filled, 3
+                ),
                 "ready_s": round(statistics.median(each["ready_s"] for each in made), 3),
                 "peak_rss_mb": round(last["peak_rss_mb"], 1),
                 "mapped_pages": last["mapped_pages"],
@@ -190,8 +199,8 @@ def measure(directory: Path) -> list[dict[str, Any]]:
     os.chmod(directory, 0o755)  # the server's user has to get in
     rows = []
     with databases.LoopVolume(directory, (sizes[-1] + 2) << 10) as volume:
-        bench = Bench(directory, volume, sizes[-1])
-        for size in sizes:
+        bench = Bench(directory, volume)
+        for size in reversed(sizes):
             rows.append(bench.row(size))
             print(f"pool of {size} GiB: {rows[-1]['map_s']} s", file=sys.stderr, flush=True)
-    return rows
+    return rows[::-1]

@@ -49,6 +49,7 @@ _TABLES: Sequence[tuple[str, str, Sequence[tuple[str, str]]]] = (
             ("pool_gib", "pool GiB"),
             ("map_s", "map s"),
             ("map_s_per_gib", "s/GiB"),
+            ("cpu_s_per_gib", "CPU s/GiB"),
             ("ready_s", "with chunks s"),
             ("peak_rss_mb", "peak RSS MB"),
             ("mapped_pages", "mapped pages"),
