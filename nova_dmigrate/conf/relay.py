@@ -40,7 +40,8 @@ resolved, so a small window costs time, never correctness.
 Memory, in MiB, for what the destination relay has read from volumes and QEMU
 has not taken yet.
 
-It bounds the memory of the destination relay. Much less than the volumes
+It bounds the memory of the destination relay: twice as much at most, where the
+wanted blocks are scattered. Much less than the volumes
 deliver in a tenth of a second leaves them idle.
 """,
     ),

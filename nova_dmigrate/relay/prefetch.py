@@ -157,29 +157,36 @@ class Prefetch:
             return good
         places = np.cumsum(plan.lengths) - plan.lengths
         ranges = _ranges(plan.starts, plan.lengths, places, view)
-        for number, error in enumerate(reader.read_ranges(ranges)):
-            blocks = slice(int(places[number]), int(places[number] + plan.lengths[number]))
+        told = False
+        for number, one in enumerate(ranges):
+            if self._errors[plan.volume] >= self._error_limit:
+                break
+            begin, length = int(places[number]), int(plan.lengths[number])
+            (error,) = reader.read_ranges([one])
             if error is None:
-                good[blocks] = True
+                good[begin : begin + length] = True
                 continue
-            self._count_error(plan.volume, error)
-            # One bad block must not cost its neighbours: once more, block by block.
-            offsets = np.arange(plan.lengths[number])
-            singles = _ranges(
-                plan.starts[number] + offsets,
-                np.ones_like(offsets),
-                places[number] + offsets,
-                view,
-            )
-            good[blocks] = [single is None for single in reader.read_ranges(singles)]
+            self._count_error(plan.volume, error, quiet=told)
+            told = True
+            if length > 1:
+                # One bad block must not cost its neighbours: once more, block by block.
+                offsets = np.arange(length)
+                singles = _ranges(
+                    plan.starts[number] + offsets, np.ones_like(offsets), begin + offsets, view
+                )
+                good[begin : begin + length] = [
+                    single is None for single in reader.read_ranges(singles)
+                ]
         return good
 
-    def _count_error(self, volume: int, error: exception.VolumeError) -> None:
+    def _count_error(self, volume: int, error: exception.VolumeError, quiet: bool) -> None:
+        """:param quiet: another error of the same plan has been logged."""
         with self._lock:
             self.errors += 1
             self._errors[volume] += 1
             count = self._errors[volume]
-        LOG.warning("Blocks will travel over the network instead: %s", error)
+        if not quiet:
+            LOG.warning("Blocks will travel over the network instead: %s", error)
         if count == self._error_limit:
             LOG.error(
                 "Volume %s is not read any more after %d errors",

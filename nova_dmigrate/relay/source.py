@@ -182,7 +182,8 @@ class SourceRelay:
             self._outbox.put(parcel)
         if self._map is None:
             return
-        self._map_answered.wait()
+        if not self._map_answered.wait(self._settings.stall_timeout):
+            self._map_refused = "it did not answer"
         if self._map_refused is None:
             self._forwarder.use_map(*self._map)
         else:

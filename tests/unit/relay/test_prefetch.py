@@ -262,6 +262,15 @@ class PrefetchTest(TestCase):
         self.assertEqual(list(range(64)), failed)
         self.assertIn("not read any more after 3 errors", self.log.output)
 
+    def test_the_limit_of_errors_holds_within_one_plan(self) -> None:
+        reader = self.reader()
+        os.truncate(self.path, 0)
+        blocks = np.arange(0, 64, 8)
+        prefetch, _, failed = self.read(blocks, reader, volume_error_limit=3, volume_merge_gap=0)
+        self.assertEqual(3, prefetch.errors)
+        self.assertEqual(list(range(8)), failed)
+        self.assertEqual(1, self.log.output.count("Blocks will travel over the network instead"))
+
     def test_what_was_sent_during_the_read_is_not_delivered(self) -> None:
         test = self
 
