@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent and a genuine MySQL 5.6: the oldest server that it knows."""
+"""The agent as a client of genuine servers: the oldest that it knows, and the newest."""
 
 import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,10 +11,14 @@ from nova_dmigrate import exception
 from nova_dmigrate.agent import database, describe, flushing, ledger, preparation
 from nova_dmigrate.rpc import messages
 from tests import base
-from tests.integration.lab import databases, mysql56
+from tests.integration.lab import chroots, databases, mysql56
 
 
-class MySQL56Test(base.TestCase):
+class AnyServer(base.TestCase):
+    """What the agent asks of a server and changes in it, as a user who may do just that."""
+
+    FLAVOUR: ClassVar[str]
+    VERSION: ClassVar[tuple[int, ...]]
     socket: ClassVar[Path]
     _stack: ClassVar[contextlib.ExitStack]
 
@@ -21,18 +27,20 @@ class MySQL56Test(base.TestCase):
         super().setUpClass()
         if databases.available() is not None:
             raise cls.skipException(databases.available())
-        server = mysql56.fetch()
-        if server is None:
-            raise cls.skipException("MySQL 5.6 cannot be fetched: no npm, or no network")
         with contextlib.ExitStack() as stack:
-            cls.socket = stack.enter_context(mysql56.running(server))
-            statements = database.grants("mysql", (5, 6))
+            cls.socket = stack.enter_context(cls.running())
+            statements = database.grants(cls.FLAVOUR, cls.VERSION)
             mysql56.execute(
                 cls.socket,
                 *(statement.replace("PASSWORD", "a password") for statement in statements),
                 "CREATE USER 'nobody'@'localhost' IDENTIFIED BY 'a password'",
             )
             cls._stack = stack.pop_all()
+
+    @classmethod
+    def running(cls) -> AbstractContextManager[Path]:
+        """A server; the path of its socket."""
+        raise NotImplementedError
 
     @classmethod
     def tearDownClass(cls) -> None:
@@ -46,7 +54,8 @@ class MySQL56Test(base.TestCase):
 
     def test_it_is_recognised(self) -> None:
         opened = self.connect()
-        self.assertEqual(("mysql", (5, 6, 24)), (opened.flavour, opened.version))
+        version = opened.version[: len(self.VERSION)]
+        self.assertEqual((self.FLAVOUR, self.VERSION), (opened.flavour, version))
         self.assertIsNotNone(opened.pid)
         self.assertGreater(opened.pool().total, 1000)
 
@@ -74,6 +83,46 @@ class MySQL56Test(base.TestCase):
             database.connect,
         )
         state = prepared.prepare(messages.PrepareArguments(seconds=1))
-        self.assertEqual("0", opened.variables(flushing.ORDER)[flushing.HIGH_WATER])
+        self.assertEqual(0, float(opened.variables(flushing.ORDER)[flushing.HIGH_WATER]))
         self.assertEqual("idle", prepared.restore(state.lease_id).state)
         self.assertEqual(before, opened.variables(flushing.ORDER))
+
+
+class MySQL56Test(AnyServer):
+    FLAVOUR = "mysql"
+    VERSION = (5, 6, 24)
+
+    @classmethod
+    def running(cls) -> AbstractContextManager[Path]:
+        server = mysql56.fetch()
+        if server is None:
+            raise cls.skipException("MySQL 5.6 cannot be fetched: no npm, or no network")
+        return mysql56.running(server)
+
+
+@contextlib.contextmanager
+def in_chroot(make: Callable[[Path, databases.LoopVolume], databases.Server]) -> Iterator[Path]:
+    with databases.running(make) as (server, _):
+        yield server.socket
+
+
+class MySQL9Test(AnyServer):
+    FLAVOUR = "mysql"
+    VERSION = (9,)
+
+    @classmethod
+    def running(cls) -> AbstractContextManager[Path]:
+        return in_chroot(chroots.MySQL9)
+
+
+class MariaDB11Test(AnyServer):
+    FLAVOUR = "mariadb"
+    VERSION = (11, 8)
+
+    @classmethod
+    def running(cls) -> AbstractContextManager[Path]:
+        return in_chroot(chroots.MariaDB11)
+
+
+# Only its subclasses have a server.
+del AnyServer

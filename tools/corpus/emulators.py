@@ -100,14 +100,29 @@ def _root(suite: str) -> pathlib.Path:
     root = directory / suite
     if root.is_dir():
         return root
-    if not shutil.which("mmdebstrap"):
-        raise EmulatorError(f"mmdebstrap is needed for the QEMU of Debian {suite}")
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f"{suite}.{os.getpid()}"
+    try:
+        unpack(suite, PACKAGES, partial)
+        partial.rename(root)
+    except OSError as error:
+        raise EmulatorError(f"Debian {suite} cannot be unpacked: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return root
+
+
+def unpack(suite: str, packages: str, directory: pathlib.Path) -> None:
+    """Unpack packages (separated by commas) of a Debian suite, with all that they depend on.
+
+    :raises EmulatorError: when they are not to be had
+    """
+    if not shutil.which("mmdebstrap"):
+        raise EmulatorError(f"mmdebstrap is needed for packages of Debian {suite}")
     command = [
         "mmdebstrap",
         "--variant=extract",
-        f"--include={PACKAGES}",
+        f"--include={packages}",
         *(f"--aptopt={name} {value}" for name, value in _apt_options()),
         # Snapshots of sid are older than its Release file allows.
         '--aptopt=Acquire::Check-Valid-Until "false"',
@@ -115,18 +130,14 @@ def _root(suite: str) -> pathlib.Path:
         'if [ -d /etc/apt/auth.conf.d ]; then mkdir -p "$1/etc/apt/auth.conf.d"; '
         'cp -r /etc/apt/auth.conf.d/. "$1/etc/apt/auth.conf.d/"; fi',
         suite,
-        str(partial),
+        str(directory),
         _mirror(),
     ]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_TIMEOUT)
-        partial.rename(root)
     except (subprocess.SubprocessError, OSError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         raise EmulatorError(f"Debian {suite} cannot be unpacked: {detail[-2000:]}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return root
 
 
 def _apt_options() -> list[tuple[str, str]]:

@@ -15,9 +15,9 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ _MKFS: Mapping[str, Sequence[str]] = {
     "ext4": ("mkfs.ext4", "-q", "-F", "-b", "4096", "-E", "lazy_itable_init=0,nodiscard"),
     "xfs": ("mkfs.xfs", "-q", "-f", "-K"),
 }
+
+
+AnyServer = TypeVar("AnyServer", bound="Server")
 
 
 class DatabaseError(Exception):
@@ -147,55 +150,56 @@ class LoopVolume:
         return content
 
 
-class MariaDB:
-    """A private MariaDB server with its data on a volume.
+class Server:
+    """A private server with its data on a volume: what all kinds have in common.
 
-    ``options``: of mariadbd, without the leading dashes. Its plugin for encryption has a key.
+    ``datadir``, ``socket``: as they are seen from here (in the namespace of the volume);
+    ``seen_datadir``, ``seen_socket``: as the server itself sees them.
     """
 
-    def __init__(
-        self, directory: Path, volume: LoopVolume, options: Sequence[str] = (), pool: str = "128M"
-    ) -> None:
+    # What InnoDB's list of tablespaces is called
+    TABLESPACES = "innodb_sys_tablespaces"
+    # Attributes of tables whose pages are on the volume otherwise than in memory, by why
+    SPECIAL: Mapping[str, str] = {}
+    # Of those the ones whose first page is on the volume as it is in memory all the same
+    PLAIN_FIRST_PAGE: Collection[str] = ()
+
+    def __init__(self, directory: Path, volume: LoopVolume) -> None:
         self._directory = directory
         self._volume = volume
-        self._log = directory / "mariadbd.log"
+        self._log = directory / "server.log"
         self._process: subprocess.Popen[bytes] | None = None
         self.datadir = volume.mountpoint / "data"
-        self.socket = directory / "mariadbd.sock"
-        self._extra = [f"--{option}" for option in options]
-        keys = directory / "keys"
-        self._options = [
-            f"--datadir={self.datadir}",
-            f"--socket={self.socket}",
-            f"--pid-file={directory / 'mariadbd.pid'}",
-            "--skip-networking",
-            "--user=mysql",
-            f"--innodb-buffer-pool-size={pool}",
-            "--plugin-load-add=file_key_management",
-            f"--file-key-management-filename={keys}",
-            *self._extra,
-        ]
+        self.socket = directory / "server.sock"
         # The server gives up root before it reads its keys and binds its socket.
-        user = pwd.getpwnam("mysql")
-        os.chown(directory, user.pw_uid, user.pw_gid)
-        keys.write_text(f"1;{secrets.token_hex(32)}\n")
-        os.chown(keys, user.pw_uid, user.pw_gid)
+        self._user = pwd.getpwnam("mysql")
+        os.chown(directory, self._user.pw_uid, self._user.pw_gid)
+
+    @property
+    def seen_datadir(self) -> Path:
+        return self.datadir
+
+    @property
+    def seen_socket(self) -> Path:
+        return self.socket
 
     def install(self) -> None:
         """Make the data directory."""
+        raise NotImplementedError
+
+    def _command(self) -> list[str]:
+        """How to start the server."""
+        raise NotImplementedError
+
+    def _make_datadir(self) -> None:
         _run([*self._volume.enter, "mkdir", str(self.datadir)])
         _run([*self._volume.enter, "chown", "mysql:mysql", str(self.datadir)])
-        _run(
-            [*self._volume.enter, "mariadb-install-db", "--no-defaults", "--user=mysql"]
-            + [f"--datadir={self.datadir}", "--auth-root-authentication-method=normal"]
-            + ["--skip-test-db", *self._extra]
-        )
 
     def start(self, timeout: float = 60) -> None:
         """Start the server and wait until it answers."""
         with open(self._log, "ab") as log:
             self._process = processes.spawn(
-                [*self._volume.enter, "/usr/sbin/mariadbd", "--no-defaults", *self._options],
+                [*self._volume.enter, *self._command()],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -207,7 +211,7 @@ class MariaDB:
                 return
             time.sleep(0.1)
         self.stop()
-        raise DatabaseError(f"mariadbd does not start:\n{self._log.read_text()[-4000:]}")
+        raise DatabaseError(f"the server does not start:\n{self._log.read_text()[-4000:]}")
 
     @property
     def pid(self) -> int:
@@ -296,15 +300,73 @@ class MariaDB:
             processes.end(process)
 
 
+class MariaDB(Server):
+    """This machine's MariaDB.
+
+    ``options``: of mariadbd, without the leading dashes. Its plugin for encryption has a key.
+    """
+
+    SPECIAL = {
+        "page-compressed": "PAGE_COMPRESSED=1",
+        "encrypted": "ENCRYPTED=YES",
+        "compressed": "ROW_FORMAT=COMPRESSED KEY_BLOCK_SIZE=8",
+    }
+
+    def __init__(
+        self, directory: Path, volume: LoopVolume, options: Sequence[str] = (), pool: str = "128M"
+    ) -> None:
+        super().__init__(directory, volume)
+        self._pool = pool
+        self._extra = [f"--{option}" for option in options]
+        keys = directory / "keys"
+        keys.write_text(f"1;{secrets.token_hex(32)}\n")
+        os.chown(keys, self._user.pw_uid, self._user.pw_gid)
+
+    def install(self) -> None:
+        self._make_datadir()
+        _run(
+            [*self._volume.enter, "mariadb-install-db", "--no-defaults", "--user=mysql"]
+            + [f"--datadir={self.datadir}", "--auth-root-authentication-method=normal"]
+            + ["--skip-test-db", *self._extra]
+        )
+
+    def _command(self) -> list[str]:
+        return ["/usr/sbin/mariadbd", "--no-defaults", "--user=mysql", *self._options()]
+
+    def _options(self) -> list[str]:
+        directory = self.seen_socket.parent
+        return [
+            f"--datadir={self.seen_datadir}",
+            f"--socket={self.seen_socket}",
+            f"--pid-file={directory / 'server.pid'}",
+            "--skip-networking",
+            f"--innodb-buffer-pool-size={self._pool}",
+            "--plugin-load-add=file_key_management",
+            f"--file-key-management-filename={directory / 'keys'}",
+            *self._extra,
+        ]
+
+
 @contextlib.contextmanager
 def mariadb(
     megabytes: int = 1024, kind: str = "ext4", options: Sequence[str] = (), pool: str = "128M"
 ) -> Iterator[tuple[MariaDB, LoopVolume]]:
     """A running MariaDB with an empty data directory on a volume of its own."""
+    with running(
+        lambda directory, volume: MariaDB(directory, volume, options, pool), megabytes, kind
+    ) as made:
+        yield made
+
+
+@contextlib.contextmanager
+def running(
+    make: Callable[[Path, LoopVolume], AnyServer], megabytes: int = 1024, kind: str = "ext4"
+) -> Iterator[tuple[AnyServer, LoopVolume]]:
+    """The server that ``make`` makes, installed and started on a volume of its own."""
     with processes.workspace() as directory:
         os.chmod(directory, 0o755)
         with LoopVolume(directory, megabytes, kind) as volume:
-            server = MariaDB(directory, volume, options, pool)
+            server = make(directory, volume)
             server.install()
             server.start()
             try:

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Database servers of other Debian releases, in a chroot on this machine.
+
+``mmdebstrap --variant=extract`` unpacks a server with its libraries in seconds; nothing of it is
+installed or configured. The tree is kept in the cache and never written to: what a server needs is
+mounted into it in the namespace of its volume, where no one else sees it.
+"""
+
+import hashlib
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.integration.lab import databases, image
+from tools.corpus import emulators
+
+# Where the directory of a server is seen in its tree
+_INSIDE = Path("/lab")
+_PLUGINS = "usr/lib/mysql/plugin"
+
+
+@dataclass(frozen=True)
+class Release:
+    """Packages of a Debian suite, and files (path to content) that they need in their tree."""
+
+    suite: str
+    packages: str
+    program: str
+    files: tuple[tuple[str, str], ...] = ()
+
+    def tree(self) -> Path:
+        """Their tree, from the cache if it is there. Safe in several processes at once.
+
+        :raises EmulatorError: they are not to be had.
+        :raises DatabaseError: the suite no longer has that server.
+        """
+        cache = image.cache_directory()
+        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+        target = cache / f"server-{self.suite}-{digest}"
+        with image._locked(cache / f"server-{self.suite}.lock"):
+            if not target.is_dir():
+                image._into_place(target, self._build)
+        return target
+
+    def _build(self, directory: Path) -> None:
+        emulators.unpack(self.suite, self.packages, directory)
+        if not (directory / self.program.lstrip("/")).exists():
+            raise databases.DatabaseError(f"Debian {self.suite} has no {self.program} any more")
+        directory.chmod(0o755)
+        (directory / _INSIDE.relative_to("/")).mkdir()
+        for name, content in self.files:
+            (directory / name).write_text(content)
+
+
+MARIADB_11 = Release("trixie", "base-files,mariadb-server", "/usr/sbin/mariadbd")
+MYSQL_9 = Release(
+    "sid",
+    "base-files,mysql-server-core",
+    "/usr/sbin/mysqld",
+    (
+        # Which keyring there is says each data directory for itself.
+        ("usr/sbin/mysqld.my", json.dumps({"read_local_manifest": True})),
+        (f"{_PLUGINS}/component_keyring_file.cnf", json.dumps({"read_local_config": True})),
+    ),
+)
+
+
+class _InChroot(databases.Server):
+    """What a server in a tree does otherwise. Its clients are this machine's."""
+
+    RELEASE: Release
+
+    @property
+    def seen_datadir(self) -> Path:
+        return _INSIDE / self.datadir.relative_to(self._directory)
+
+    @property
+    def seen_socket(self) -> Path:
+        return _INSIDE / self.socket.relative_to(self._directory)
+
+    def _enter(self, program: str) -> list[str]:
+        """The start of a command in the tree, as the server's user."""
+        user = f"--userspec={self._user.pw_uid}:{self._user.pw_gid}"
+        return ["chroot", user, str(self.RELEASE.tree()), program, "--no-defaults"]
+
+    def _mount(self) -> None:
+        inside = self.RELEASE.tree() / _INSIDE.relative_to("/")
+        databases._run([*self._volume.enter, "mount", "--rbind", str(self._directory), str(inside)])
+
+    def _run(self, options: list[str], statements: str = "") -> None:
+        argv = [*self._volume.enter, *self._enter(self.RELEASE.program), *options]
+        done = subprocess.run(
+            argv, input=statements, capture_output=True, text=True, timeout=120, check=False
+        )
+        if done.returncode:
+            raise databases.DatabaseError(f"{' '.join(argv)} failed: {done.stdout}{done.stderr}")
+
+
+class MariaDB11(_InChroot, databases.MariaDB):
+    """Debian 13's MariaDB."""
+
+    RELEASE = MARIADB_11
+
+    def install(self) -> None:
+        self._mount()
+        self._make_datadir()
+        directory = self.RELEASE.tree() / "usr/share/mariadb"
+        parts = (
+            "mariadb_system_tables",
+            "mariadb_performance_tables",
+            "mariadb_system_tables_data",
+        )
+        statements = "".join((directory / f"{part}.sql").read_text() for part in parts)
+        databases._run([*self._volume.enter, "mkdir", str(self.datadir / "mysql")])
+        databases._run([*self._volume.enter, "chown", "mysql:mysql", str(self.datadir / "mysql")])
+        preamble = "SET @auth_root_socket=NULL, @skip_auth_anonymous=1;\nUSE mysql;\n"
+        self._run([*self._options(), "--bootstrap"], preamble + statements)
+
+    def _command(self) -> list[str]:
+        return [*self._enter(self.RELEASE.program), *self._options()]
+
+    def _options(self) -> list[str]:
+        return [*super()._options(), f"--tmpdir={_INSIDE}"]
+
+
+class MySQL9(_InChroot):
+    """Debian sid's MySQL, which is Oracle's. Its keyring is a file."""
+
+    RELEASE = MYSQL_9
+    TABLESPACES = "innodb_tablespaces"
+    SPECIAL = {
+        "page-compressed": "COMPRESSION='zlib'",
+        "encrypted": "ENCRYPTION='Y'",
+        "compressed": "ROW_FORMAT=COMPRESSED KEY_BLOCK_SIZE=8",
+    }
+    # It tells how to read the others.
+    PLAIN_FIRST_PAGE = ("page-compressed",)
+
+    def install(self) -> None:
+        self._mount()
+        self._make_datadir()
+        self._run([f"--datadir={self.seen_datadir}", "--initialize-insecure"])
+        keyring = {"path": str(self.seen_datadir / "keyring"), "read_only": False}
+        for name, content in (
+            ("mysqld.my", {"components": "file://component_keyring_file"}),
+            ("component_keyring_file.cnf", keyring),
+        ):
+            (Path(f"/proc/{self._volume.holder_pid}/root{self.datadir}") / name).write_text(
+                json.dumps(content)
+            )
+
+    def _command(self) -> list[str]:
+        return [
+            *self._enter(self.RELEASE.program),
+            f"--datadir={self.seen_datadir}",
+            f"--socket={self.seen_socket}",
+            f"--mysqlx-socket={_INSIDE / 'mysqlx.sock'}",
+            f"--pid-file={_INSIDE / 'server.pid'}",
+            f"--tmpdir={_INSIDE}",
+            "--skip-networking",
+            "--skip-log-bin",
+            "--secure-file-priv=NULL",
+            "--innodb-buffer-pool-size=128M",
+        ]
