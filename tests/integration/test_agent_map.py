@@ -31,7 +31,7 @@ from nova_dmigrate.agent import (
 from nova_dmigrate.buffermap import BufferMap, MapLimits
 from nova_dmigrate.rpc import messages
 from tests import base
-from tests.integration.lab import chroots, databases
+from tests.integration.lab import chroots, databases, loop
 from tests.integration.lab import processes as lab_processes
 
 VOLUME = "0ab1c2d3-volume"
@@ -49,7 +49,7 @@ class DatabaseTestCase(base.TestCase):
     KIND: ClassVar[str] = "ext4"
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     server: ClassVar[databases.Server]
-    volume: ClassVar[databases.LoopVolume]
+    volume: ClassVar[loop.LoopVolume]
     _stack: ClassVar[contextlib.ExitStack]
 
     @classmethod
@@ -69,7 +69,7 @@ class DatabaseTestCase(base.TestCase):
         super().tearDownClass()
 
     @classmethod
-    def running(cls) -> AbstractContextManager[tuple[databases.Server, databases.LoopVolume]]:
+    def running(cls) -> AbstractContextManager[tuple[databases.Server, loop.LoopVolume]]:
         return databases.mariadb(kind=cls.KIND, options=cls.OPTIONS)
 
     @classmethod
@@ -154,7 +154,7 @@ class AnyServer(DatabaseTestCase):
         for reason, name in names.items():
             held = self.file_blocks(f"special/{name}.ibd")
             if reason in self.server.PLAIN_FIRST_PAGE:
-                held = held[summary.page_size // databases.BLOCK :]
+                held = held[summary.page_size // loop.BLOCK :]
             within = np.isin(blocks, held)
             self.assertEqual(0, np.count_nonzero(within), reason)
             self.assertGreater(summary.excluded[reason], 400, reason)
@@ -256,7 +256,7 @@ class TestMariaDB11(MariaDBTests):
     """Debian 13's, in a chroot."""
 
     @classmethod
-    def running(cls) -> AbstractContextManager[tuple[databases.Server, databases.LoopVolume]]:
+    def running(cls) -> AbstractContextManager[tuple[databases.Server, loop.LoopVolume]]:
         return databases.running(chroots.MariaDB11)
 
 
@@ -265,7 +265,7 @@ class TestMySQL9(AnyServer):
     cannot be told, so the server is prepared first."""
 
     @classmethod
-    def running(cls) -> AbstractContextManager[tuple[databases.Server, databases.LoopVolume]]:
+    def running(cls) -> AbstractContextManager[tuple[databases.Server, loop.LoopVolume]]:
         return databases.running(chroots.MySQL9)
 
     def test_after_the_preparation_mapped_pages_equal_the_volume_under_load(self) -> None:
@@ -343,7 +343,7 @@ class TestStorage(base.TestCase):
         if reason is not None:
             self.skipTest(reason)
 
-    def check(self, volume: databases.LoopVolume) -> None:
+    def check(self, volume: loop.LoopVolume) -> None:
         """A file with all that a file can have: holes, room that was never written, extents."""
         path = volume.mountpoint / "file"
         outside = Path(f"/proc/{volume.holder_pid}/root{path}")
@@ -380,10 +380,10 @@ class TestStorage(base.TestCase):
     def test_files_on_a_whole_device(self) -> None:
         for kind in ("ext4", "xfs"):
             with self.subTest(kind), lab_processes.workspace() as directory:
-                with databases.LoopVolume(directory, 400, kind) as volume:
+                with loop.LoopVolume(directory, 400, kind) as volume:
                     self.check(volume)
 
     def test_files_on_a_partition(self) -> None:
         with lab_processes.workspace() as directory:
-            with databases.LoopVolume(directory, 400, partitioned=True) as volume:
+            with loop.LoopVolume(directory, 400, partitioned=True) as volume:
                 self.check(volume)

@@ -11,7 +11,7 @@ from nova_dmigrate import exception
 from nova_dmigrate.agent import database, describe, flushing, ledger, preparation
 from nova_dmigrate.rpc import messages
 from tests import base
-from tests.integration.lab import chroots, databases, mysql56
+from tests.integration.lab import chroots, databases, loop, mysql56
 
 
 class AnyServer(base.TestCase):
@@ -101,7 +101,7 @@ class MySQL56Test(AnyServer):
 
 
 @contextlib.contextmanager
-def in_chroot(make: Callable[[Path, databases.LoopVolume], databases.Server]) -> Iterator[Path]:
+def in_chroot(make: Callable[[Path, loop.LoopVolume], databases.Server]) -> Iterator[Path]:
     with databases.running(make) as (server, _):
         yield server.socket
 

@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.integration.lab import databases, image
+from tests.integration.lab import databases, image, loop
 from tools.corpus import emulators
 
 # Where the directory of a server is seen in its tree
@@ -46,7 +46,7 @@ class Release:
     def _build(self, directory: Path) -> None:
         emulators.unpack(self.suite, self.packages, directory)
         if not (directory / self.program.lstrip("/")).exists():
-            raise databases.DatabaseError(f"Debian {self.suite} has no {self.program} any more")
+            raise loop.DatabaseError(f"Debian {self.suite} has no {self.program} any more")
         directory.chmod(0o755)
         (directory / _INSIDE.relative_to("/")).mkdir()
         for name, content in self.files:
@@ -86,7 +86,7 @@ class _InChroot(databases.Server):
 
     def _mount(self) -> None:
         inside = self.RELEASE.tree() / _INSIDE.relative_to("/")
-        databases._run([*self._volume.enter, "mount", "--rbind", str(self._directory), str(inside)])
+        loop.run([*self._volume.enter, "mount", "--rbind", str(self._directory), str(inside)])
 
     def _run(self, options: list[str], statements: str = "") -> None:
         argv = [*self._volume.enter, *self._enter(self.RELEASE.program), *options]
@@ -94,7 +94,7 @@ class _InChroot(databases.Server):
             argv, input=statements, capture_output=True, text=True, timeout=120, check=False
         )
         if done.returncode:
-            raise databases.DatabaseError(f"{' '.join(argv)} failed: {done.stdout}{done.stderr}")
+            raise loop.DatabaseError(f"{' '.join(argv)} failed: {done.stdout}{done.stderr}")
 
 
 class MariaDB11(_InChroot, databases.MariaDB):
@@ -112,8 +112,8 @@ class MariaDB11(_InChroot, databases.MariaDB):
             "mariadb_system_tables_data",
         )
         statements = "".join((directory / f"{part}.sql").read_text() for part in parts)
-        databases._run([*self._volume.enter, "mkdir", str(self.datadir / "mysql")])
-        databases._run([*self._volume.enter, "chown", "mysql:mysql", str(self.datadir / "mysql")])
+        loop.run([*self._volume.enter, "mkdir", str(self.datadir / "mysql")])
+        loop.run([*self._volume.enter, "chown", "mysql:mysql", str(self.datadir / "mysql")])
         preamble = "SET @auth_root_socket=NULL, @skip_auth_anonymous=1;\nUSE mysql;\n"
         self._run([*self._options(), "--bootstrap"], preamble + statements)
 
