@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test unit integration style format docs sample bench corpus clean
+.PHONY: help setup test unit integration guests style format docs sample bench corpus clean
 
 # What of "make bench": BENCH_SHAPES=50:50,50:100 (network:volume in MB/s), BENCH_ONLY=relay
 export BENCH_SHAPES BENCH_ONLY
@@ -25,6 +25,9 @@ unit: setup     ## Run the unit suite
 
 integration: setup ## Run the integration suite: real QEMU
 	@tools/run_suite.sh integration $(TESTS)
+
+guests: setup   ## Run the tests with whole database guests: not part of "make test"
+	@tools/run_suite.sh guests $(TESTS)
 
 style: setup    ## Check style, format, types, release notes
 	@tools/check_style.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Run one suite of tests: run_suite.sh unit|integration [stestr's arguments, as a regex of names].
+# Run one suite of tests: run_suite.sh unit|integration|guests [stestr's arguments, as a regex of names].
 # The raw results go to .make/SUITE.subunit as they arrive, so that they are there even when the
 # run is killed; tools/count_results.py adds them up.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -18,6 +18,12 @@ integration)
     config=tests/integration/stestr.conf
     concurrency=2
     test_timeout=300
+    suite_timeout=3900
+    ;;
+guests)
+    config=tests/guests/stestr.conf
+    concurrency=2
+    test_timeout=600
     suite_timeout=3900
     ;;
 *)
