@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.bench import agent, efficiency, machine, ordinary, source_path, table, throughput
-from tests.integration.lab.processes import workspace
+from tests.lab.processes import workspace
 
 PARTS = ("relay", "efficiency", "ordinary", "agent")
 DEFAULT_SHAPES = "50:50,50:100,100:50"

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.integration.lab import databases, processes
+from tests.lab import databases, processes
 
 POOLS_GIB = (1, 2, 4)
 _GIB = 1 << 30

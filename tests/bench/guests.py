@@ -11,11 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from tests.integration.lab import relays
-from tests.integration.lab.beats import HeartbeatRecorder
-from tests.integration.lab.guest import Guest, GuestError, GuestSpec
-from tests.integration.lab.hosts import HostPair
-from tests.integration.lab.image import create_disk
+from tests.lab import relays
+from tests.lab.beats import HeartbeatRecorder
+from tests.lab.guest import Guest, GuestError, GuestSpec
+from tests.lab.hosts import HostPair
+from tests.lab.image import create_disk
 
 DOWNTIME_MS = 300
 _PORT = 4444

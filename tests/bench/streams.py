@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nova_dmigrate.buffermap import BufferMap, VolumeExtents
-from tests.integration.lab.relays import VOLUME
+from tests.lab.relays import VOLUME
 from tests.unit.stream.builder import page_contents, synthetic_chunks
 
 PAGE = 4096

@@ -18,9 +18,9 @@ from typing import Any
 from nova_dmigrate.relay.wire.tls import TlsSettings
 from tests.bench.cpu import Meter
 from tests.bench.streams import PAGE, Stream, make_stream, write_map, write_volume
-from tests.integration.lab.processes import end, spawn
-from tests.integration.lab.qmp import connect_unix
-from tests.integration.lab.relays import VOLUME, RelayPair, SavedMap
+from tests.lab.processes import end, spawn
+from tests.lab.qmp import connect_unix
+from tests.lab.relays import VOLUME, RelayPair, SavedMap
 from tests.unit.relay.wire.certificates import Authority
 
 #: socat at its best: its own default of 8 KiB would be no match.

@@ -16,9 +16,9 @@ from nova_dmigrate.buffermap import BufferMap, MapLimits
 from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.client import AgentClient
 from tests import base
-from tests.integration.lab import database_guest, database_image, processes, relays
-from tests.integration.lab.database_guest import SERIAL, DatabaseGuest, DatabaseSpec
-from tests.integration.lab.relays import PATIENCE, RelayPair, SavedMap, wait_until
+from tests.lab import database_guest, database_image, processes, relays
+from tests.lab.database_guest import SERIAL, DatabaseGuest, DatabaseSpec
+from tests.lab.relays import PATIENCE, RelayPair, SavedMap, wait_until
 
 SETTINGS = (
     "SELECT @@innodb_max_dirty_pages_pct, @@innodb_max_dirty_pages_pct_lwm,"

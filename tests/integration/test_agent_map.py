@@ -31,8 +31,8 @@ from nova_dmigrate.agent import (
 from nova_dmigrate.buffermap import BufferMap, MapLimits
 from nova_dmigrate.rpc import messages
 from tests import base
-from tests.integration.lab import chroots, databases, loop
-from tests.integration.lab import processes as lab_processes
+from tests.lab import chroots, databases, loop
+from tests.lab import processes as lab_processes
 
 VOLUME = "0ab1c2d3-volume"
 DIGITS = "(" + " UNION ALL ".join(f"SELECT {n} AS d" for n in range(10)) + ")"

@@ -11,7 +11,7 @@ from nova_dmigrate import exception
 from nova_dmigrate.agent import database, describe, flushing, ledger, preparation
 from nova_dmigrate.rpc import messages
 from tests import base
-from tests.integration.lab import chroots, databases, loop, mysql56
+from tests.lab import chroots, databases, loop, mysql56
 
 
 class AnyServer(base.TestCase):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tests import base
-from tests.integration.lab import databases
+from tests.lab import databases
 
 ROOT = Path(__file__).parents[2]
 VOLUME = "0ab1c2d3-volume"

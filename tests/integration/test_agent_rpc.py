@@ -23,8 +23,8 @@ from nova_dmigrate.buffermap import MapLimits
 from nova_dmigrate.rpc import client, isolation, messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 from tests import base
-from tests.integration.lab import databases, processes
-from tests.integration.lab.broker import HOST_USER, Broker
+from tests.lab import databases, processes
+from tests.lab.broker import HOST_USER, Broker
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # eventlet's, of which nothing is used

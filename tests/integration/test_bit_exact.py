@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from testtools.content import text_content
 
 from nova_dmigrate.buffermap import PAGE_SIZE, BufferMap, VolumeExtents, VolumeMap
-from tests.integration.lab import migrations, relays
-from tests.integration.lab.relays import VOLUME, SavedMap
+from tests.lab import migrations, relays
+from tests.lab.relays import VOLUME, SavedMap
 from tests.unit.relay.wire.certificates import Authority
 
 MIB = 1 << 20

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from tests import base
-from tests.integration.lab import image, processes
+from tests.lab import image, processes
 
 ROOT = Path(__file__).parents[2]
 ELEMENTS = ROOT / "elements"

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from nova_dmigrate.buffermap import PAGE_SIZE
-from tests.integration.lab import migrations, processes, relays
-from tests.integration.lab.hosts import HostPair
-from tests.integration.lab.migrations import Migration
-from tests.integration.lab.qmp import QMPClosed, QMPError
-from tests.integration.lab.relays import PATIENCE, RelayProcess, wait_until
+from tests.lab import migrations, processes, relays
+from tests.lab.hosts import HostPair
+from tests.lab.migrations import Migration
+from tests.lab.qmp import QMPClosed, QMPError
+from tests.lab.relays import PATIENCE, RelayProcess, wait_until
 
 #: Exit statuses of a relay.
 DELIVERED, FAILED, CANCELLED = 0, 1, 3

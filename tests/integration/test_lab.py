@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.integration.lab import (
+from tests.lab import (
     Guest,
     GuestSpec,
     HeartbeatRecorder,
@@ -28,7 +28,7 @@ from tests.integration.lab import (
     stream_mismatches,
     workspace,
 )
-from tests.integration.lab.processes import start_time
+from tests.lab.processes import start_time
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +53,7 @@ except TimeoutError: print("silence")
 # A test process that is killed while a guest and two hosts exist.
 DOOMED = """
 import sys, time
-from tests.integration.lab import Guest, GuestSpec, HostPair, create_disk, workspace
+from tests.lab import Guest, GuestSpec, HostPair, create_disk, workspace
 with workspace() as directory, HostPair() as (a, b):
     spec = GuestSpec(create_disk(directory / "disk.raw", 16), ram_mb=256, fill_mb=16)
     with Guest.start_destination(spec, host=a) as guest:

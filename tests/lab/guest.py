@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.integration.lab.hosts import Host
-from tests.integration.lab.image import guest_image
-from tests.integration.lab.processes import drop_workspace, end, make_workspace, spawn
-from tests.integration.lab.qmp import QMPClient, QMPClosed, connect_unix
+from tests.lab.hosts import Host
+from tests.lab.image import guest_image
+from tests.lab.processes import drop_workspace, end, make_workspace, spawn
+from tests.lab.qmp import QMPClient, QMPClosed, connect_unix
 
 PAGE_SIZE = 4096
 ENDED = ("completed", "failed", "cancelled")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.integration.lab import processes
+from tests.lab import processes
 
 BLOCK = 4096
 _READ_BLOCKS = 256

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 
 from nova_dmigrate.buffermap import PAGE_SIZE, VolumeExtents
 from tests import base
-from tests.integration.lab import relays
-from tests.integration.lab.guest import Guest, GuestError, GuestSpec
-from tests.integration.lab.hosts import Host
-from tests.integration.lab.image import create_disk
-from tests.integration.lab.memory import differing_pages
-from tests.integration.lab.processes import workspace
-from tests.integration.lab.qmp import QMPClosed
-from tests.integration.lab.relays import PATIENCE, RelayPair, Report, SavedMap, wait_until
-from tests.integration.lab.tap import StreamTap, stream_mismatches
+from tests.lab import relays
+from tests.lab.guest import Guest, GuestError, GuestSpec
+from tests.lab.hosts import Host
+from tests.lab.image import create_disk
+from tests.lab.memory import differing_pages
+from tests.lab.processes import workspace
+from tests.lab.qmp import QMPClosed
+from tests.lab.relays import PATIENCE, RelayPair, Report, SavedMap, wait_until
+from tests.lab.tap import StreamTap, stream_mismatches
 
 #: MiB of the guest's data disk: enough for all frames of the guest.
 DISK_MB = 112

@@ -17,8 +17,8 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.integration.lab.guest import Guest
-from tests.integration.lab.qmp import connect_unix
+from tests.lab.guest import Guest
+from tests.lab.qmp import connect_unix
 
 
 class HeartbeatRecorder:

@@ -19,8 +19,8 @@ from typing import TextIO, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.integration.lab import processes
-from tests.integration.lab.loop import BLOCK, DatabaseError, LoopVolume, run
+from tests.lab import processes
+from tests.lab.loop import BLOCK, DatabaseError, LoopVolume, run
 
 AnyServer = TypeVar("AnyServer", bound="Server")
 

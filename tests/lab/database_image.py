@@ -17,7 +17,7 @@ import blake3
 
 import nova_dmigrate
 from nova_dmigrate.agent import database
-from tests.integration.lab import image
+from tests.lab import image
 
 SUITE = "bookworm"
 # Of that suite; the agent's compiled dependency comes from the interpreter that runs the tests.

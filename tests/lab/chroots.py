@@ -12,7 +12,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.integration.lab import databases, image, loop
+from tests.lab import databases, image, loop
 from tools.corpus import emulators
 
 # Where the directory of a server is seen in its tree

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
-from tests.integration.lab.processes import register, spawn
+from tests.lab.processes import register, spawn
 
 _numbers = itertools.count()
 _NOWHERE = "02:00:00:00:0b:ad"

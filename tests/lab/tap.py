@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from tests.integration.lab.guest import Guest
+    from tests.lab.guest import Guest
 
 _PAGE = 4096
 _TOP = struct.Struct(">Q")
@@ -34,7 +34,7 @@ class StreamTap:
     """
 
     def __init__(self, directory: Path, target: Path) -> None:
-        from tests.integration.lab import processes
+        from tests.lab import processes
 
         self._end = processes.end
         self.path = directory / "tap.sock"  # for QEMU to migrate to
@@ -62,7 +62,7 @@ class StreamTap:
 
 def stream_mismatches(destination: "Guest", record: Path) -> NDArray[np.int64]:
     """Pages of a paused destination that differ from what was sent last; as differing_pages."""
-    from tests.integration.lab.memory import compare_ram
+    from tests.lab.memory import compare_ram
 
     sent = replay_stream(record)
     blocks = destination.spec.block_names

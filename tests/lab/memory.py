@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from tests.integration.lab.guest import PAGE_SIZE, Guest
+from tests.lab.guest import PAGE_SIZE, Guest
 
 _STEP = 4096  # pages compared at a time, 16 MiB
 

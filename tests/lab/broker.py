@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nova_dmigrate.rpc import isolation
-from tests.integration.lab import processes
+from tests.lab import processes
 
 _SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 HOST_USER = "nova-dmigrate"

@@ -28,9 +28,9 @@ import numpy as np
 from nova_dmigrate.buffermap import PAGE_SIZE, BufferMap, VolumeExtents
 from nova_dmigrate.relay.monitor import ask
 from nova_dmigrate.relay.wire.tls import TlsSettings
-from tests.integration.lab.guest import Guest
-from tests.integration.lab.hosts import Host
-from tests.integration.lab.processes import end, spawn, start_time
+from tests.lab.guest import Guest
+from tests.lab.hosts import Host
+from tests.lab.processes import end, spawn, start_time
 
 #: Seconds that anything may take before a test says that it hangs.
 PATIENCE = 90.0

