@@ -25,7 +25,7 @@ from typing import Any
 from nova_dmigrate import exception
 from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.dispatcher import Answer, Dispatcher, refusal
-from nova_dmigrate.rpc.lines import EndOfLines, LineStream, decode
+from nova_dmigrate.rpc.lines import EndOfLines, LineStream, NobodyThere, decode
 from nova_dmigrate.rpc.transport import Transport
 
 LOG = logging.getLogger(__name__)
@@ -36,6 +36,8 @@ PORT_PATH = f"/dev/virtio-ports/{PORT_NAME}"
 _MAX_ID = 64
 _SEND_PATIENCE = 30.0  # seconds for the other side to take a whole message
 _REOPEN_INTERVAL = 0.5
+# Polling a port says at once that nobody is there, and waits for nobody to come.
+_ABSENCE_INTERVAL = 0.2
 _WAKE_INTERVAL = 1.0
 
 Opener = Callable[[], int]
@@ -111,7 +113,8 @@ class ChannelTransport(Transport):
 class ChannelServer:
     """The agent's side: answers what comes through the port until it is stopped.
 
-    A port whose other end nobody holds reads as closed; it is opened anew until somebody does.
+    A port whose other end nobody holds reads as closed. It stays open all the same: when a guest
+    closes its port, what a host has already sent that comes just then is thrown away.
     """
 
     def __init__(self, dispatcher: Dispatcher, opener: Opener) -> None:
@@ -145,19 +148,31 @@ class ChannelServer:
             try:
                 self._serve(stream)
             except EndOfLines as error:
-                LOG.debug("The channel's other end: %s", error)
+                LOG.debug("The channel has to be opened anew: %s", error)
                 self._stopped.wait(_REOPEN_INTERVAL)
             finally:
                 stream.close()
 
     def _serve(self, stream: LineStream) -> None:
+        """Answer until the agent is stopped.
+
+        :raises EndOfLines: if the stream is of no use any more.
+        """
         while not self._stopped.is_set():
-            line = stream.receive(time.monotonic() + _WAKE_INTERVAL)
-            if line is None:
-                continue
-            answer = self._answer(line)
-            if answer is not None and not stream.send(answer, time.monotonic() + _SEND_PATIENCE):
-                LOG.warning("An answer was not taken from the channel, it is dropped")
+            try:
+                self._serve_line(stream)
+            except NobodyThere:
+                if not stream.is_device:
+                    raise
+                self._stopped.wait(_ABSENCE_INTERVAL)
+
+    def _serve_line(self, stream: LineStream) -> None:
+        line = stream.receive(time.monotonic() + _WAKE_INTERVAL)
+        if line is None:
+            return
+        answer = self._answer(line)
+        if answer is not None and not stream.send(answer, time.monotonic() + _SEND_PATIENCE):
+            LOG.warning("An answer was not taken from the channel, it is dropped")
 
     def _answer(self, line: bytes) -> Answer | None:
         """The answer to a line, None to one that no answer could be assigned to."""

@@ -8,9 +8,11 @@ one message, and the next newline brings both sides back in step.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import select
+import stat
 import time
 from typing import Any
 
@@ -23,6 +25,10 @@ _NEWLINE = b"\n"
 
 class EndOfLines(Exception):
     """The other side has closed, or is not there."""
+
+
+class NobodyThere(EndOfLines):
+    """Nobody holds the other end. That of a character device may be taken again."""
 
 
 class Splitter:
@@ -81,6 +87,11 @@ class LineStream:
         self._lines: list[bytes] = []
         os.set_blocking(descriptor, False)
 
+    @property
+    def is_device(self) -> bool:
+        """Whether this is a character device, which others may hold the other end of in turn."""
+        return stat.S_ISCHR(os.fstat(self._descriptor).st_mode)
+
     def close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
@@ -99,9 +110,9 @@ class LineStream:
             except BlockingIOError:
                 continue
             except OSError as error:
-                raise EndOfLines(str(error)) from error
+                raise _end_of_lines(error) from error
             if not data:
-                raise EndOfLines("the other side has closed")
+                raise NobodyThere("the other side has closed")
             self._lines = self._splitter.feed(data)
         return self._lines.pop(0)
 
@@ -112,22 +123,31 @@ class LineStream:
         """
         rest = memoryview(encode(message))
         while rest:
-            if not self._wait(select.POLLOUT, end):
+            events = self._wait(select.POLLOUT, end)
+            if not events:
                 return False
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
-            except BlockingIOError:
-                continue
+            except BlockingIOError as error:
+                # A virtio-serial port takes nothing then, and polling it does not wait
+                if events & select.POLLHUP:
+                    raise NobodyThere("the other side has closed") from error
             except OSError as error:
-                raise EndOfLines(str(error)) from error
+                raise _end_of_lines(error) from error
         return True
 
-    def _wait(self, event: int, end: float) -> bool:
-        """Whether the descriptor is ready, or broken, before ``end``."""
+    def _wait(self, event: int, end: float) -> int:
+        """The events of the descriptor that is ready, or broken; 0 if it is not before ``end``."""
         poll = select.poll()
         try:
             poll.register(self._descriptor, event)
         except (ValueError, OSError) as error:
             raise EndOfLines("closed here") from error
         left = end - time.monotonic()
-        return left > 0 and bool(poll.poll(left * 1000))
+        ready = poll.poll(left * 1000) if left > 0 else []
+        return ready[0][1] if ready else 0
+
+
+def _end_of_lines(error: OSError) -> EndOfLines:
+    # What a terminal says whose other side has been closed
+    return (NobodyThere if error.errno == errno.EIO else EndOfLines)(str(error))

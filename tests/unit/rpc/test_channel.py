@@ -3,9 +3,11 @@
 
 import json
 import os
+import pty
 import select
 import socket
 import time
+import tty
 from typing import Any
 
 import fixtures
@@ -91,17 +93,9 @@ class ChannelTest(base.TestCase):
 
     def ask(self, **values: Any) -> Any:
         """One raw request; the answer with its id."""
-        request = {
-            "id": "7",
-            "version": messages.VERSION,
-            "method": "ping",
-            "request_id": "r",
-            "arguments": {},
-            **values,
-        }
         stream = lines.LineStream(os.dup(self.host.fileno()))
         self.addCleanup(stream.close)
-        stream.send(request, time.monotonic() + 30)
+        stream.send(request(**values), time.monotonic() + 30)
         answer = stream.receive(time.monotonic() + 30)
         return None if answer is None else json.loads(answer)
 
@@ -175,6 +169,72 @@ class ChannelTest(base.TestCase):
         listener.bind(path)
         listener.listen()
         os.close(channel.open_port(path))
+
+
+class DeviceTest(base.TestCase):
+    """The agent's end is a character device, which other hosts hold the other end of in turn.
+
+    It is the master of a pseudo-terminal: it says so when nobody holds the other end, which can
+    be taken again, and as with a port of QEMU's, what was sent is lost once the agent closes it.
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.useFixture(fixtures.MonkeyPatch("nova_dmigrate.rpc.channel._WAKE_INTERVAL", 0.05))
+        device, first = pty.openpty()
+        self.host_path = os.ttyname(first)
+        os.close(first)
+        self.opened = [device]
+        self.handler = Handler()
+        self.server = channel.ChannelServer(Dispatcher(self.handler), self.open_device)
+        self.server.start()
+        self.addCleanup(self.server.stop)
+
+    def open_device(self) -> int:
+        if not self.opened:
+            raise FileNotFoundError("the device is there only once")
+        return self.opened.pop()
+
+    def open_host(self) -> int:
+        descriptor = os.open(self.host_path, os.O_RDWR | os.O_NOCTTY)
+        tty.setraw(descriptor)
+        return descriptor
+
+    def test_each_host_that_comes_at_once_is_answered(self) -> None:
+        for _ in range(20):
+            transport = channel.ChannelTransport("i", self.open_host)
+            # One attempt only
+            asked = client.AgentClient("i", transport, client.ClientSettings(30, 1))
+            self.assertEqual("abc", asked.ping().incarnation)
+            asked.close()
+
+    def test_a_host_that_goes_without_its_answer_costs_the_next_one_nothing(self) -> None:
+        for number in range(5):
+            hasty = lines.LineStream(self.open_host())
+            hasty.send(request(id=f"hasty-{number}"), time.monotonic() + 30)
+            hasty.close()
+            patient = lines.LineStream(self.open_host())
+            self.addCleanup(patient.close)
+            patient.send(request(id=f"patient-{number}"), time.monotonic() + 30)
+            answers = []
+            while not answers or "hasty" in answers[-1]["id"]:
+                line = patient.receive(time.monotonic() + 30)
+                assert line is not None
+                answers.append(json.loads(line))
+            self.assertEqual(f"patient-{number}", answers[-1]["id"])
+            self.assertIn("result", answers[-1])
+            patient.close()
+
+
+def request(**values: Any) -> dict[str, Any]:
+    return {
+        "id": "7",
+        "version": messages.VERSION,
+        "method": "ping",
+        "request_id": "r",
+        "arguments": {},
+        **values,
+    }
 
 
 def wait(asked: client.AgentClient) -> messages.Pong:
