@@ -38,9 +38,9 @@ class Release:
         cache = image.cache_directory()
         digest = hashlib.sha256(repr(self).encode()).hexdigest()[:16]
         target = cache / f"server-{self.suite}-{digest}"
-        with image._locked(cache / f"server-{self.suite}.lock"):
+        with image.locked(cache / f"server-{self.suite}.lock"):
             if not target.is_dir():
-                image._into_place(target, self._build)
+                image.into_place(target, self._build)
         return target
 
     def _build(self, directory: Path) -> None:

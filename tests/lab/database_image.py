@@ -69,9 +69,9 @@ def database_image() -> DatabaseImage:
     digest = hashlib.sha256(Path(__file__).read_bytes())
     digest.update((SCRIPTS / "seed.sh").read_bytes())
     target = cache / f"database-guest-{digest.hexdigest()[:16]}"
-    with image._locked(cache / "database-guest.lock"):
+    with image.locked(cache / "database-guest.lock"):
         if not target.is_dir():
-            image._into_place(target, _build)
+            image.into_place(target, _build)
     return DatabaseImage(
         target / "vmlinuz", target / "root.raw", target / "busybox", target / "modules"
     )
@@ -100,7 +100,7 @@ def make_initramfs(made: DatabaseImage, path: Path) -> Path:
         for parent in reversed(Path(name).parents[:-1]):
             entries.setdefault(str(parent), (str(parent), 0o040755, b""))
         entries[name] = (name, 0o100755, content)
-    path.write_bytes(image._cpio(list(entries.values())))
+    path.write_bytes(image.cpio(list(entries.values())))
     return path
 
 
@@ -123,7 +123,7 @@ def _build(directory: Path) -> None:
         shutil.copyfile(SCRIPTS / "seed.sh", work / "seed.sh")
         seed = f'cp seed.sh "$1/"; chroot "$1" bash /seed.sh {ROWS} "$(cat grants)" </dev/null'
         hook = f'set -e; cd {work}; {seed}; rm "$1/seed.sh"'
-        image._run(
+        image.run(
             ["mmdebstrap", "--mode=root", "--variant=minbase", f"--include={','.join(PACKAGES)}"]
             + ['--aptopt=APT::Install-Recommends "false"']
             + [f"--dpkgopt=path-exclude=/usr/share/{each}/*" for each in ("doc", "man", "locale")]
@@ -131,21 +131,21 @@ def _build(directory: Path) -> None:
             work,
         )
         version = _add_kernel(work, root, directory)
-        image._run(["chroot", str(root), "/sbin/depmod", version], work)
+        image.run(["chroot", str(root), "/sbin/depmod", version], work)
         shutil.copyfile(root / "bin/busybox", directory / "busybox")
         with open(directory / "root.raw", "wb") as disk:
             disk.truncate(_DISK_MB << 20)
-        image._run(["mkfs.ext4", "-q", "-F", "-d", str(root), str(directory / "root.raw")], work)
+        image.run(["mkfs.ext4", "-q", "-F", "-d", str(root), str(directory / "root.raw")], work)
 
 
 def _add_kernel(work: Path, root: Path, directory: Path) -> str:
     """Put the kernel's modules into the root, what boots it beside; the kernel's version."""
     try:
-        package = image._download_kernel(work)
+        package = image.download_kernel(work)
     except image.ImageError:  # no package lists yet, or older than the archive
-        image._run(["apt-get", "update"], work)
-        package = image._download_kernel(work)
-    image._run(["dpkg-deb", "-x", package.name, "kernel"], work)
+        image.run(["apt-get", "update"], work)
+        package = image.download_kernel(work)
+    image.run(["dpkg-deb", "-x", package.name, "kernel"], work)
     unpacked = work / "kernel"
     shutil.copyfile(next((unpacked / "boot").glob("vmlinuz-*")), directory / "vmlinuz")
     source = next(each for each in unpacked.glob("**/lib/modules/*") if each.is_dir())
@@ -153,5 +153,5 @@ def _add_kernel(work: Path, root: Path, directory: Path) -> str:
     (directory / "modules").mkdir()
     for module in MODULES:
         for found in source.glob(f"kernel/**/{module}.ko*"):
-            (directory / "modules" / f"{module}.ko").write_bytes(image._decompressed(found))
+            (directory / "modules" / f"{module}.ko").write_bytes(image.decompressed(found))
     return source.name

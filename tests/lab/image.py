@@ -53,16 +53,16 @@ def cache_directory() -> Path:
 def guest_image() -> Image:
     """Kernel and initramfs, from the cache if they are there. Safe in several processes at once."""
     cache = cache_directory()
-    with _locked(cache / "lab.lock"):
+    with locked(cache / "lab.lock"):
         kernel = cache / "lab-kernel"
         if not kernel.is_dir():
-            _into_place(kernel, _unpack_kernel)
+            into_place(kernel, _unpack_kernel)
         digest = hashlib.sha256(GUEST_SOURCE.read_bytes())
         digest.update(Path(__file__).read_bytes())
         digest.update((kernel / "version").read_bytes())
         guest = cache / f"lab-guest-{digest.hexdigest()[:16]}"
         if not guest.is_dir():
-            _into_place(guest, lambda directory: _build_initramfs(kernel, directory))
+            into_place(guest, lambda directory: _build_initramfs(kernel, directory))
     return Image(kernel / "vmlinuz", guest / "initramfs.cpio")
 
 
@@ -76,13 +76,13 @@ def create_disk(path: Path, size_mb: int, seed: int = 1) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     with open(path, "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
-def _into_place(target: Path, build: Callable[[Path], None]) -> None:
+def into_place(target: Path, build: Callable[[Path], None]) -> None:
     """Build beside the target, then rename: the target exists whole or not at all."""
     directory = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -92,7 +92,7 @@ def _into_place(target: Path, build: Callable[[Path], None]) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _run(argv: list[str], cwd: Path) -> str:
+def run(argv: list[str], cwd: Path) -> str:
     try:
         done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -102,13 +102,13 @@ def _run(argv: list[str], cwd: Path) -> str:
     return done.stdout
 
 
-def _download_kernel(directory: Path) -> Path:
+def download_kernel(directory: Path) -> Path:
     names = re.findall(
-        r"Depends: (linux-image-\S+)", _run(["apt-cache", "depends", META_PACKAGE], directory)
+        r"Depends: (linux-image-\S+)", run(["apt-cache", "depends", META_PACKAGE], directory)
     )
     if not names:
         raise ImageError(f"{META_PACKAGE} is not in the package lists")
-    _run(["apt-get", "download", names[0]], directory)
+    run(["apt-get", "download", names[0]], directory)
     return next(directory.glob("*.deb"))
 
 
@@ -116,11 +116,11 @@ def _unpack_kernel(directory: Path) -> None:
     with tempfile.TemporaryDirectory(dir=directory) as name:
         work = Path(name)
         try:
-            package = _download_kernel(work)
+            package = download_kernel(work)
         except ImageError:  # no package lists yet, or older than the archive
-            _run(["apt-get", "update"], work)
-            package = _download_kernel(work)
-        _run(["dpkg-deb", "-x", package.name, "root"], work)
+            run(["apt-get", "update"], work)
+            package = download_kernel(work)
+        run(["dpkg-deb", "-x", package.name, "root"], work)
         kernel = next((work / "root/boot").glob("vmlinuz-*"))
         (directory / "modules").mkdir()
         # /usr/lib/modules in newer releases
@@ -128,12 +128,12 @@ def _unpack_kernel(directory: Path) -> None:
         for module in MODULES:
             for found in modules.glob(f"kernel/**/{module}.ko*"):
                 target = directory / "modules" / f"{module}.ko"
-                target.write_bytes(_decompressed(found))
+                target.write_bytes(decompressed(found))
         (directory / "version").write_text(package.name + "\n")
         shutil.copyfile(kernel, directory / "vmlinuz")
 
 
-def _decompressed(module: Path) -> bytes:
+def decompressed(module: Path) -> bytes:
     if module.suffix == ".xz":
         return lzma.decompress(module.read_bytes())
     if module.suffix == ".zst":
@@ -143,7 +143,7 @@ def _decompressed(module: Path) -> bytes:
 
 def _build_initramfs(kernel: Path, directory: Path) -> None:
     init = directory / "init"
-    _run(["gcc", "-static", "-O2", "-Wall", "-o", str(init), str(GUEST_SOURCE)], directory)
+    run(["gcc", "-static", "-O2", "-Wall", "-o", str(init), str(GUEST_SOURCE)], directory)
     present = [m for m in MODULES if (kernel / "modules" / f"{m}.ko").exists()]
     entries: list[tuple[str, int, bytes]] = [
         ("dev", 0o040755, b""),
@@ -154,10 +154,10 @@ def _build_initramfs(kernel: Path, directory: Path) -> None:
     for module in present:
         content = (kernel / "modules" / f"{module}.ko").read_bytes()
         entries.append((f"modules/{module}.ko", 0o100644, content))
-    (directory / "initramfs.cpio").write_bytes(_cpio(entries))
+    (directory / "initramfs.cpio").write_bytes(cpio(entries))
 
 
-def _cpio(entries: list[tuple[str, int, bytes]]) -> bytes:
+def cpio(entries: list[tuple[str, int, bytes]]) -> bytes:
     """A "newc" archive of (name, mode, content), owned by root."""
     archive = bytearray()
     for inode, (name, mode, content) in enumerate([*entries, ("TRAILER!!!", 0, b"")], 1):
