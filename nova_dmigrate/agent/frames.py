@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 
 _SLAB_FRAMES = 1 << 18
 _STEP = 1 << 14  # frames that are worked on at a time
+# Repeated places are looked for in one group of places after the other: it bounds memory
+_GROUPS = 8
 _HALF = np.uint64(32)
 _ONE_PLACE = np.uint64(1 << 32)
 
@@ -87,25 +89,28 @@ class FrameTable:
                 )
 
     def _repeated(self) -> U64:
-        """(place << 32 | number of the frame) of all frames whose place is there twice, sorted."""
-        keys = np.empty(self._count, np.uint64)
+        """(place << 32 | number of the frame) of all frames whose place is there twice, sorted
+        within each group of places."""
+        found = [np.empty(0, np.uint64)]
+        for group in range(_GROUPS):
+            keys = self._keys(group)
+            keys.sort()
+            same = np.zeros(keys.size, np.bool_)
+            same[1:] = ~_differ(keys)
+            same[:-1] |= same[1:]
+            found.append(keys[same])
+        return np.concatenate(found)
+
+    def _keys(self, group: int) -> U64:
+        """place << 32 | number of the frame, of the frames whose place is of that group."""
+        found = [np.empty(0, np.uint64)]
         for index, slab in enumerate(self._slabs):
             begin = index * _SLAB_FRAMES
-            part = keys[begin : begin + _SLAB_FRAMES]
-            part[:] = slab.place[: part.size]
-            part <<= _HALF
-            part |= np.arange(begin, begin + part.size, dtype=np.uint64)
-        keys.sort()
-        found = [keys[:0]]
-        for start in range(0, keys.size, _SLAB_FRAMES):
-            # One to the left and one to the right of the piece, to see what they share
-            left = max(start - 1, 0)
-            piece = keys[left : start + _SLAB_FRAMES + 1]
-            same = np.zeros(piece.size, np.bool_)
-            same[1:] = ~_differ(piece)
-            same[:-1] |= same[1:]
-            inside = slice(start - left, start - left + _SLAB_FRAMES)
-            found.append(piece[inside][same[inside]])
+            place = slab.place[: self._count - begin]
+            rows = np.flatnonzero(place % np.uint32(_GROUPS) == group)
+            keys = place[rows].astype(np.uint64) << _HALF
+            keys |= (rows + begin).astype(np.uint64)
+            found.append(keys)
         return np.concatenate(found)
 
     def _lsn(self, rows: NDArray[np.int64]) -> U32:

@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +28,8 @@ from nova_dmigrate.agent import (
     location,
     memory,
     options,
-    pages,
     processes,
+    scan,
     storage,
     tablespaces,
 )
@@ -77,22 +77,22 @@ def build_map(
     page_size = _common_page_size(spaces)
     files = _Locator(server, settings, notes).locate(spaces, page_size)
     table = location.PlaceTable(files)
-    scan = _Scan(table, page_size, settings)
+    search = scan.Scan(table, page_size, settings)
     with memory.ProcessMemory(server.pid) as process:
-        found = scan.run(process)
-    built = _assemble(found, location.BlockTable(table, page_size), scan.excluded, page_size)
+        found = search.run(process)
+    built = _assemble(found, location.BlockTable(table, page_size), search.excluded, page_size)
     if not server.running:
         raise exception.ServerNotFound(reason=f"process {server.pid} has ended")
     summary = MapSummary(
         server=server,
         page_size=page_size,
-        pool_frames=scan.pool_frames,
-        candidate_frames=scan.candidate_frames,
+        pool_frames=search.pool_frames,
+        candidate_frames=search.candidate_frames,
         mapped_pages=built.page_count,
-        dirty_frames=scan.dirty_frames,
-        excluded={reason: count for reason, count in sorted(scan.excluded.items()) if count},
+        dirty_frames=search.dirty_frames,
+        excluded={reason: count for reason, count in sorted(search.excluded.items()) if count},
         seconds=time.monotonic() - began,
-        findings=notes.all(scan, built.page_count),
+        findings=notes.all(search, built.page_count),
     )
     LOG.info(
         "Mapped %d guest pages of %s in %.2f s (%d frames with pages, excluded: %s)",
@@ -119,7 +119,7 @@ class _Notes:
     def buffered(self, path: str) -> None:
         self._buffered.append(path)
 
-    def all(self, scan: _Scan, mapped: int) -> tuple[findings.Finding, ...]:
+    def all(self, search: scan.Scan, mapped: int) -> tuple[findings.Finding, ...]:
         made = []
         for (code, reason), paths in sorted(self._paths.items()):
             text = f"{_named(paths)} cannot be mapped: {reason}"
@@ -130,7 +130,7 @@ class _Notes:
                 "was written may be on the volume only later"
             )
             made.append(findings.Finding("not-o-direct", findings.Severity.NOTE, text))
-        if not scan.candidate_frames:
+        if not search.candidate_frames:
             text = "no page of a known tablespace was found in the memory of the server"
             made.append(findings.Finding("no-frames", findings.Severity.PROBLEM, text))
         elif not mapped:
@@ -224,88 +224,6 @@ class _Locator:
                 code="unaligned",
             )
         return placed
-
-
-class _Scan:
-    """One search through the server's memory. What it counts is read when it has run."""
-
-    def __init__(
-        self, table: location.PlaceTable, page_size: int, settings: options.MapOptions
-    ) -> None:
-        self._table = table
-        self._page_size = page_size
-        self._per_frame = page_size // memory.PAGE_SIZE
-        self._settings = settings
-        self.pool_frames = 0
-        self.candidate_frames = 0
-        self.dirty_frames = 0
-        self.excluded: collections.Counter[str] = collections.Counter()
-
-    def run(self, process: memory.ProcessMemory) -> frames.FrameTable:
-        found = frames.FrameTable(self._per_frame)
-        for mapping in process.mappings(self._settings.min_mapping_bytes):
-            before = self.candidate_frames
-            present_frames = unknown = 0
-            for address, count in self._chunks(mapping):
-                present, guest = self._present(process, address, count)
-                if present.size:
-                    present_frames += present.size
-                    headers = pages.read_headers(process, present, self._page_size)
-                    unknown += self._choose(headers, guest, found)
-            # Elsewhere what looks like a page is something else.
-            if self.candidate_frames > before:
-                self.pool_frames += present_frames
-                self.excluded["unknown-tablespace"] += unknown * self._per_frame
-        return found
-
-    def _chunks(self, mapping: memory.Mapping) -> Iterator[tuple[int, int]]:
-        """(address, frames) of the chunks of a mapping; frames are aligned to their size."""
-        size = self._page_size
-        first, last = -(-mapping.start // size), mapping.end // size
-        for frame in range(first, last, self._settings.chunk_frames):
-            yield frame * size, min(self._settings.chunk_frames, last - frame)
-
-    def _present(
-        self, process: memory.ProcessMemory, address: int, count: int
-    ) -> tuple[U64, NDArray[np.int64]]:
-        """Addresses of the frames that are in memory in full, and their guest pages."""
-        guest = process.guest_pages(address, count * self._per_frame)
-        guest = guest.reshape(count, self._per_frame)
-        present = np.flatnonzero((guest >= 0).all(axis=1))
-        addresses = present.astype(np.uint64) * np.uint64(self._page_size) + np.uint64(address)
-        return addresses, guest[present]
-
-    def _choose(
-        self, headers: pages.Headers, guest: NDArray[np.int64], found: frames.FrameTable
-    ) -> int:
-        """Add to ``found`` what can be mapped; the number of pages of unknown tablespaces."""
-        known, place, full_crc32, reason = self._table.find(headers.space, headers.page)
-        written = headers.written(full_crc32)
-        mappable = known & (reason < 0)
-        clean = mappable & written & headers.has_lsn
-        dirty = mappable & ~written & headers.plausible
-        excluded = known & (reason >= 0) & headers.is_page
-        self.dirty_frames += int(np.count_nonzero(dirty))
-        self.candidate_frames += int(np.count_nonzero(clean | dirty | excluded))
-        for number, count in enumerate(
-            np.bincount(reason[excluded], minlength=len(self._table.reasons)).tolist()
-        ):
-            self.excluded[self._table.reasons[number]] += count * self._per_frame
-        if self._settings.include_dirty:
-            clean |= dirty
-        else:
-            self.excluded["dirty"] += int(np.count_nonzero(dirty)) * self._per_frame
-        found.add(place[clean], headers.lsn_low[clean], guest[clean])
-        return _count_unknown(headers, known)
-
-
-def _count_unknown(headers: pages.Headers, known: NDArray[np.bool_]) -> int:
-    """Pages of tablespaces without a file: dropped ones, or files that were not found."""
-    no = np.zeros(known.size, np.bool_)
-    whole = headers.written(no) | headers.written(~no)
-    # MariaDB marks free frames with the highest numbers.
-    used = headers.space != np.uint32(0xFFFFFFFF)
-    return int(np.count_nonzero(~known & used & headers.plausible & whole))
 
 
 def _assemble(

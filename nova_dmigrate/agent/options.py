@@ -32,5 +32,5 @@ class MapOptions:
     )
     include_dirty: bool = False
     sync_buffered: bool = True
-    chunk_frames: int = 16384
+    chunk_frames: int = 8192
     min_mapping_bytes: int = 1 << 20

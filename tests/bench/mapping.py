@@ -35,9 +35,9 @@ class Mapper:
         self._cpu_s = 0.0
 
     def _build(self) -> tuple[BufferMap, tuple[Any, ...]]:
-        began = time.thread_time()
+        began = time.process_time()
         built, self._summary = mapper.build_map(self._server, self._settings)
-        self._cpu_s = time.thread_time() - began
+        self._cpu_s = time.process_time() - began
         return built, self._summary.findings
 
     def run(self) -> dict[str, Any]:

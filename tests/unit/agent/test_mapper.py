@@ -34,7 +34,7 @@ FILE_AT = 100 << 20  # where file n begins on the volume: (n + 1) times this
 HUGE_POOL = """
 import collections, resource, sys
 import numpy as np
-from nova_dmigrate.agent import location, mapper, memory, options, pages, storage
+from nova_dmigrate.agent import location, mapper, memory, options, pages, scan, storage
 
 FRAMES, START, PAGE = 64 << 16, 0x7f0000000000, 16384
 
@@ -58,8 +58,8 @@ class Memory:
 one = lambda n: np.array([n], np.uint64)
 placed = storage.Placed("volume", 1 << 42, one(0), one(1 << 30), one(FRAMES * PAGE))
 table = location.PlaceTable([location.File(7, 0, FRAMES, False, None, (placed,))])
-scan = mapper._Scan(table, PAGE, options.MapOptions())
-found = scan.run(Memory())
+search = scan.Scan(table, PAGE, options.MapOptions())
+found = search.run(Memory())
 built = mapper._assemble(found, location.BlockTable(table, PAGE), collections.Counter(), PAGE)
 assert built.page_count == 4 * FRAMES, built.page_count
 guest, block = built.volumes[0].guest_pages, built.volumes[0].volume_blocks
