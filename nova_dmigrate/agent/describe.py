@@ -10,8 +10,8 @@ from pathlib import Path
 
 from nova_dmigrate import exception, version
 from nova_dmigrate.agent import database, processes
-from nova_dmigrate.agent.findings import Finding, Severity
 from nova_dmigrate.agent.maps import to_messages
+from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.rpc import messages
 
 Connect = Callable[[database.Login], database.Database]

@@ -19,11 +19,10 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from nova_dmigrate import buffermap, exception
+from nova_dmigrate import buffermap, exception, findings
 from nova_dmigrate.agent import (
     assembly,
     filesystem,
-    findings,
     frames,
     location,
     memory,

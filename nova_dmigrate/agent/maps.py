@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from nova_dmigrate import exception
-from nova_dmigrate.agent.findings import Finding
 from nova_dmigrate.buffermap import BufferMap, VolumeExtents
+from nova_dmigrate.findings import Finding
 from nova_dmigrate.rpc import messages
 
 LOG = logging.getLogger(__name__)

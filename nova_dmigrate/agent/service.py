@@ -16,10 +16,10 @@ from typing import Protocol
 
 from nova_dmigrate import exception, version
 from nova_dmigrate.agent import database, describe, ledger, mapper, maps, options, processes
-from nova_dmigrate.agent.findings import Finding
 from nova_dmigrate.agent.follow_up import FollowUp
 from nova_dmigrate.agent.preparation import Preparation, PreparationSettings
 from nova_dmigrate.buffermap import BufferMap
+from nova_dmigrate.findings import Finding
 from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 

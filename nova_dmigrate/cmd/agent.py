@@ -24,8 +24,8 @@ from oslo_log import log
 
 from nova_dmigrate import conf, exception, version
 from nova_dmigrate.agent import database, describe, options, processes, service
-from nova_dmigrate.agent.findings import Finding, Severity
 from nova_dmigrate.agent.preparation import PreparationSettings
+from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 
 LOG = log.getLogger(__name__)

@@ -11,9 +11,9 @@ import numpy as np
 
 from nova_dmigrate import exception
 from nova_dmigrate.agent import describe
-from nova_dmigrate.agent.findings import Finding, Severity
 from nova_dmigrate.buffermap import BufferMap, MapLimits, VolumeExtents
 from nova_dmigrate.cmd import agent
+from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.rpc import messages
 from tests import base
 

@@ -8,8 +8,8 @@ from typing import Any
 from nova_dmigrate import exception
 from nova_dmigrate.agent import describe
 from nova_dmigrate.agent.database import Login
-from nova_dmigrate.agent.findings import Severity
 from nova_dmigrate.agent.processes import ServerProcess
+from nova_dmigrate.findings import Severity
 from nova_dmigrate.rpc import fields, messages
 from tests import base
 from tests.unit.agent.fakes import FakeDatabase, FakeServer

@@ -9,10 +9,9 @@ from unittest import mock
 
 import numpy as np
 
-from nova_dmigrate import exception
+from nova_dmigrate import exception, findings
 from nova_dmigrate.agent import (
     filesystem,
-    findings,
     mapper,
     memory,
     options,

@@ -11,9 +11,9 @@ import numpy as np
 
 from nova_dmigrate import exception
 from nova_dmigrate.agent import maps, service
-from nova_dmigrate.agent.findings import Finding, Severity
 from nova_dmigrate.agent.preparation import Preparation
 from nova_dmigrate.buffermap import BufferMap, MapLimits, VolumeExtents
+from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.rpc import channel, client
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 from tests import base

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent has to say to an operator: short sentences with a stable code."""
+"""What guests and hosts have to say to an operator: short sentences with a stable code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Severity(str, enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing found out about this guest.
+    """One thing found out about a guest, a host, or a migration that is meant.
 
     ``code`` is stable kebab-case for programs, ``message`` the operator's sentence.
     """
