@@ -182,14 +182,77 @@ class PrivilegeError(AgentError):
 
 
 class RpcError(DMigrateError):
+    """A request to an agent or to a host service failed."""
+
+    msg_fmt = "Request: %(reason)s"
+
+
+class AgentRequestError(RpcError):
     """A request to the agent of an instance failed."""
 
     msg_fmt = "Agent of instance %(instance)s: %(reason)s"
 
 
-class AgentUnreachable(RpcError):
+class AgentUnreachable(AgentRequestError):
     """No agent answered in time."""
 
 
-class AgentRefused(RpcError):
+class AgentRefused(AgentRequestError):
     """The agent answered that it cannot, or something that makes no sense."""
+
+
+# The host service, and the way to it
+
+
+class HostError(RpcError):
+    """A request to a host service failed."""
+
+    msg_fmt = "Host %(host)s: %(reason)s"
+
+
+class HostUnreachable(HostError):
+    """No host service answered in time."""
+
+
+class HostRefused(HostError):
+    """The host service answered that it cannot, or something that makes no sense."""
+
+
+class RequestRefused(DMigrateError):
+    """The host service does not do what it is asked; ``code`` in ``kwargs`` is for programs."""
+
+    msg_fmt = "%(reason)s"
+
+
+# The whole migration, seen from the source host
+
+
+class MigrationError(DMigrateError):
+    """A migration cannot be begun, or has failed; the guest stays where it runs."""
+
+    msg_fmt = "Migration of %(instance)s: %(reason)s"
+
+
+class FallBack(MigrationError):
+    """The migration has to be the ordinary one; ``code`` in ``kwargs`` tells the reason."""
+
+
+# What is kept and reported of migrations that have been
+
+
+class SummaryError(DMigrateError):
+    """A summary of a migration makes no sense."""
+
+    msg_fmt = "Summary of a migration: %(reason)s"
+
+
+class HistoryError(DMigrateError):
+    """The history of migrations cannot be read or written, or has no such migration."""
+
+    msg_fmt = "History: %(reason)s"
+
+
+class ReportError(DMigrateError):
+    """A report cannot be made."""
+
+    msg_fmt = "Report: %(reason)s"

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One domain as libvirt lets it be migrated: the only module that calls libvirt.
+
+libvirt-python blocks in a migration until it is over, so that runs in a thread of its own; libvirt
+answers other questions about the domain meanwhile.
+"""
+
+import dataclasses
+import logging
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+import libvirt  # type: ignore[import-untyped]
+import libvirt_qemu  # type: ignore[import-untyped]
+
+from nova_dmigrate import exception
+from nova_dmigrate.migration.domain import Domain, parse_domain
+
+LOG = logging.getLogger(__name__)
+
+_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3
+_MIB = 1 << 20
+
+_loop_lock = threading.Lock()
+_loop_runs = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """How far a migration is, as QEMU tells it; bytes, and milliseconds."""
+
+    remaining: int = 0
+    transferred: int = 0
+    total: int = 0
+    passes: int = 0
+    downtime_ms: float | None = None
+
+
+class LibvirtGuest:
+    """A domain on the host of one libvirt connection. A context manager.
+
+    :param connect: URI of the libvirt on the domain's host.
+    :param name: the domain's name or UUID.
+    :raises MigrationError: there is no such libvirt or domain, or it does not run.
+    """
+
+    def __init__(self, connect: str, name: str) -> None:
+        self._instance = name
+        _start_event_loop()
+        try:
+            self._connection = libvirt.open(connect)
+        except libvirt.libvirtError as error:
+            raise self._error(f"libvirt at {connect} cannot be reached", error) from error
+        try:
+            self._connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
+            self._domain = self._look_up(name)
+            if not self._domain.isActive():
+                raise exception.MigrationError(instance=name, reason="the domain does not run")
+            self.facts: Domain = parse_domain(self._domain.XMLDesc())
+        except libvirt.libvirtError as error:
+            self.close()
+            raise self._error("its domain cannot be looked at", error) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "LibvirtGuest":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the connection back."""
+        try:
+            self._connection.close()
+        except libvirt.libvirtError as error:
+            LOG.debug("Closing the connection to libvirt: %s", error)
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether the domain still runs on this host; true if libvirt does not tell."""
+        try:
+            state, _ = self._domain.state()
+        except libvirt.libvirtError as error:
+            return bool(error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN)
+        return state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_PAUSED)
+
+    def memory_layout(self) -> str:
+        """What QEMU's monitor says to ``info mtree -f``.
+
+        :raises MigrationError: if it says nothing.
+        """
+        try:
+            answer: str = libvirt_qemu.qemuMonitorCommand(
+                self._domain, "info mtree -f", libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP
+            )
+        except libvirt.libvirtError as error:
+            raise self._error("its monitor does not answer", error) from error
+        return answer
+
+    @property
+    def max_downtime_ms(self) -> int:
+        """QEMU's downtime limit, in milliseconds.
+
+        :raises MigrationError: if libvirt does not tell.
+        """
+        try:
+            return int(self._domain.migrateGetMaxDowntime())
+        except libvirt.libvirtError as error:
+            raise self._error("its downtime limit is not told", error) from error
+
+    def set_max_downtime(self, milliseconds: int) -> bool:
+        """Set QEMU's downtime limit; whether that was possible."""
+        try:
+            self._domain.migrateSetMaxDowntime(milliseconds)
+        except libvirt.libvirtError as error:
+            LOG.debug("%s: no downtime limit of %d ms: %s", self.facts.name, milliseconds, error)
+            return False
+        return True
+
+    def job(self) -> Job | None:
+        """How far the migration is; None while there is none."""
+        try:
+            stats = self._domain.jobStats()
+        except libvirt.libvirtError:
+            return None
+        if stats.get("type", libvirt.VIR_DOMAIN_JOB_NONE) == libvirt.VIR_DOMAIN_JOB_NONE:
+            return None
+        return _job(stats)
+
+    def completed_job(self) -> Job | None:
+        """The same of the migration that has ended; None if libvirt has forgotten."""
+        try:
+            stats = self._domain.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED)
+        except libvirt.libvirtError:
+            return None
+        return _job(stats)
+
+    def abort(self) -> None:
+        """Cancel the migration, if there is one."""
+        try:
+            self._domain.abortJob()
+        except libvirt.libvirtError as error:
+            LOG.info("%s: the migration cannot be aborted: %s", self.facts.name, error)
+
+    def migrate(self, order: "Order") -> "RunningMigration":
+        """Begin a migration."""
+        return RunningMigration(self._domain, order)
+
+    def _look_up(self, name: str) -> Any:
+        try:
+            return self._connection.lookupByUUIDString(name)
+        except libvirt.libvirtError:
+            return self._connection.lookupByName(name)
+
+    def _error(self, what: str, error: libvirt.libvirtError) -> exception.MigrationError:
+        return exception.MigrationError(instance=self._instance, reason=f"{what}: {error}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What libvirt is asked for.
+
+    :ivar destination: URI of the destination's libvirt, as the source's libvirt reaches it.
+    :ivar uri: where QEMU sends its stream: ``unix:PATH``, ``tcp:HOST``; None leaves it to libvirt.
+    :ivar bandwidth: QEMU's cap in bytes a second; 0 for none.
+    """
+
+    destination: str
+    uri: str | None = None
+    bandwidth: int = 0
+    auto_converge: bool = False
+    post_copy: bool = False
+    tls: bool = False
+
+    def arguments(self, persistent: bool) -> tuple[dict[str, Any], int]:
+        """Parameters and flags of virDomainMigrateToURI3.
+
+        :param persistent: the domain is defined, and shall be so at the destination alone.
+        """
+        flags = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER
+        for wanted, flag in (
+            (persistent, libvirt.VIR_MIGRATE_PERSIST_DEST | libvirt.VIR_MIGRATE_UNDEFINE_SOURCE),
+            (self.auto_converge, libvirt.VIR_MIGRATE_AUTO_CONVERGE),
+            (self.post_copy, libvirt.VIR_MIGRATE_POSTCOPY),
+            (self.tls, libvirt.VIR_MIGRATE_TLS),
+        ):
+            flags |= flag if wanted else 0
+        parameters: dict[str, Any] = {}
+        if self.uri is not None:
+            parameters[libvirt.VIR_MIGRATE_PARAM_URI] = self.uri
+        if self.bandwidth:
+            parameters[libvirt.VIR_MIGRATE_PARAM_BANDWIDTH] = max(1, self.bandwidth // _MIB)
+        return parameters, flags
+
+
+class RunningMigration:
+    """A migration that libvirt carries out, in a thread."""
+
+    def __init__(self, domain: Any, order: Order) -> None:
+        self._domain = domain
+        self._order = order
+        self._error: str | None = None
+        self.began = time.monotonic()
+        self.ended: float | None = None
+        self._thread = threading.Thread(target=self._run, name="migrate", daemon=True)
+        self._thread.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait so long at most; whether it is over."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    @property
+    def error(self) -> str | None:
+        """After the end: why it failed, None if it has not."""
+        return self._error
+
+    def _run(self) -> None:
+        try:
+            parameters, flags = self._order.arguments(bool(self._domain.isPersistent()))
+            self._domain.migrateToURI3(self._order.destination, parameters, flags)
+        except libvirt.libvirtError as error:
+            self._error = str(error)
+        self.ended = time.monotonic()
+
+
+def _job(stats: dict[str, Any]) -> Job:
+    return Job(
+        remaining=int(stats.get("memory_remaining", 0)),
+        transferred=int(stats.get("memory_processed", 0)),
+        total=int(stats.get("memory_total", 0)),
+        passes=int(stats.get("memory_iteration", 0)),
+        downtime_ms=stats.get("downtime_net", stats.get("downtime")),
+    )
+
+
+def _start_event_loop() -> None:
+    """libvirt notices a dead connection by keep-alive messages, for which it wants a loop."""
+    global _loop_runs
+    with _loop_lock:
+        if _loop_runs:
+            return
+        libvirt.registerErrorHandler(lambda context, error: None, None)
+        libvirt.virEventRegisterDefaultImpl()
+        _loop_runs = True
+
+        def run() -> None:
+            while True:
+                libvirt.virEventRunDefaultImpl()
+
+        threading.Thread(target=run, name="libvirt-events", daemon=True).start()

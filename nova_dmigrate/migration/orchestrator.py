@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One live migration from begin to end.
+
+Up to the moment at which libvirt is told to migrate, whatever is amiss makes the migration the
+ordinary one (`FallBack`). After that it succeeds or fails as one of libvirt's does, and the guest
+runs on exactly one side. What was changed on the way (settings of the database, relays) is put
+back in any case, or goes by itself when its lease ends.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from nova_dmigrate import exception
+from nova_dmigrate.buffermap import PAGE_SIZE, BufferMap
+from nova_dmigrate.migration import preflight
+from nova_dmigrate.migration.fallback import Reason, because
+from nova_dmigrate.migration.libvirt_guest import Job, LibvirtGuest, Order, RunningMigration
+from nova_dmigrate.migration.prepared_database import PreparedDatabase
+from nova_dmigrate.migration.progress import Progress
+from nova_dmigrate.migration.request import MigrationRequest, Mode
+from nova_dmigrate.migration.sessions import RelaySessions
+from nova_dmigrate.migration.settings import OrchestrationSettings
+from nova_dmigrate.migration.summary import (
+    CANCELLED,
+    COMPLETED,
+    DMIGRATE,
+    FAILED,
+    ORDINARY,
+    MigrationSummary,
+)
+from nova_dmigrate.rpc.client import AgentClient
+from nova_dmigrate.rpc.host_client import HostClient
+
+LOG = logging.getLogger(__name__)
+
+#: Until the bulk is resolved QEMU must not switch over; see "downtime" in the architecture.
+_HELD_DOWNTIME_MS = 1
+_POLL = 0.25
+#: A source relay that tells nothing for so many seconds does not hold the switchover back any more.
+_SILENCE = 15.0
+
+Report = dict[str, Any]
+
+
+class Peers:
+    """Ways to the services of both hosts, and to the agent.
+
+    :ivar agent: makes a client of the agent, given the service of the host where the guest runs.
+    """
+
+    def __init__(
+        self,
+        source: HostClient,
+        destination: HostClient,
+        agent: Callable[[HostClient], AgentClient],
+    ) -> None:
+        self.source = source
+        self.destination = destination
+        self.agent = agent
+
+
+class Migration:
+    """Carries out one request. Call :meth:`run` once.
+
+    :param migration_id: names it in files, logs and on the hosts.
+    :param on_progress: called a few times a second.
+    """
+
+    def __init__(
+        self,
+        migration_id: str,
+        request: MigrationRequest,
+        settings: OrchestrationSettings,
+        guest: LibvirtGuest,
+        peers: Peers | None,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> None:
+        self._id = migration_id
+        self._request = request
+        self._settings = settings
+        self._guest = guest
+        self._peers = peers
+        self._on_progress = on_progress
+        self._instance = request.instance or guest.facts.uuid
+        self._phases = _Phases()
+        self._map: BufferMap | None = None
+        self._relays: Report = {}
+        self._last: Report = {}
+        self._job: Job | None = None
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Give up. Right at any time and from any thread; a finished switchover stands."""
+        self._cancelled = True
+        self._guest.abort()
+
+    def run(self) -> MigrationSummary:
+        """Migrate; how it went. Failures are told in the summary, not raised.
+
+        :raises MigrationError: relays were required, and the migration would be the ordinary one:
+            nothing was done.
+        """
+        began = datetime.now(timezone.utc)
+        fallback: exception.FallBack | None = None
+        error: str | None = None
+        try:
+            error = self._run_relayed()
+            if error is not None and self._may_retry():
+                fallback = because(Reason.RELAY_FAILED, self._instance, error=error)
+        except exception.FallBack as reason:
+            fallback = reason
+        if fallback is not None:
+            if self._request.mode is Mode.REQUIRED:
+                raise fallback
+            LOG.info("%s; the migration is the ordinary one", fallback)
+            error = self._run_ordinary()
+        summary = self._summary(began, fallback, error)
+        LOG.info("Instance %s: %s", self._instance, summary.sentence())
+        return summary
+
+    # The two ways
+
+    def _run_relayed(self) -> str | None:
+        """Migrate through relays; why libvirt failed, None if it has not.
+
+        :raises FallBack: before libvirt was asked for anything.
+        """
+        self._phases.enter("checking")
+        guest, request, settings = self._guest, self._request, self._settings
+        preflight.examine(guest.facts, request)
+        if self._peers is None:
+            error = "no message broker is configured for the services of the hosts"
+            raise because(Reason.HOST_UNREACHABLE, self._instance, error=error)
+        source, destination = self._ask_hosts(self._peers)
+        preflight.hosts_agree(guest.facts, source, destination)
+        volumes = preflight.volumes_of(guest.facts, destination.drivers)
+        with contextlib.ExitStack() as stack:
+            agent = stack.enter_context(self._peers.agent(self._peers.source))
+            database = PreparedDatabase(agent, settings.lease)
+            # The last thing that is done: the guest is where it will be by then.
+            stack.callback(self._restore, database)
+            files = stack.enter_context(self._files())
+            self._map_memory(agent, database, files)
+            self._phases.enter("starting relays")
+            sessions = RelaySessions(
+                self._id,
+                self._instance,
+                self._peers.source,
+                self._peers.destination,
+                settings.socket_directory / f"{self._id}.sock",
+                settings.lease,
+            )
+            stack.callback(self._close, sessions)
+            sessions.open(
+                volumes,
+                files.buffer_map,
+                files.memory_layout,
+                (source.host, destination.host) if source.tls else None,
+                (request.network_bandwidth, request.volume_bandwidth),
+                settings.queue_time if request.wait_seconds is None else request.wait_seconds,
+            )
+            return self._migrate_relayed(sessions)
+
+    def _run_ordinary(self) -> str | None:
+        """Migrate as libvirt does; why it failed, None if it has not."""
+        request = self._request
+        if self._cancelled:
+            return "it was cancelled"
+        self._phases.enter("migrating")
+        running = self._guest.migrate(
+            Order(
+                request.destination_uri,
+                uri=f"tcp:{request.migration_address}" if request.migration_address else None,
+                bandwidth=request.network_bandwidth,
+                auto_converge=request.auto_converge,
+                post_copy=request.post_copy,
+                tls=request.tls,
+            )
+        )
+        limit = self._downtime_limit()
+        limited = limit is None
+        while not running.wait(_POLL):
+            self._job = self._guest.job() or self._job
+            if not limited and self._job is not None and limit is not None:
+                limited = self._guest.set_max_downtime(limit)
+            self._report({})
+        self._phases.enter("ended")
+        return running.error
+
+    # Its steps
+
+    def _ask_hosts(self, peers: Peers) -> Any:
+        try:
+            return peers.source.hello(), peers.destination.hello()
+        except exception.HostUnreachable as error:
+            raise because(Reason.HOST_UNREACHABLE, self._instance, error=error) from error
+        except exception.HostRefused as error:
+            raise because(Reason.HOST_REFUSED, self._instance, error=error) from error
+
+    def _map_memory(self, agent: AgentClient, database: PreparedDatabase, files: "_Files") -> None:
+        """Have the database prepared, and write the two files of the source relay.
+
+        :raises FallBack: there is no map that would be worth it.
+        """
+        settings = self._settings
+        try:
+            agent.ping()
+            if settings.prepare_time:
+                self._phases.enter("preparing")
+                database.prepare(settings.dirty_share, settings.prepare_time)
+                database.keep()
+            self._phases.enter("mapping")
+            self._map = agent.fetch_map(settings.map_limits)
+        except exception.AgentUnreachable as error:
+            raise because(Reason.AGENT_UNREACHABLE, self._instance, error=error) from error
+        except exception.AgentRefused as error:
+            raise because(Reason.AGENT_REFUSED, self._instance, error=error) from error
+        except exception.BufferMapError as error:
+            raise because(Reason.BAD_MAP, self._instance, error=error) from error
+        share = self._map.page_count * PAGE_SIZE / self._guest.facts.memory
+        if share < settings.min_mapped_share:
+            raise because(Reason.SMALL_MAP, self._instance, share=share)
+        try:
+            layout = self._guest.memory_layout()
+        except exception.MigrationError as error:
+            raise because(Reason.MEMORY_LAYOUT, self._instance, error=error) from error
+        self._map.save(files.buffer_map)
+        files.memory_layout.write_text(layout)
+
+    def _migrate_relayed(self, sessions: RelaySessions) -> str | None:
+        request = self._request
+        if self._cancelled:
+            return "it was cancelled"
+        limit = self._downtime_limit() or self._guest.max_downtime_ms
+        self._phases.enter("migrating")
+        # QEMU itself is not capped: the relays are, and only what goes over the network counts
+        socket = self._settings.socket_directory / f"{self._id}.sock"
+        running = self._guest.migrate(
+            Order(
+                request.destination_uri,
+                uri=f"unix:{socket}",
+                auto_converge=request.auto_converge,
+            )
+        )
+        self._hold_back(running, sessions, limit)
+        self._phases.enter("ended")
+        return running.error
+
+    def _hold_back(self, running: RunningMigration, sessions: RelaySessions, limit: int) -> None:
+        """Follow the migration; QEMU gets its downtime limit when the bulk is resolved."""
+        held = released = False
+        heard = time.monotonic()
+        while not running.wait(_POLL):
+            self._job = self._guest.job() or self._job
+            if not held and self._job is not None:
+                held = self._guest.set_max_downtime(_HELD_DOWNTIME_MS)
+            told = sessions.look()
+            if told is not None:
+                heard = time.monotonic()
+                self._last = told
+            if not released and self._may_switch(told, heard):
+                released = self._guest.set_max_downtime(limit)
+                if released:
+                    self._phases.enter("converging")
+            if self._cancelled:
+                self._guest.abort()
+            self._report(self._last)
+
+    def _may_switch(self, told: Report | None, heard: float) -> bool:
+        if told is None:
+            return time.monotonic() > heard + _SILENCE
+        return bool(told.get("bulk_resolved") or told.get("pass_through"))
+
+    def _may_retry(self) -> bool:
+        """Whether a migration that has failed was the relays' failure, and nothing is lost."""
+        return bool(
+            self._settings.retry_ordinary
+            and self._request.mode is Mode.AUTO
+            and not self._cancelled
+            and self._relays.get("failure")
+            and self._guest.runs_here
+        )
+
+    def _close(self, sessions: RelaySessions) -> None:
+        self._relays = {**sessions.close(), "failure": sessions.failure}
+
+    def _restore(self, database: PreparedDatabase) -> None:
+        assert self._peers is not None
+        here = self._peers.source if self._guest.runs_here else self._peers.destination
+        with self._peers.agent(here) as agent:
+            database.restore(agent)
+
+    def _downtime_limit(self) -> int | None:
+        """The limit that was asked for, in milliseconds; None to keep libvirt's."""
+        return self._request.max_downtime_ms or self._settings.max_downtime_ms or None
+
+    @contextlib.contextmanager
+    def _files(self) -> Iterator["_Files"]:
+        """Places for the files that the source relay reads; gone afterwards."""
+        files = _Files(self._settings.state_directory, self._id)
+        try:
+            files.buffer_map.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            yield files
+        finally:
+            files.buffer_map.unlink(missing_ok=True)
+            files.memory_layout.unlink(missing_ok=True)
+
+    # What is told
+
+    def _report(self, told: Report) -> None:
+        job = self._job or Job()
+        self._on_progress(
+            Progress(
+                phase=self._phases.current,
+                elapsed=self._phases.elapsed,
+                guest_bytes=told.get("guest_bytes", job.transferred),
+                wire_bytes=told.get("wire_bytes", job.transferred),
+                volume_bytes=told.get("volume_bytes", 0),
+                ram_bytes=told.get("ram_bytes", job.total),
+                mapped_pages=told.get("mapped_pages", 0),
+                network_rate=told.get("wire_rate", 0.0),
+                volume_rate=told.get("volume_rate", 0.0),
+                remaining_bytes=self._job.remaining if self._job else None,
+                unresolved=told.get("unresolved_pages", 0),
+                misses=sum(told.get("misses", {}).values()),
+                passes=told.get("passes", job.passes),
+            )
+        )
+
+    def _summary(
+        self, began: datetime, fallback: exception.FallBack | None, error: str | None
+    ) -> MigrationSummary:
+        source = self._relays.get("source", {}) if fallback is None else {}
+        destination = self._relays.get("destination", {}) if fallback is None else {}
+        job = self._guest.completed_job() or self._job or Job()
+        state = COMPLETED if error is None else CANCELLED if self._cancelled else FAILED
+        return MigrationSummary(
+            id=self._id,
+            instance=self._instance,
+            domain=self._guest.facts.name,
+            source=self._request.source_host or "?",
+            destination=self._request.destination_host or self._request.destination_uri,
+            mode=DMIGRATE if fallback is None else ORDINARY,
+            fallback_reason=None if fallback is None else str(fallback.kwargs["code"]),
+            fallback_message=None if fallback is None else str(fallback.kwargs["reason"]),
+            state=state,
+            error=error,
+            started=began.isoformat(timespec="seconds"),
+            total_s=self._phases.elapsed,
+            downtime_ms=job.downtime_ms,
+            guest_bytes=source.get("guest_bytes", job.transferred),
+            wire_bytes=source.get("wire_bytes", job.transferred),
+            volume_bytes=source.get("volume_bytes", 0),
+            pages_referenced=source.get("referenced_pages", 0),
+            misses=sum(source.get("misses", {}).values()),
+            mapped_pages=source.get("mapped_pages", 0),
+            phases=self._phases.seconds(),
+            series={
+                role: tuple(relay["series"])
+                for role, relay in (("source", source), ("destination", destination))
+                if relay.get("series")
+            },
+        )
+
+
+class _Files:
+    def __init__(self, directory: Path, migration_id: str) -> None:
+        self.buffer_map = directory / f"{migration_id}.map"
+        self.memory_layout = directory / f"{migration_id}.mtree"
+
+
+class _Phases:
+    """Seconds by phase. The phase "ended" takes none."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._ended: float | None = None
+        self._since = self._began
+        self._seconds: dict[str, float] = {}
+        self.current = "checking"
+
+    def enter(self, phase: str) -> None:
+        now = time.monotonic()
+        if self.current != "ended":
+            self._seconds[self.current] = self._seconds.get(self.current, 0.0) + now - self._since
+        self.current, self._since = phase, now
+        self._ended = now if phase == "ended" else None
+
+    @property
+    def elapsed(self) -> float:
+        return (self._ended or time.monotonic()) - self._began
+
+    def seconds(self) -> dict[str, float]:
+        return {phase: round(seconds, 3) for phase, seconds in self._seconds.items()}
