@@ -169,7 +169,7 @@ def run(
     """
     with exclusive(settings.state_directory):
         service = AgentService(settings, on_move=lambda sign: server.reconnect())
-        server = make_server(Dispatcher(service))
+        server = make_server(Dispatcher(service, messages.AGENT))
         service.preparation.recover()
         service.tick()
         service.follow_up.start()

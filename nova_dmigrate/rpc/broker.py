@@ -2,7 +2,7 @@
 """Requests over the message broker, by oslo.messaging.
 
 Each instance has a virtual host of its own at the broker, see `isolation`: the transport URL that
-ends in it reaches one agent and nothing else.
+ends in it reaches one agent and nothing else. The host services share one that no guest can enter.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from oslo_config import cfg
 from oslo_messaging import opts as messaging_opts
 
 from nova_dmigrate import exception
-from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.dispatcher import Answer, Dispatcher
+from nova_dmigrate.rpc.protocol import Protocol
 from nova_dmigrate.rpc.transport import Transport
 
 LOG = logging.getLogger(__name__)
 
 _RABBIT = "oslo_messaging_rabbit"
 _DEFAULTS = {
-    # The agent's queues and the exchange go with their last user, so that a request to a guest
+    # A server's queues and the exchange go with their last user, so that a request to a guest
     # without an agent comes back at once. Both sides must declare them alike.
     "amqp_auto_delete": True,
     "amqp_durable_queues": True,
@@ -47,8 +47,11 @@ _RETRY_INTERVAL = 2.0  # seconds between attempts to serve at a broker that refu
 _STOP_PATIENCE = 5.0
 
 
-def set_defaults(conf: cfg.ConfigOpts) -> None:
-    """Register oslo.messaging's options with the defaults that suit one agent and one client."""
+def set_defaults(conf: cfg.ConfigOpts, threads: int = _THREADS) -> None:
+    """Register oslo.messaging's options with the defaults that suit one server and one client.
+
+    :param threads: how many requests a server executes at the same time.
+    """
     for group, options in messaging_opts.list_opts():
         if group in (None, _RABBIT):
             conf.register_opts(options, group=group)
@@ -60,7 +63,7 @@ def set_defaults(conf: cfg.ConfigOpts) -> None:
             conf.register_opts(getattr(module, name), group=name)
     for name, value in _DEFAULTS.items():
         conf.set_default(name, value, group=_RABBIT)
-    messaging_opts.set_defaults(conf, executor_thread_pool_size=_THREADS)
+    messaging_opts.set_defaults(conf, executor_thread_pool_size=threads)
 
 
 def make_conf() -> cfg.ConfigOpts:
@@ -72,14 +75,18 @@ def make_conf() -> cfg.ConfigOpts:
 
 
 class BrokerTransport(Transport):
-    """The host's way to the agent of one instance over the broker.
+    """The way to the server of one name over the broker.
 
-    :param url: transport URL with the instance's virtual host.
+    :param name: the instance whose agent is asked, or the host.
+    :param url: transport URL; for an agent that with the instance's virtual host.
     :param conf: options of oslo.messaging (TLS, ...); see `set_defaults`.
     """
 
-    def __init__(self, instance: str, url: str, conf: cfg.ConfigOpts | None = None) -> None:
-        self._instance = instance
+    def __init__(
+        self, name: str, url: str, protocol: Protocol, conf: cfg.ConfigOpts | None = None
+    ) -> None:
+        self._name = name
+        self._protocol = protocol
         conf = conf or make_conf()
         parsed = oslo_messaging.TransportURL.parse(conf, url)
         self._addresses = [
@@ -92,11 +99,11 @@ class BrokerTransport(Transport):
             conf, url=parsed, allowed_remote_exmods=[]
         )
         target = oslo_messaging.Target(
-            exchange=messages.EXCHANGE,
-            topic=messages.TOPIC,
-            namespace=messages.NAMESPACE,
-            version=messages.VERSION,
-            server=instance,
+            exchange=protocol.exchange,
+            topic=protocol.topic,
+            namespace=protocol.namespace,
+            version=protocol.version,
+            server=name,
         )
         self._client = oslo_messaging.get_rpc_client(self._transport, target)
         self._reached = False
@@ -156,30 +163,32 @@ class BrokerTransport(Transport):
         if isinstance(error, oslo_messaging.MessagingTimeout):
             return self._unreachable("no answer in time")
         if isinstance(error, oslo_messaging.MessageUndeliverable):
-            return self._unreachable("no agent is connected to the broker")
+            return self._unreachable(f"no {self._protocol.server} is connected to the broker")
         if isinstance(error, (oslo_messaging.RemoteError, oslo_messaging.RPCDispatcherError)):
-            # Our own agent answers errors as results: this is a version or method it lacks
-            return exception.AgentRefused(
-                instance=self._instance,
-                reason=f"it does not speak version {messages.VERSION}",
-                code="version",
+            # Our own server answers errors as results: this is a version or method it lacks
+            return self._protocol.refused_error(
+                self._name, f"it does not speak version {self._protocol.version}", "version"
             )
         return self._unreachable(f"the broker failed: {type(error).__name__}: {error}")
 
-    def _unreachable(self, reason: str) -> exception.AgentUnreachable:
-        return exception.AgentUnreachable(instance=self._instance, reason=reason)
+    def _unreachable(self, reason: str) -> exception.RpcError:
+        return self._protocol.unreachable_error(self._name, reason)
 
 
 class Endpoint:
     """The methods as oslo.messaging wants them. Public names are methods of the protocol."""
 
-    target = oslo_messaging.Target(namespace=messages.NAMESPACE, version=messages.VERSION)
-
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
+        protocol = dispatcher.protocol
+        self.target = oslo_messaging.Target(namespace=protocol.namespace, version=protocol.version)
+
+    def _serves(self, name: str) -> bool:
+        """Whether that is a method of the protocol."""
+        return name in self._dispatcher.protocol.methods
 
     def __getattr__(self, name: str) -> Any:
-        if name not in messages.METHODS:
+        if not self._serves(name):
             raise AttributeError(name)
 
         def answer(context: Any, request_id: Any = None, arguments: Any = None) -> Answer:
@@ -189,16 +198,17 @@ class Endpoint:
 
 
 class BrokerServer:
-    """The agent's side: serves at the broker until it is stopped, wherever the broker goes.
+    """The answering side: serves at the broker until it is stopped, wherever the broker goes.
 
     oslo.messaging comes back by itself when the connection breaks. `reconnect` is for when the
     connection is probably dead and nothing has told so yet.
     """
 
     def __init__(
-        self, instance: str, dispatcher: Dispatcher, conf: cfg.ConfigOpts, url: str | None = None
+        self, name: str, dispatcher: Dispatcher, conf: cfg.ConfigOpts, url: str | None = None
     ) -> None:
-        self._instance = instance
+        """:param name: the instance of the agent, or the host."""
+        self._name = name
         self._dispatcher = dispatcher
         self._conf = conf
         self._url = url
@@ -210,7 +220,7 @@ class BrokerServer:
         self._thread = threading.Thread(target=self._run, name="broker", daemon=True)
 
     def start(self) -> None:
-        """Begin to serve, in the background: the broker may come later than the agent."""
+        """Begin to serve, in the background: the broker may come later than the server."""
         self._wanted.set()
         self._thread.start()
 
@@ -244,14 +254,15 @@ class BrokerServer:
             self._give_up(fresh)
             if not self._wanted.is_set():
                 self._serving.set()
-            LOG.info("Serving instance %s at the broker", self._instance)
+            LOG.info("Serving %s %s at the broker", self._dispatcher.protocol.peer, self._name)
 
     def _connect(self) -> tuple[Any, Any]:
+        protocol = self._dispatcher.protocol
         transport = oslo_messaging.get_rpc_transport(
             self._conf, url=self._url, allowed_remote_exmods=[]
         )
         target = oslo_messaging.Target(
-            exchange=messages.EXCHANGE, topic=messages.TOPIC, server=self._instance
+            exchange=protocol.exchange, topic=protocol.topic, server=self._name
         )
         server = oslo_messaging.get_rpc_server(
             transport,
@@ -302,4 +313,4 @@ class _Policy(oslo_messaging.RPCAccessPolicyBase):  # type: ignore[misc]
     """Only what the protocol names can be called."""
 
     def is_allowed(self, endpoint: object, method: str) -> bool:
-        return method in messages.METHODS
+        return isinstance(endpoint, Endpoint) and endpoint._serves(method)

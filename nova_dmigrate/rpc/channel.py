@@ -23,9 +23,9 @@ from collections.abc import Callable
 from typing import Any
 
 from nova_dmigrate import exception
-from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.dispatcher import Answer, Dispatcher, refusal
 from nova_dmigrate.rpc.lines import EndOfLines, LineStream, NobodyThere, decode
+from nova_dmigrate.rpc.messages import AGENT
 from nova_dmigrate.rpc.transport import Transport
 
 LOG = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class ChannelTransport(Transport):
         number = uuid.uuid4().hex
         request = {
             "id": number,
-            "version": messages.VERSION,
+            "version": AGENT.version,
             "method": method,
             "request_id": request_id,
             "arguments": arguments,
@@ -181,20 +181,10 @@ class ChannelServer:
         if request is None or not isinstance(number, str) or not 0 < len(number) <= _MAX_ID:
             LOG.info("Ignored %d bytes in the channel that are no request", len(line))
             return None
-        if not _speaks(request.get("version")):
-            answer = refusal("version", f"the agent speaks version {messages.VERSION}")
+        if not AGENT.speaks(request.get("version")):
+            answer = refusal("version", f"the agent speaks version {AGENT.version}")
         else:
             answer = self._dispatcher.answer(
                 request.get("method"), request.get("request_id"), request.get("arguments")
             )
         return {"id": number, **answer}
-
-
-def _speaks(version: Any) -> bool:
-    """Whether requests of that version are understood: same major, no newer minor number."""
-    try:
-        major, minor = (int(part) for part in str(version)[:16].split("."))
-    except ValueError:
-        return False
-    own_major, own_minor = (int(part) for part in messages.VERSION.split("."))
-    return major == own_major and minor <= own_minor

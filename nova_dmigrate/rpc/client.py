@@ -9,14 +9,13 @@ import contextlib
 import dataclasses
 import logging
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
 
 from nova_dmigrate import exception
 from nova_dmigrate.buffermap import BufferMap, MapLimits
-from nova_dmigrate.rpc import fields, messages
+from nova_dmigrate.rpc import messages
+from nova_dmigrate.rpc.caller import Caller
 from nova_dmigrate.rpc.transport import Transport
 
 LOG = logging.getLogger(__name__)
@@ -57,8 +56,16 @@ class AgentClient:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.instance = instance
-        self._transport = transport
-        self._settings = settings or ClientSettings()
+        self._settings = settings = settings or ClientSettings()
+        self._caller = Caller(
+            messages.AGENT,
+            instance,
+            transport,
+            settings.timeout,
+            settings.attempts,
+            settings.retry_delay,
+            sleep,
+        )
         self._clock = clock
         self._sleep = sleep
 
@@ -74,18 +81,18 @@ class AgentClient:
         self.close()
 
     def close(self) -> None:
-        self._transport.close()
+        self._caller.close()
 
     def ping(self) -> messages.Pong:
-        result: messages.Pong = self._call("ping", messages.Nothing())
+        result: messages.Pong = self._caller.call("ping", messages.Nothing())
         return result
 
     def describe(self) -> messages.Description:
-        result: messages.Description = self._call("describe", messages.Nothing())
+        result: messages.Description = self._caller.call("describe", messages.Nothing())
         return result
 
     def health(self) -> messages.Health:
-        result: messages.Health = self._call("health", messages.Nothing())
+        result: messages.Health = self._caller.call("health", messages.Nothing())
         return result
 
     def prepare(
@@ -93,18 +100,20 @@ class AgentClient:
     ) -> messages.LeaseState:
         """Start lowering dirty pages. Returns at once; `renew` tells how far it is."""
         arguments = messages.PrepareArguments(dirty_share, seconds, lease_seconds)
-        result: messages.LeaseState = self._call("prepare", arguments)
+        result: messages.LeaseState = self._caller.call("prepare", arguments)
         return result
 
     def renew(self, lease_id: str, lease_seconds: float = 60.0) -> messages.LeaseState:
         """Keep a preparation alive, and learn how far it is."""
         arguments = messages.RenewArguments(lease_id, lease_seconds)
-        result: messages.LeaseState = self._call("renew", arguments)
+        result: messages.LeaseState = self._caller.call("renew", arguments)
         return result
 
     def restore(self, lease_id: str) -> messages.LeaseState:
         """Have all settings restored. Right also when the lease has ended long ago."""
-        result: messages.LeaseState = self._call("restore", messages.LeaseArguments(lease_id))
+        result: messages.LeaseState = self._caller.call(
+            "restore", messages.LeaseArguments(lease_id)
+        )
         return result
 
     def fetch_map(self, limits: MapLimits) -> BufferMap:
@@ -126,7 +135,7 @@ class AgentClient:
 
     def _fetch_map(self, limits: MapLimits) -> BufferMap:
         size = min(self._settings.chunk_bytes, limits.max_chunk_bytes, messages.MAX_CHUNK_BYTES)
-        state: messages.MapState = self._call("map_begin", messages.MapArguments(size))
+        state: messages.MapState = self._caller.call("map_begin", messages.MapArguments(size))
         try:
             state = self._wait_for_map(state)
             if state.pages > limits.max_pages:
@@ -138,7 +147,7 @@ class AgentClient:
         finally:
             # The agent forgets an abandoned map by itself after some time
             with contextlib.suppress(exception.RpcError):
-                self._call("map_end", messages.MapReference(state.map_id), attempts=1)
+                self._caller.call("map_end", messages.MapReference(state.map_id), attempts=1)
 
     def _wait_for_map(self, state: messages.MapState) -> messages.MapState:
         end = self._clock() + self._settings.map_timeout
@@ -150,9 +159,9 @@ class AgentClient:
                     reason=f"no buffer map after {self._settings.map_timeout:g} s",
                 )
             self._sleep(self._settings.poll_interval)
-            state = self._call("map_state", reference)
+            state = self._caller.call("map_state", reference)
             if state.map_id != reference.map_id:
-                raise self._nonsense("map_state", "it speaks of another map")
+                raise self._caller.nonsense("map_state", "it speaks of another map")
         if state.state == "failed":
             raise exception.AgentRefused(
                 instance=self.instance, reason=state.message, code="map-failed"
@@ -168,44 +177,11 @@ class AgentClient:
                     reason=f"{index} of {state.chunks} chunks of the buffer map after "
                     f"{self._settings.map_timeout:g} s",
                 )
-            chunk = self._call("map_chunk", messages.ChunkArguments(state.map_id, index))
+            chunk = self._caller.call("map_chunk", messages.ChunkArguments(state.map_id, index))
             try:
                 data = base64.b64decode(chunk.data, validate=True)
             except (binascii.Error, ValueError) as error:
-                raise self._nonsense("map_chunk", "the chunk is not base64") from error
+                raise self._caller.nonsense("map_chunk", "the chunk is not base64") from error
             if chunk.index != index or len(data) > size:
-                raise self._nonsense("map_chunk", f"chunk {index} was asked for")
+                raise self._caller.nonsense("map_chunk", f"chunk {index} was asked for")
             yield data
-
-    def _call(self, method: str, arguments: Any, attempts: int | None = None) -> Any:
-        """The result of one request, which is sent again while it remains unanswered."""
-        request_id = uuid.uuid4().hex
-        values = fields.to_dict(arguments)
-        attempts = attempts or self._settings.attempts
-        for attempt in range(1, attempts + 1):
-            try:
-                answer = self._transport.call(method, request_id, values, self._settings.timeout)
-                break
-            except exception.AgentUnreachable as error:
-                if attempt == attempts:
-                    raise
-                LOG.info("Instance %s: %s once more: %s", self.instance, method, error)
-                self._sleep(self._settings.retry_delay)
-        try:
-            result = messages.result_of(method, answer)
-        except fields.Malformed as error:
-            raise self._nonsense(method, str(error)) from error
-        if isinstance(result, messages.Refusal):
-            raise exception.AgentRefused(
-                instance=self.instance,
-                reason=f"{method}: {result.message}",
-                code=result.code,
-            )
-        return result
-
-    def _nonsense(self, method: str, what: str) -> exception.AgentRefused:
-        return exception.AgentRefused(
-            instance=self.instance,
-            reason=f"its answer to {method} makes no sense: {what}",
-            code="nonsense",
-        )

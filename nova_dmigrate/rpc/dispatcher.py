@@ -15,7 +15,8 @@ import threading
 from typing import Any
 
 from nova_dmigrate import exception
-from nova_dmigrate.rpc import fields, messages
+from nova_dmigrate.rpc import fields
+from nova_dmigrate.rpc.protocol import Protocol
 
 LOG = logging.getLogger(__name__)
 
@@ -27,23 +28,26 @@ _REQUEST_ID = fields.token()
 
 
 class Dispatcher:
-    """Executes requests on ``handler``, which has a method for each of `messages.METHODS`.
+    """Executes requests on ``handler``, which has a method for each of the protocol's.
 
-    Its methods take a record of arguments, return a record, and refuse with an AgentError whose
+    Its methods take a record of arguments, return a record, and refuse with a DMigrateError whose
     keyword ``code``, if it has one, is the refusal's code. They may be called by several threads.
     """
 
-    def __init__(self, handler: Any) -> None:
+    def __init__(self, handler: Any, protocol: Protocol) -> None:
         self._handler = handler
+        self.protocol = protocol
         self._lock = threading.Lock()
         self._answers: collections.OrderedDict[tuple[str, str], concurrent.futures.Future[Answer]]
         self._answers = collections.OrderedDict()
 
     def answer(self, method: Any, request_id: Any, arguments: Any) -> Answer:
         """The answer to a request: ``{"result": {...}}`` or ``{"error": {...}}``. Never raises."""
-        known = messages.METHODS.get(method) if isinstance(method, str) else None
+        known = self.protocol.methods.get(method) if isinstance(method, str) else None
         if known is None:
-            return refusal("unknown-method", "the agent does not know this method")
+            return refusal(
+                "unknown-method", f"the {self.protocol.server} does not know this method"
+            )
         try:
             request_id = _REQUEST_ID(request_id)
             record = fields.parse(known.arguments, arguments, strict=True)
@@ -74,7 +78,7 @@ class Dispatcher:
     def _execute(self, method: str, record: Any) -> Answer:
         try:
             result = getattr(self._handler, method)(record)
-        except exception.AgentError as error:
+        except exception.DMigrateError as error:
             LOG.warning("%s: %s", method, error)
             return refusal(error.kwargs.get("code", "failed"), str(error))
         except Exception as error:  # noqa: BLE001 - whatever it is, the requester gets an answer

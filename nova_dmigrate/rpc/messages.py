@@ -9,9 +9,8 @@ who does not know a field of an answer ignores it. Arguments that are not known 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from nova_dmigrate.rpc import fields
+from nova_dmigrate import exception
 from nova_dmigrate.rpc.fields import (
     boolean,
     checked,
@@ -24,11 +23,9 @@ from nova_dmigrate.rpc.fields import (
     text,
     token,
 )
+from nova_dmigrate.rpc.protocol import Method, Protocol
 
 VERSION = "1.0"
-NAMESPACE = "dmigrate.agent"
-TOPIC = "dmigrate-agent"
-EXCHANGE = "dmigrate"
 
 # Bytes. A chunk is carried as base64 within JSON; the largest message is one with a chunk.
 MAX_CHUNK_BYTES = 1 << 20
@@ -211,15 +208,6 @@ class Health:
     servers: tuple[ServerHealth, ...] = checked(several(record(ServerHealth), MAX_SERVERS))
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """``remembered``: the answer is kept, so that a repeated request is not executed again."""
-
-    arguments: type[Any]
-    result: type[Any]
-    remembered: bool = False
-
-
 METHODS = {
     "ping": Method(Nothing, Pong),
     "describe": Method(Nothing, Description),
@@ -233,22 +221,14 @@ METHODS = {
     "map_end": Method(MapReference, Done),
 }
 
-
-@dataclasses.dataclass(frozen=True)
-class Refusal:
-    """An answer that says no. ``code`` is for programs, ``message`` for people."""
-
-    code: str = checked(token())
-    message: str = checked(_SENTENCE)
-
-
-def result_of(method: str, answer: Any) -> Any:
-    """The record in an answer, or the `Refusal` in it.
-
-    :raises fields.Malformed: if it is neither.
-    """
-    if not isinstance(answer, dict):
-        raise fields.Malformed("the answer is not an object")
-    if answer.get("error") is not None:
-        return fields.parse(Refusal, answer["error"])
-    return fields.parse(METHODS[method].result, answer.get("result"))
+AGENT = Protocol(
+    namespace="dmigrate.agent",
+    version=VERSION,
+    topic="dmigrate-agent",
+    exchange="dmigrate",
+    methods=METHODS,
+    unreachable=exception.AgentUnreachable,
+    refused=exception.AgentRefused,
+    peer="instance",
+    server="agent",
+)

@@ -121,7 +121,7 @@ class AgentRpcTest(base.TestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        transport = rpc_broker.BrokerTransport(ONE, self.broker.host_url(ONE))
+        transport = rpc_broker.BrokerTransport(ONE, self.broker.host_url(ONE), messages.AGENT)
         self.client = client.AgentClient(ONE, transport, SETTINGS)
         self.addCleanup(self.client.close)
         self.addOnException(lambda *_: self._attach_log())
@@ -167,7 +167,7 @@ class AgentRpcTest(base.TestCase):
     def test_a_map_arrives_in_chunks_that_can_be_asked_for_again(self) -> None:
         self.settle()
         settings = client.ClientSettings(timeout=5, attempts=6, chunk_bytes=4096)
-        small = client.AgentClient(ONE, self.client._transport, settings)
+        small = client.AgentClient(ONE, self.client._caller._transport, settings)
         fetched = small.fetch_map(MapLimits(max_chunk_bytes=4096))
         (volume,) = fetched.volumes
         self.assertEqual("the-volume", volume.volume_id)
@@ -233,7 +233,7 @@ class AgentRpcTest(base.TestCase):
 
     def test_a_map_is_fetched_although_the_agent_is_killed_midway(self) -> None:
         self.settle()
-        real, killed = self.client._transport.call, []
+        real, killed = self.client._caller._transport.call, []
 
         def call(method: str, request_id: str, arguments: dict[str, Any], timeout: float) -> Any:
             if method == "map_chunk" and arguments["index"] == 1 and not killed:
@@ -242,7 +242,7 @@ class AgentRpcTest(base.TestCase):
                 self.agent.start()
             return real(method, request_id, arguments, timeout)
 
-        transport = self.client._transport
+        transport = self.client._caller._transport
         transport.call = call  # type: ignore[method-assign]
         settings = client.ClientSettings(timeout=5, attempts=12, chunk_bytes=4096)
         fetched = client.AgentClient(ONE, transport, settings).fetch_map(
@@ -302,7 +302,7 @@ class AgentRpcTest(base.TestCase):
         self.assertRaises(
             exception.AgentUnreachable,
             client.AgentClient(
-                ONE, self.client._transport, client.ClientSettings(timeout=1, attempts=1)
+                ONE, self.client._caller._transport, client.ClientSettings(timeout=1, attempts=1)
             ).ping,
         )
         self.broker.start()
@@ -334,14 +334,17 @@ class IsolationTest(base.TestCase):
         super().tearDownClass()
 
     def make_client(self, url: str, instance: str = ONE) -> client.AgentClient:
-        transport = rpc_broker.BrokerTransport(instance, url)
+        transport = rpc_broker.BrokerTransport(instance, url, messages.AGENT)
         made = client.AgentClient(instance, transport, client.ClientSettings(5, attempts=1))
         self.addCleanup(made.close)
         return made
 
     def serve(self, instance: str) -> rpc_broker.BrokerServer:
         server = rpc_broker.BrokerServer(
-            instance, Dispatcher(Handler()), rpc_broker.make_conf(), self.broker.url(instance)
+            instance,
+            Dispatcher(Handler(), messages.AGENT),
+            rpc_broker.make_conf(),
+            self.broker.url(instance),
         )
         server.start()
         self.addCleanup(server.stop)
@@ -386,7 +389,7 @@ class IsolationTest(base.TestCase):
     def test_a_guest_cannot_answer_for_another(self) -> None:
         server = rpc_broker.BrokerServer(
             OTHER,
-            Dispatcher(Handler()),
+            Dispatcher(Handler(), messages.AGENT),
             rpc_broker.make_conf(),
             self.broker.url(OTHER, isolation.guest_user(ONE)),
         )

@@ -45,6 +45,7 @@ class MessageTest(base.TestCase):
             "instance": "i-1",
             "volume": "vol-1",
             "peer": "there",
+            "host": "compute-1",
             "server": "mariadbd",
             "path": "/var/lib/mysql",
         }

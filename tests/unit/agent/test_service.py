@@ -14,7 +14,7 @@ from nova_dmigrate.agent import maps, service
 from nova_dmigrate.agent.preparation import Preparation
 from nova_dmigrate.buffermap import BufferMap, MapLimits, VolumeExtents
 from nova_dmigrate.findings import Finding, Severity
-from nova_dmigrate.rpc import channel, client
+from nova_dmigrate.rpc import channel, client, messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 from tests import base
 from tests.unit.agent.fakes import FakeGuest, FakeServer
@@ -141,7 +141,7 @@ class ServiceTest(base.TestCase):
             guest.connect,  # type: ignore[arg-type]
         )
         ours, theirs = socket.socketpair()
-        server = channel.ChannelServer(Dispatcher(self.service), theirs.detach)
+        server = channel.ChannelServer(Dispatcher(self.service, messages.AGENT), theirs.detach)
         server.start()
         self.addCleanup(server.stop)
         transport = channel.ChannelTransport("an-instance", ours.detach)

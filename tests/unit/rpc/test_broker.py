@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The broker's transport as far as it can be tested without one: oslo.messaging's fake driver."""
 
+import dataclasses
 import re
 import uuid
 import warnings
-
-import fixtures
 
 from nova_dmigrate import exception
 from nova_dmigrate.rpc import client, isolation, messages
@@ -15,14 +14,13 @@ from tests.unit.rpc.test_dispatcher import Handler
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # eventlet's, of which nothing is used
-    import oslo_messaging
 
     from nova_dmigrate.rpc import broker
 
 
 class BrokerTest(base.TestCase):
     def test_a_broker_that_is_not_there_is_noticed_at_once(self) -> None:
-        transport = broker.BrokerTransport("i", "rabbit://u:p@127.0.0.1:1/v")
+        transport = broker.BrokerTransport("i", "rabbit://u:p@127.0.0.1:1/v", messages.AGENT)
         self.addCleanup(transport.close)
         error = self.assertRaises(exception.AgentUnreachable, transport.call, "ping", "r", {}, 60)
         self.assertIn("no broker can be reached", str(error))
@@ -31,12 +29,12 @@ class BrokerTest(base.TestCase):
         instance = str(uuid.uuid4())
         handler = Handler()
         server = broker.BrokerServer(
-            instance, Dispatcher(handler), broker.make_conf(), "fake://one/"
+            instance, Dispatcher(handler, messages.AGENT), broker.make_conf(), "fake://one/"
         )
         server.start()
         self.addCleanup(server.stop)
         self.assertTrue(server.wait_until_serving(60))
-        transport = broker.BrokerTransport(instance, "fake://one/")
+        transport = broker.BrokerTransport(instance, "fake://one/", messages.AGENT)
         self.addCleanup(transport.close)
         asked = client.AgentClient(instance, transport)
         self.assertEqual("abc", asked.ping().incarnation)
@@ -45,7 +43,7 @@ class BrokerTest(base.TestCase):
         self.assertIn("RuntimeError: broken", str(error))
 
     def test_the_endpoint_has_the_protocols_methods_and_no_others(self) -> None:
-        endpoint = broker.Endpoint(Dispatcher(Handler()))
+        endpoint = broker.Endpoint(Dispatcher(Handler(), messages.AGENT))
         for method in messages.METHODS:
             self.assertTrue(callable(getattr(endpoint, method)))
         public = {name for name in dir(endpoint) if not name.startswith("_")}
@@ -54,25 +52,21 @@ class BrokerTest(base.TestCase):
 
     def test_an_agent_of_another_version_is_told_as_such(self) -> None:
         instance = str(uuid.uuid4())
-        self.useFixture(
-            fixtures.MonkeyPatch(
-                "nova_dmigrate.rpc.broker.Endpoint.target",
-                oslo_messaging.Target(namespace=messages.NAMESPACE, version="2.0"),
-            )
+        other = dataclasses.replace(messages.AGENT, version="2.0")
+        server = broker.BrokerServer(
+            instance, Dispatcher(Handler(), other), broker.make_conf(), "fake://three/"
         )
-        conf = broker.make_conf()
-        server = broker.BrokerServer(instance, Dispatcher(Handler()), conf, "fake://three/")
         server.start()
         self.addCleanup(server.stop)
         self.assertTrue(server.wait_until_serving(60))
-        transport = broker.BrokerTransport(instance, "fake://three/")
+        transport = broker.BrokerTransport(instance, "fake://three/", messages.AGENT)
         self.addCleanup(transport.close)
         asked = client.AgentClient(instance, transport)
         error = self.assertRaises(exception.AgentRefused, asked.ping)
         self.assertEqual("version", error.kwargs["code"])
 
     def test_no_class_of_the_other_sides_choice_is_allowed(self) -> None:
-        transport = broker.BrokerTransport("i", "fake://two/")
+        transport = broker.BrokerTransport("i", "fake://two/", messages.AGENT)
         self.addCleanup(transport.close)
         self.assertEqual([], transport._transport._driver._allowed_remote_exmods)
 
@@ -85,16 +79,16 @@ class IsolationTest(base.TestCase):
     def test_the_agents_names_are_allowed_and_the_hosts_are_not(self) -> None:
         instance = str(uuid.uuid4())
         agent = [
-            messages.TOPIC,
-            f"{messages.TOPIC}.{instance}",
-            f"{messages.TOPIC}_fanout",
-            f"{messages.TOPIC}_fanout_{uuid.uuid4().hex}",
+            messages.AGENT.topic,
+            f"{messages.AGENT.topic}.{instance}",
+            f"{messages.AGENT.topic}_fanout",
+            f"{messages.AGENT.topic}_fanout_{uuid.uuid4().hex}",
         ]
         reply = f"reply_{uuid.uuid4().hex}"
         for pattern in (isolation.GUEST.configure, isolation.GUEST.write, isolation.GUEST.read):
             for name in agent:
                 self.assertTrue(re.search(pattern, name), (pattern, name))
-            for name in (reply, "other", "amq.topic", f"x{messages.TOPIC}"):
+            for name in (reply, "other", "amq.topic", f"x{messages.AGENT.topic}"):
                 self.assertFalse(re.search(pattern, name), (pattern, name))
         for pattern in (isolation.HOST.configure, isolation.HOST.write, isolation.HOST.read):
             self.assertTrue(re.search(pattern, reply))

@@ -65,7 +65,9 @@ class ChannelTest(base.TestCase):
         self.ends = [socket.socketpair()]
         self.addCleanup(self.close_all)
         self.handler = Handler()
-        self.server = channel.ChannelServer(Dispatcher(self.handler), self.open_guest)
+        self.server = channel.ChannelServer(
+            Dispatcher(self.handler, messages.AGENT), self.open_guest
+        )
         self.server.start()
         self.addCleanup(self.server.stop)
         self.transport = channel.ChannelTransport("i", lambda: os.dup(self.host.fileno()))
@@ -186,7 +188,9 @@ class DeviceTest(base.TestCase):
         os.close(first)
         self.opened = [device]
         self.handler = Handler()
-        self.server = channel.ChannelServer(Dispatcher(self.handler), self.open_device)
+        self.server = channel.ChannelServer(
+            Dispatcher(self.handler, messages.AGENT), self.open_device
+        )
         self.server.start()
         self.addCleanup(self.server.stop)
 

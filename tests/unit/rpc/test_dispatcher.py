@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nova_dmigrate import exception
 from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
+from nova_dmigrate.rpc.protocol import Refusal
 from tests import base
 from tests.unit.rpc.test_fields import JSON
 
@@ -44,7 +45,7 @@ class DispatcherTest(base.TestCase):
     def setUp(self) -> None:
         super().setUp()
         self.handler = Handler()
-        self.dispatcher = Dispatcher(self.handler)
+        self.dispatcher = Dispatcher(self.handler, messages.AGENT)
 
     def restore(self, request_id: str) -> Any:
         return self.dispatcher.answer("restore", request_id, {"lease_id": "x"})
@@ -112,10 +113,10 @@ class DispatcherTest(base.TestCase):
             refused = self.dispatcher.answer("ping", "1", {})
             self.assertEqual(code, refused["error"]["code"])
             self.assertIn("no such lease", refused["error"]["message"])
-            self.assertIsInstance(messages.result_of("ping", refused), messages.Refusal)
+            self.assertIsInstance(messages.AGENT.result_of("ping", refused), Refusal)
 
     @settings(deadline=None, derandomize=True, max_examples=200)
     @given(JSON | st.sampled_from(sorted(messages.METHODS)), JSON, JSON)
     def test_anything_gets_an_answer(self, method: Any, request_id: Any, arguments: Any) -> None:
-        answer = Dispatcher(Handler()).answer(method, request_id, arguments)
+        answer = Dispatcher(Handler(), messages.AGENT).answer(method, request_id, arguments)
         self.assertEqual(1, len(answer))

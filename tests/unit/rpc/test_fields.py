@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nova_dmigrate.rpc import fields, messages
+from nova_dmigrate.rpc.protocol import Refusal
 from tests import base
 
 JSON = st.recursive(
@@ -92,13 +93,13 @@ class FieldsTest(base.TestCase):
     ) -> None:
         for answer in (value, {key: value}):
             try:
-                found = messages.result_of(method, answer)
+                found = messages.AGENT.result_of(method, answer)
             except fields.Malformed:
                 continue
-            allowed = (messages.METHODS[method].result, messages.Refusal)
+            allowed = (messages.METHODS[method].result, Refusal)
             self.assertIsInstance(found, allowed)
 
     def test_every_field_of_every_record_is_checked(self) -> None:
-        for cls in [*RECORDS, *ARGUMENTS, messages.Server, messages.Finding, messages.Refusal]:
+        for cls in [*RECORDS, *ARGUMENTS, messages.Server, messages.Finding, Refusal]:
             for field in dataclasses.fields(cls):
                 self.assertIn("check", field.metadata, f"{cls.__name__}.{field.name}")

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The asking side of every protocol: one request, sent again while unanswered, one record."""
+
+from __future__ import annotations
+
+import logging
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from nova_dmigrate.rpc import fields
+from nova_dmigrate.rpc.protocol import Protocol, Refusal
+from nova_dmigrate.rpc.transport import Transport
+
+LOG = logging.getLogger(__name__)
+
+
+class Caller:
+    """Asks one server, and believes nothing that it says.
+
+    :param name: the instance of the agent, or the host.
+    :param timeout: seconds for one answer; :param attempts: how often a request is sent at most;
+        :param retry_delay: seconds between them: a server that is being restarted needs a moment.
+    :param sleep: waits that many seconds.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        name: str,
+        transport: Transport,
+        timeout: float,
+        attempts: int,
+        retry_delay: float,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._protocol = protocol
+        self._name = name
+        self._transport = transport
+        self._timeout = timeout
+        self._attempts = attempts
+        self._retry_delay = retry_delay
+        self._sleep = sleep
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def call(
+        self,
+        method: str,
+        arguments: Any,
+        attempts: int | None = None,
+        timeout: float | None = None,
+    ) -> Any:
+        """The result of one request.
+
+        :raises RpcError: the protocol's error for who is unreachable, or refuses.
+        """
+        request_id = uuid.uuid4().hex
+        values = fields.to_dict(arguments)
+        attempts = attempts or self._attempts
+        timeout = timeout or self._timeout
+        for attempt in range(1, attempts + 1):
+            try:
+                answer = self._transport.call(method, request_id, values, timeout)
+                break
+            except self._protocol.unreachable as error:
+                if attempt == attempts:
+                    raise
+                LOG.info("%s once more: %s", method, error)
+                self._sleep(self._retry_delay)
+        try:
+            result = self._protocol.result_of(method, answer)
+        except fields.Malformed as error:
+            raise self.nonsense(method, str(error)) from error
+        if isinstance(result, Refusal):
+            raise self._protocol.refused_error(
+                self._name, f"{method}: {result.message}", result.code
+            )
+        return result
+
+    def nonsense(self, method: str, what: str) -> Exception:
+        """The error for an answer that cannot be."""
+        return self._protocol.refused_error(
+            self._name, f"its answer to {method} makes no sense: {what}", "nonsense"
+        )
