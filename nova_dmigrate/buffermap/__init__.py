@@ -3,11 +3,21 @@
 
 It is the one structure that the agent in the guest, the source relay and the destination relay
 share. ``volume`` holds the arrays of one volume, ``codec`` their form on the wire and on disk,
-``map`` puts them together. None of them knows of Nova, QEMU or a database.
+``join`` makes one map of parts, ``map`` puts them together. None of them knows of Nova, QEMU or a
+database.
 """
 
 from nova_dmigrate.buffermap.codec import MapLimits
-from nova_dmigrate.buffermap.map import BufferMap
+from nova_dmigrate.buffermap.map import BufferMap, parts_to_chunks, save_parts
 from nova_dmigrate.buffermap.volume import MAX_PAGES, PAGE_SIZE, VolumeExtents, VolumeMap
 
-__all__ = ["MAX_PAGES", "PAGE_SIZE", "BufferMap", "MapLimits", "VolumeExtents", "VolumeMap"]
+__all__ = [
+    "MAX_PAGES",
+    "PAGE_SIZE",
+    "BufferMap",
+    "MapLimits",
+    "VolumeExtents",
+    "VolumeMap",
+    "parts_to_chunks",
+    "save_parts",
+]

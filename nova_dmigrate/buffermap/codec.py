@@ -6,9 +6,10 @@ Every chunk is a header and a zlib-compressed body (integers little-endian)::
     magic "NDBM", u8 version, u8 kind, u16 flags (1 = last), u32 index, u32 length of the body
     before compression, 16 bytes BLAKE3 of the header up to here and the compressed body
 
-The first chunk (kind VOLUMES) lists the volumes: u32 count, then for each u8 length of its name,
-the name, u64 size in bytes, u64 entries, u64 pages, u8 form (0 single pages, 1 runs). The others
-(kind ENTRIES) carry the entries of the volumes in that order: u32 volume, u32 entries, then
+A map has one part or several. The first chunk of a part (kind VOLUMES) lists its volumes: u32
+count, then for each u8 length of its name, the name, u64 size in bytes, u64 entries, u64 pages,
+u8 form (0 single pages, 1 runs). The others (kind ENTRIES) carry the entries of the volumes in
+that order: u32 volume, u32 entries, then
 
 - the gap between the end of the previous entry and this one in guest pages (u32 each),
 - the distance from the block that would continue the previous entry to this entry's (u32 each,
@@ -16,7 +17,8 @@ the name, u64 size in bytes, u64 entries, u64 pages, u8 form (0 single pages, 1 
 - for runs the length less one (u32 each),
 
 each as four planes of bytes, because the high bytes are nearly all zero and compress to nothing.
-Gaps cannot be negative, so the form itself cannot express entries that overlap or are unsorted.
+Gaps cannot be negative, so the form itself cannot express entries of one part that overlap or are
+unsorted. Whoever makes a map needs no memory but for one part; `join` makes one map of all.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import dataclasses
 import enum
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import blake3
@@ -61,50 +63,50 @@ class _Kind(enum.IntEnum):
 class MapLimits:
     """What the receiver of a map puts up with.
 
-    ``max_pages``: mapped guest pages, all volumes together. ``max_volumes``: volumes.
-    ``max_chunk_bytes``: size of a chunk, and of its body after decompression, in bytes.
-    ``max_guest_page``: highest number of a mapped guest page.
+    ``max_pages``: mapped guest pages, all volumes and parts together. ``max_volumes``: volumes.
+    ``max_parts``: parts. ``max_chunk_bytes``: size of a chunk, and of its body after
+    decompression, in bytes. ``max_guest_page``: highest number of a mapped guest page.
     """
 
     max_pages: int = 1 << 28  # 1 TiB of guest memory
     max_volumes: int = 256
+    max_parts: int = 1 << 12
     max_chunk_bytes: int = DEFAULT_CHUNK_BYTES
     max_guest_page: int = volume.MAX_PAGES - 1
 
 
-def encode(volumes: tuple[volume.VolumeMap, ...], max_chunk_bytes: int) -> Iterator[bytes]:
+def encode(parts: Iterable[tuple[volume.VolumeMap, ...]], max_chunk_bytes: int) -> Iterator[bytes]:
     """The chunks of a map, each of at most ``max_chunk_bytes``.
+
+    No part is held any more when the next one is asked for. No parts are an empty map.
 
     :raises BufferMapError: if such chunks are too small for the list of volumes.
     """
-    # What does not compress grows by a few bytes per 16 KiB (zlib's compressBound).
-    capacity = max_chunk_bytes - _PREFIX_BYTES - (max_chunk_bytes >> 10) - 64
-    table = _encode_volumes(volumes)
-    if max_chunk_bytes < MIN_CHUNK_BYTES or len(table) > capacity:
-        raise exception.BufferMapError(
-            reason=f"chunks of {max_chunk_bytes} bytes are too small for {len(volumes)} volumes"
-        )
-    yield from _seal(_bodies(volumes, table, capacity))
+    return _seal(_bodies(parts, max_chunk_bytes))
 
 
-def decode(chunks: Iterable[bytes], limits: MapLimits) -> tuple[volume.VolumeMap, ...]:
-    """The volume maps in ``chunks``; overlaps between volumes are left to the caller.
+def decode(chunks: Iterable[bytes], limits: MapLimits) -> Sequence[tuple[volume.VolumeMap, ...]]:
+    """The parts in ``chunks``; overlaps between them are left to the caller.
 
     :raises BufferMapError: for anything that ``encode`` would not have made, or beyond ``limits``.
     """
-    bodies = _unseal(chunks, limits)
-    kind, table = next(bodies)
-    if kind is not _Kind.VOLUMES:
-        raise _error("the first chunk does not list the volumes")
-    pending = [_Receiver(*entry, limits) for entry in _decode_volumes(table, limits)]
-    current = 0
-    for kind, body in bodies:
-        while current < len(pending) and pending[current].complete:
-            current += 1
-        if kind is not _Kind.ENTRIES or current == len(pending):
-            raise _error("it holds more than it announced")
-        pending[current].add(current, body)
-    return tuple(receiver.finish() for receiver in pending)
+    parts: list[tuple[volume.VolumeMap, ...]] = []
+    totals = _Totals(limits)
+    current: _PartReceiver | None = None
+    for kind, body in _unseal(chunks, limits):
+        if kind is _Kind.VOLUMES:
+            if current is not None:
+                parts.append(totals.keep(current.finish()))
+            listed = _decode_volumes(body)
+            totals.admit(listed)
+            current = _PartReceiver(listed, limits)
+        elif current is None:
+            raise _error("the first chunk does not list the volumes")
+        else:
+            current.add(body)
+    if current is not None:
+        parts.append(totals.keep(current.finish()))
+    return parts
 
 
 def _seal(bodies: Iterator[tuple[_Kind, bytes]]) -> Iterator[bytes]:
@@ -168,78 +170,157 @@ def _digest(header: bytes, packed: bytes) -> bytes:
 
 
 def _bodies(
-    volumes: tuple[volume.VolumeMap, ...], table: bytes, capacity: int
+    parts: Iterable[tuple[volume.VolumeMap, ...]], max_chunk_bytes: int
 ) -> Iterator[tuple[_Kind, bytes]]:
-    yield _Kind.VOLUMES, table
-    for number, each in enumerate(volumes):
-        entry_bytes = volume.FLAT_ENTRY_BYTES if each.lengths is None else volume.RUN_ENTRY_BYTES
-        count = (capacity - _ENTRIES.size) // entry_bytes
-        next_guest = next_block = 0
-        for start in range(0, each.guest_pages.size, count):
-            guest = each.guest_pages[start : start + count]
-            block = each.volume_blocks[start : start + count]
-            step: Any = 1 if each.lengths is None else each.lengths[start : start + count]
-            behind_guest: volume.U32 = guest + step
-            behind_block: volume.U32 = block + step
-            planes = [
-                _ENTRIES.pack(number, guest.size),
-                _to_planes(guest - _shifted(behind_guest, next_guest)),
-                _to_planes(_zigzag(block - _shifted(behind_block, next_block))),
-            ]
-            if each.lengths is not None:
-                planes.append(_to_planes(step - np.uint32(1)))
-            next_guest, next_block = int(behind_guest[-1]), int(behind_block[-1])
-            yield _Kind.ENTRIES, b"".join(planes)
+    # What does not compress grows by a few bytes per 16 KiB (zlib's compressBound).
+    capacity = max_chunk_bytes - _PREFIX_BYTES - (max_chunk_bytes >> 10) - 64
+    if max_chunk_bytes < MIN_CHUNK_BYTES:
+        raise _error(f"chunks of {max_chunk_bytes} bytes are too small")
+    empty = True
+    for part in parts:
+        empty = False
+        yield _Kind.VOLUMES, _encode_volumes(part, capacity)
+        for number, each in enumerate(part):
+            yield from _entries(number, each, capacity)
+            del each
+        del part  # it is large, and the next one is about to be made
+    if empty:
+        yield _Kind.VOLUMES, _encode_volumes((), capacity)
 
 
-def _encode_volumes(volumes: tuple[volume.VolumeMap, ...]) -> bytes:
-    parts = [_COUNT.pack(len(volumes))]
+def _entries(number: int, each: volume.VolumeMap, capacity: int) -> Iterator[tuple[_Kind, bytes]]:
+    entry_bytes = volume.FLAT_ENTRY_BYTES if each.lengths is None else volume.RUN_ENTRY_BYTES
+    count = (capacity - _ENTRIES.size) // entry_bytes
+    next_guest = next_block = 0
+    for start in range(0, each.guest_pages.size, count):
+        guest = each.guest_pages[start : start + count]
+        block = each.volume_blocks[start : start + count]
+        step: Any = 1 if each.lengths is None else each.lengths[start : start + count]
+        behind_guest: volume.U32 = guest + step
+        behind_block: volume.U32 = block + step
+        planes = [
+            _ENTRIES.pack(number, guest.size),
+            _to_planes(guest - _shifted(behind_guest, next_guest)),
+            _to_planes(_zigzag(block - _shifted(behind_block, next_block))),
+        ]
+        if each.lengths is not None:
+            planes.append(_to_planes(step - np.uint32(1)))
+        next_guest, next_block = int(behind_guest[-1]), int(behind_block[-1])
+        yield _Kind.ENTRIES, b"".join(planes)
+
+
+def _encode_volumes(volumes: tuple[volume.VolumeMap, ...], capacity: int) -> bytes:
+    fields = [_COUNT.pack(len(volumes))]
     for each in volumes:
         name = each.volume_id.encode("ascii")
         form = 0 if each.lengths is None else 1
-        parts.append(bytes([len(name)]) + name)
-        parts.append(_VOLUME.pack(each.size, each.guest_pages.size, each.page_count, form))
-    return b"".join(parts)
+        fields.append(bytes([len(name)]) + name)
+        fields.append(_VOLUME.pack(each.size, each.guest_pages.size, each.page_count, form))
+    table = b"".join(fields)
+    if len(table) > capacity:
+        raise _error(f"chunks are too small for the list of {len(volumes)} volumes")
+    return table
 
 
-def _decode_volumes(table: bytes, limits: MapLimits) -> list[tuple[str, int, int, int, int]]:
-    """(name, size, entries, pages, form) of each volume, within limits and without repetition."""
+@dataclasses.dataclass(frozen=True)
+class _Listed:
+    """A volume as a part lists it."""
+
+    name: str
+    size: int
+    entries: int
+    pages: int
+    form: int
+
+
+def _decode_volumes(table: bytes) -> list[_Listed]:
+    """The volumes of a part, none of them twice."""
     try:
         (count,) = _COUNT.unpack_from(table)
-        if count > limits.max_volumes:
-            raise _error(f"{count} volumes are more than the {limits.max_volumes} allowed")
         position = _COUNT.size
         volumes = []
         for _ in range(count):
             length = table[position]
             name = table[position + 1 : position + 1 + length].decode("ascii")
             position += 1 + length
-            size, entries, pages, form = _VOLUME.unpack_from(table, position)
+            each = _Listed(name, *_VOLUME.unpack_from(table, position))
             position += _VOLUME.size
-            volume.check_volume(name, size)
-            if form > 1 or not entries <= pages or (form == 0 and entries != pages):
-                raise _error(f"volume {name}: {entries} entries cannot be {pages} pages")
-            volumes.append((name, size, entries, pages, form))
+            volume.check_volume(name, each.size)
+            flat = each.form == 0
+            if each.form > 1 or each.entries > each.pages or (flat and each.entries < each.pages):
+                raise _error(f"volume {name}: {each.entries} entries cannot be {each.pages} pages")
+            volumes.append(each)
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise _error("the list of volumes is malformed") from error
-    if position != len(table) or len({entry[0] for entry in volumes}) != count:
+    if position != len(table) or len({each.name for each in volumes}) != count:
         raise _error("the list of volumes is malformed or names a volume twice")
-    if sum(entry[3] for entry in volumes) > limits.max_pages:
-        raise _error(f"it has more than the {limits.max_pages} pages allowed")
     return volumes
+
+
+class _Totals:
+    """What all parts have announced together, to which there are limits."""
+
+    def __init__(self, limits: MapLimits) -> None:
+        self._limits = limits
+        self._parts = 0
+        self._pages = 0
+        self._sizes: dict[str, int] = {}
+        self._kept: set[str] = set()
+
+    def admit(self, volumes: list[_Listed]) -> None:
+        """Check that one more part with these volumes is within the limits."""
+        limits = self._limits
+        self._parts += 1
+        self._pages += sum(each.pages for each in volumes)
+        for each in volumes:
+            volume.note_size(self._sizes, each.name, each.size)
+        if self._parts > limits.max_parts:
+            raise _error(f"it has more than the {limits.max_parts} parts allowed")
+        if len(self._sizes) > limits.max_volumes:
+            raise _error(
+                f"{len(self._sizes)} volumes are more than the {limits.max_volumes} allowed"
+            )
+        if self._pages > limits.max_pages:
+            raise _error(f"it has more than the {limits.max_pages} pages allowed")
+
+    def keep(self, part: tuple[volume.VolumeMap, ...]) -> tuple[volume.VolumeMap, ...]:
+        """What has to be kept of a part: a volume without pages only once."""
+        kept = tuple(each for each in part if each.page_count or each.volume_id not in self._kept)
+        self._kept.update(each.volume_id for each in kept)
+        return kept
+
+
+class _PartReceiver:
+    """Collects the entries of the volumes of one part, which come in order."""
+
+    def __init__(self, volumes: list[_Listed], limits: MapLimits) -> None:
+        self._receivers = [_Receiver(each, limits) for each in volumes]
+        self._current = 0
+
+    def add(self, body: bytes) -> None:
+        receivers = self._receivers
+        while self._current < len(receivers) and receivers[self._current].complete:
+            self._current += 1
+        if self._current == len(receivers):
+            raise _error("it holds more than it announced")
+        receivers[self._current].add(self._current, body)
+
+    def finish(self) -> tuple[volume.VolumeMap, ...]:
+        """The volume maps."""
+        volumes = tuple(receiver.finish() for receiver in self._receivers)
+        volume.check_overlaps(volumes)
+        return volumes
 
 
 class _Receiver:
     """Collects the entries of one volume and checks each of them as it comes."""
 
-    def __init__(
-        self, name: str, size: int, entries: int, pages: int, form: int, limits: MapLimits
-    ) -> None:
-        self._name = name
-        self._size = size
-        self._entries_left = entries
-        self._pages_left = pages
-        self._columns = 2 + form
+    def __init__(self, listed: _Listed, limits: MapLimits) -> None:
+        self._name = listed.name
+        self._size = listed.size
+        self._entries_left = listed.entries
+        self._pages_left = listed.pages
+        self._columns = 2 + listed.form
         self._guest_limit = min(limits.max_guest_page + 1, volume.MAX_PAGES)
         self._next_guest = 0
         self._next_block = 0

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The buffer map of one guest."""
+"""The buffer map of one guest, which may come, and go into a file, in parts."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import operator
 import os
 import pathlib
 import struct
@@ -15,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 
 from nova_dmigrate import exception
-from nova_dmigrate.buffermap import codec, volume
+from nova_dmigrate.buffermap import codec, join, volume
 
 _LENGTH = struct.Struct("<I")
 
@@ -58,47 +59,36 @@ class BufferMap:
         return sum(each.nbytes for each in self.volumes)
 
     def to_chunks(self, max_chunk_bytes: int = codec.DEFAULT_CHUNK_BYTES) -> Iterator[bytes]:
-        """Serialise into chunks of at most ``max_chunk_bytes``, which must stay in order.
-
-        :raises BufferMapError: if chunks of that size cannot hold the list of volumes.
-        """
-        return codec.encode(self.volumes, max_chunk_bytes)
+        """`parts_to_chunks` of a map in one part."""
+        return parts_to_chunks([self], max_chunk_bytes)
 
     @classmethod
     def from_chunks(cls, chunks: Iterable[bytes], limits: codec.MapLimits) -> BufferMap:
-        """Rebuild the map from the chunks of someone who is not trusted.
+        """Rebuild the map from the chunks of someone who is not trusted, all parts as one.
 
-        Memory grows with what was received, never with what was announced.
+        Memory grows with what was received, never with what was announced. Guest pages that parts
+        map differently are left out.
 
         :raises BufferMapError: for anything that is not, in order and in full, the chunks of a
             valid map within ``limits``.
         """
-        volumes = codec.decode(chunks, limits)
-        volume.check_overlaps(volumes)
-        return cls(volumes)
+        return cls(join.join(codec.decode(chunks, limits)))
+
+    @classmethod
+    def join(cls, parts: Iterable[BufferMap]) -> BufferMap:
+        """One map of parts. Guest pages that parts map differently are left out.
+
+        :raises BufferMapError: if a volume has two sizes.
+        """
+        return cls(join.join([part.volumes for part in parts]))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the map to ``path``, which appears complete or not at all.
-
-        :raises OSError: as the file system does.
-        """
-        path = pathlib.Path(path)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            try:
-                for chunk in self.to_chunks():
-                    file.write(_LENGTH.pack(len(chunk)))
-                    file.write(chunk)
-                file.flush()
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        """`save_parts` of a map in one part."""
+        save_parts([self], path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], limits: codec.MapLimits) -> BufferMap:
-        """Read a map that ``save`` wrote.
+        """Read a map that `save` or `save_parts` wrote.
 
         :raises BufferMapError: if the file cannot be read or does not hold a map within
             ``limits``.
@@ -112,14 +102,45 @@ class BufferMap:
             ) from error
 
 
+def parts_to_chunks(
+    parts: Iterable[BufferMap], max_chunk_bytes: int = codec.DEFAULT_CHUNK_BYTES
+) -> Iterator[bytes]:
+    """Serialise into chunks of at most ``max_chunk_bytes``, which must stay in order.
+
+    No part is held any more when the next one is asked for.
+
+    :raises BufferMapError: if chunks of that size cannot hold the list of volumes.
+    """
+    return codec.encode(map(operator.attrgetter("volumes"), parts), max_chunk_bytes)
+
+
+def save_parts(parts: Iterable[BufferMap], path: str | os.PathLike[str]) -> None:
+    """Write a map to ``path``, which appears complete or not at all.
+
+    :raises OSError: as the file system does.
+    """
+    path = pathlib.Path(path)
+    with tempfile.NamedTemporaryFile(
+        dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as file:
+        try:
+            for chunk in parts_to_chunks(parts):
+                file.write(_LENGTH.pack(len(chunk)))
+                file.write(chunk)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+
+
 def _joined(pieces: list[volume.VolumeExtents]) -> volume.VolumeExtents:
     """All extents of one volume as one piece."""
     if len(pieces) == 1:
         return pieces[0]
-    if len({piece.size for piece in pieces}) > 1:
-        raise exception.BufferMapError(
-            reason=f"volume {pieces[0].volume_id}: its extents do not agree on its size"
-        )
+    sizes: dict[str, int] = {}
+    for piece in pieces:
+        volume.note_size(sizes, piece.volume_id, piece.size)
     return volume.VolumeExtents(
         pieces[0].volume_id,
         pieces[0].size,

@@ -131,6 +131,13 @@ class VolumeMap:
         return int(self.lengths.sum(dtype=np.uint64))
 
     @property
+    def behind(self) -> U32:
+        """The guest page behind each entry: u32 (n,)."""
+        step: Any = 1 if self.lengths is None else self.lengths
+        behind: U32 = self.guest_pages + step
+        return behind
+
+    @property
     def nbytes(self) -> int:
         """Bytes that the arrays take in memory."""
         lengths = 0 if self.lengths is None else self.lengths.nbytes
@@ -189,19 +196,33 @@ def check_volume(volume_id: str, size: int) -> None:
         raise _error(volume_id, f"{size} bytes is not a volume's size")
 
 
+def note_size(sizes: dict[str, int], volume_id: str, size: int) -> None:
+    """Remember the size of a volume, in bytes.
+
+    :raises BufferMapError: if another one is known.
+    """
+    if sizes.setdefault(volume_id, size) != size:
+        raise _error(volume_id, f"it cannot have {sizes[volume_id]} and {size} bytes")
+
+
 def check_overlaps(volumes: tuple[VolumeMap, ...]) -> None:
     """Check that no guest page is mapped to more than one volume.
 
     :raises BufferMapError: if one is.
     """
+    if overlapping(volumes):
+        raise exception.BufferMapError(reason="a guest page is mapped to two volumes")
+
+
+def overlapping(volumes: tuple[VolumeMap, ...]) -> bool:
+    """Whether a guest page is mapped to more than one volume."""
     if len(volumes) < 2:
-        return
+        return False
     # Start and end of each entry in one u64, so that one sort does. It finds the volumes sorted
     # already, and the stable sort merges such stretches in linear time.
     spans = np.concatenate([_spans(volume) for volume in volumes])
     spans.sort(kind="stable")
-    if bool(((spans[1:] >> np.uint64(32)) < (spans[:-1] & np.uint64(MAX_PAGES))).any()):
-        raise exception.BufferMapError(reason="a guest page is mapped to two volumes")
+    return bool(((spans[1:] >> np.uint64(32)) < (spans[:-1] & np.uint64(MAX_PAGES))).any())
 
 
 def block_count(size: int) -> int:
@@ -268,7 +289,6 @@ def _expand(guest: U32, block: U32, lengths: U32 | None) -> tuple[U32, U32]:
 
 def _spans(volume: VolumeMap) -> U64:
     """(first guest page << 32 | guest page behind the last) of each entry: u64 (n,)."""
-    step: Any = 1 if volume.lengths is None else volume.lengths
     spans = volume.guest_pages.astype(np.uint64) << np.uint64(32)
-    spans |= volume.guest_pages + step
+    spans |= volume.behind
     return spans

@@ -142,12 +142,45 @@ class RefusalTest(base.TestCase):
         self.assert_refused("flags 0x2", maps.chunk(1, table, index=0, flags=2), second)
         self.assert_refused("list", maps.chunk(2, table, index=0), second)
 
-    def test_a_second_list_of_volumes_is_refused(self):
+    def parts(self, *tables: bytes) -> list[bytes]:
+        """Chunks of parts with these lists of volumes, each with the same two entries."""
+        kinds = [(maps.VOLUMES, maps.ENTRIES)] * len(tables)
+        bodies = [(table, self.entries) for table in tables]
+        return maps.reseal([each for pair in zip(kinds, bodies) for each in zip(*pair)])
+
+    def test_a_part_that_begins_before_the_last_is_complete_is_refused(self):
         self.assert_refused(
-            "more than it announced",
-            self.good[0],
-            maps.chunk(maps.VOLUMES, self.table, index=1, last=True),
+            "missing", self.good[0], maps.chunk(maps.VOLUMES, self.table, index=1, last=True)
         )
+
+    def test_parts_beyond_the_limit_are_refused(self):
+        limits = buffermap.MapLimits(max_parts=2)
+        buffermap.BufferMap.from_chunks(self.parts(*[self.table] * 2), limits)
+        self.assert_refused("2 parts", *self.parts(*[self.table] * 3), limits=limits)
+
+    def test_pages_and_volumes_beyond_the_limit_in_all_parts_are_refused(self):
+        other = maps.volume_table((b"b", SIZE, 2, 2, 0))
+        chunks = self.parts(self.table, other, self.table)
+        limits = buffermap.MapLimits(max_pages=6, max_volumes=2)
+        buffermap.BufferMap.from_chunks(chunks, limits)
+        self.assert_refused("5 pages", *chunks, limits=buffermap.MapLimits(max_pages=5))
+        self.assert_refused("2 volumes", *chunks, limits=buffermap.MapLimits(max_volumes=1))
+
+    def test_two_sizes_of_a_volume_are_refused(self):
+        larger = maps.volume_table((b"a", SIZE + 4096, 2, 2, 0))
+        self.assert_refused("cannot have", *self.parts(self.table, larger))
+        empty = (maps.VOLUMES, maps.volume_table((b"a", SIZE + 4096, 0, 0, 0)))
+        first = [(maps.VOLUMES, self.table), (maps.ENTRIES, self.entries)]
+        self.assert_refused("cannot have", *maps.reseal([*first, empty]))
+
+    def test_parts_without_pages_cost_nothing(self):
+        table = maps.volume_table(*((b"v%d" % n, SIZE, 0, 0, 0) for n in range(256)))
+        chunks = maps.reseal([(maps.VOLUMES, table)] * 1000)
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        received = buffermap.BufferMap.from_chunks(chunks, maps.LIMITS)
+        self.assertLess(tracemalloc.get_traced_memory()[1], 4 << 20)
+        self.assertEqual(256, len(received.volumes))
 
     def test_a_body_of_another_length_than_announced_is_refused(self):
         for length in (0, len(self.table) - 1, len(self.table) + 1):
@@ -259,6 +292,9 @@ class RefusalTest(base.TestCase):
         self.assert_bodies_refused("two volumes", table, second, maps_to)
 
 
+PARTS = st.lists(maps.disjoint_volumes(), min_size=1, max_size=3)
+
+
 class FuzzTest(base.TestCase):
     def assert_refused_or_valid(self, chunks: list[bytes]) -> buffermap.BufferMap | None:
         try:
@@ -279,19 +315,20 @@ class FuzzTest(base.TestCase):
         return received
 
     @maps.PROPERTY
-    @hypothesis.given(maps.disjoint_volumes(), st.data())
-    def test_damaged_chunks_are_refused_or_the_same_map(self, volumes, data):
-        built = maps.build(*volumes)
-        chunks = list(built.to_chunks(4096))
+    @hypothesis.given(PARTS, st.data())
+    def test_damaged_chunks_are_refused_or_the_same_map(self, parts, data):
+        built = [maps.build(*volumes) for volumes in parts]
+        chunks = list(buffermap.parts_to_chunks(built, 4096))
         for _ in range(data.draw(st.integers(1, 3))):
             mutate_list(data, chunks)
         received = self.assert_refused_or_valid(chunks)
-        self.assertIn(received, (None, built))
+        self.assertIn(received, (None, buffermap.BufferMap.join(built)))
 
     @maps.PROPERTY
-    @hypothesis.given(maps.disjoint_volumes(), st.data())
-    def test_hostile_bodies_are_refused_or_a_valid_map(self, volumes, data):
-        bodies = [maps.unpack(chunk) for chunk in maps.build(*volumes).to_chunks(4096)]
+    @hypothesis.given(PARTS, st.data())
+    def test_hostile_bodies_are_refused_or_a_valid_map(self, parts, data):
+        built = [maps.build(*volumes) for volumes in parts]
+        bodies = [maps.unpack(chunk) for chunk in buffermap.parts_to_chunks(built, 4096)]
         for _ in range(data.draw(st.integers(1, 3))):
             number = data.draw(st.integers(0, len(bodies) - 1))
             kind, body = bodies[number]
