@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ Checker = Callable[[Any], Any]
 MAX_FIELDS = 64
 
 _CHECK = "check"
+_SECRET = re.compile(r"[0-9a-f]{64}")
 _SHOWN = 40
 
 
@@ -123,6 +125,30 @@ def token(limit: int = 64) -> Checker:
         return value
 
     return check
+
+
+def path(limit: int = 1024) -> Checker:
+    """An absolute path without detours. What it names is not looked at."""
+
+    def check(value: Any) -> str:
+        if (
+            not isinstance(value, str)
+            or len(value.encode("utf-8", "surrogatepass")) > limit
+            or not value.startswith("/")
+            or not value.isprintable()
+            or ".." in value.split("/")
+        ):
+            raise Malformed(f"{_show(value)} is not an absolute path of at most {limit} bytes")
+        return value
+
+    return check
+
+
+def secret(value: Any) -> str:
+    """32 bytes as hexadecimal digits. What is wrong with it is not shown."""
+    if not isinstance(value, str) or not _SECRET.fullmatch(value):
+        raise Malformed("not 64 hexadecimal digits")
+    return value
 
 
 def choice(*values: str) -> Checker:
