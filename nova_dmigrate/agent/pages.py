@@ -6,7 +6,8 @@ space id are in the first 38 bytes. When InnoDB writes a page, it repeats the lo
 in the trailer, in the last four bytes, or, in the format that MariaDB calls full_crc32, in the
 four before those. MariaDB sets the LSN in the header as soon as it changes the page, so a frame
 whose header and trailer differ has not been written since. MySQL sets both when it writes: there
-a changed frame looks like a clean one, except that a page that was never written has no LSN.
+a changed frame looks like a clean one, except that a page that was never written has no LSN; see
+``descriptors``.
 """
 
 from __future__ import annotations

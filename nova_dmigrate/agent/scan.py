@@ -15,12 +15,15 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from nova_dmigrate.agent import frames, location, memory, options, pages
+from nova_dmigrate.agent import descriptors, frames, location, memory, options, pages
 
 # More would take the guest's processors from its database
 _READERS = 2
 
 U64 = NDArray[np.uint64]
+Bools = NDArray[np.bool_]
+# What a stretch of frames says, which of them the server takes for dirty, their guest pages
+_Stretch = tuple[pages.Headers, Bools, NDArray[np.int64]]
 
 
 class Scan:
@@ -33,6 +36,7 @@ class Scan:
         self._page_size = page_size
         self._per_frame = page_size // memory.PAGE_SIZE
         self._settings = settings
+        self._descriptors: descriptors.Descriptors | None = None
         self.pool_frames = 0
         self.candidate_frames = 0
         self.dirty_frames = 0
@@ -46,13 +50,15 @@ class Scan:
         """
         found = frames.FrameTable(self._per_frame)
         readers = min(_READERS, os.cpu_count() or 1)
+        mappings = process.mappings(self._settings.min_mapping_bytes)
+        self._descriptors = descriptors.find(process, mappings, self._page_size)
         with concurrent.futures.ThreadPoolExecutor(readers, "scan") as pool:
-            for mapping in process.mappings(self._settings.min_mapping_bytes):
+            for mapping in mappings:
                 before = self.candidate_frames
                 present_frames = unknown = 0
-                for headers, guest in self._read_ahead(pool, readers, process, mapping):
+                for headers, marked, guest in self._read_ahead(pool, readers, process, mapping):
                     present_frames += len(guest)
-                    unknown += self._choose(headers, guest, found)
+                    unknown += self._choose(headers, marked, guest, found)
                 # Elsewhere what looks like a page is something else.
                 if self.candidate_frames > before:
                     self.pool_frames += present_frames
@@ -65,11 +71,9 @@ class Scan:
         readers: int,
         process: memory.ProcessMemory,
         mapping: memory.Mapping,
-    ) -> Iterator[tuple[pages.Headers, NDArray[np.int64]]]:
+    ) -> Iterator[_Stretch]:
         """What `_read` returns for the chunks of a mapping, in their order."""
-        pending: collections.deque[
-            concurrent.futures.Future[tuple[pages.Headers, NDArray[np.int64]]]
-        ] = collections.deque()
+        pending: collections.deque[concurrent.futures.Future[_Stretch]] = collections.deque()
         try:
             for address, count in self._chunks(mapping):
                 pending.append(pool.submit(self._read, process, address, count))
@@ -81,12 +85,14 @@ class Scan:
             for each in pending:
                 each.cancel()
 
-    def _read(
-        self, process: memory.ProcessMemory, address: int, count: int
-    ) -> tuple[pages.Headers, NDArray[np.int64]]:
-        """(what the frames that are in memory in full say, their guest pages)."""
+    def _read(self, process: memory.ProcessMemory, address: int, count: int) -> _Stretch:
+        """Of the frames that are in memory in full."""
         present, guest = self._present(process, address, count)
-        return pages.read_headers(process, present, self._page_size), guest
+        if self._descriptors is None:
+            marked = np.zeros(present.size, np.bool_)
+        else:
+            marked = self._descriptors.dirty(process, present)
+        return pages.read_headers(process, present, self._page_size), marked, guest
 
     def _chunks(self, mapping: memory.Mapping) -> Iterator[tuple[int, int]]:
         """(address, frames) of the chunks of a mapping; frames are aligned to their size."""
@@ -106,14 +112,18 @@ class Scan:
         return addresses, guest[present]
 
     def _choose(
-        self, headers: pages.Headers, guest: NDArray[np.int64], found: frames.FrameTable
+        self,
+        headers: pages.Headers,
+        marked: Bools,
+        guest: NDArray[np.int64],
+        found: frames.FrameTable,
     ) -> int:
         """Add to ``found`` what can be mapped; the number of pages of unknown tablespaces."""
         known, place, full_crc32, reason = self._table.find(headers.space, headers.page)
         written = headers.written(full_crc32)
         mappable = known & (reason < 0)
-        clean = mappable & written & headers.has_lsn
-        dirty = mappable & ~written & headers.plausible
+        clean = mappable & written & headers.has_lsn & ~marked
+        dirty = mappable & (marked | ~written & headers.plausible)
         excluded = known & (reason >= 0) & headers.is_page
         self.dirty_frames += int(np.count_nonzero(dirty))
         self.candidate_frames += int(np.count_nonzero(clean | dirty | excluded))

@@ -45,6 +45,8 @@ class Memory:
         # An odd factor makes another order of them: no two neighbours stay such.
         return number * 2654435761 % (4 * FRAMES) if sys.argv[1] == "scattered" else number
     def read_pieces(self, starts, lengths):
+        if lengths.size and lengths[0] == 4096:  # no descriptors there
+            return np.zeros(int(lengths.sum()), np.uint8), True
         frame = np.unique((starts + np.uint64(8) - np.uint64(START)) // np.uint64(PAGE))
         frame = frame[: int(lengths.sum()) // 46]
         content = np.zeros((frame.size, 46), np.uint8)

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the server itself takes for dirty, read from its descriptors of frames.
+
+MySQL gives a frame the LSN of its last change only when it writes it, so a changed frame looks
+like a clean one (see ``pages``). What is dirty it notes in a descriptor of each frame. These lie
+in arrays, each before the frames of its chunk of the pool, and each descriptor has the address of
+its frame, so an array shows itself: an address of a frame every so many bytes, each a page further
+than the one before.
+
+Where in a descriptor the two LSNs are differs between versions and builds. It is found out by
+comparison: the newest change is the LSN of the frame, or 0 since the page was read, as long as the
+oldest change that was not written is 0. Otherwise both are beyond the LSN of the frame. No other
+two neighbouring words behave like that. Where none do, as with MariaDB, nothing is known from
+here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_dmigrate.agent import memory, pages
+
+_WORD = 8
+_STEP = 256 << 10  # an array that is shorter is not searched for: it is of less than 12 MiB
+_PLACES = (4, 64)  # that are looked at in one go, where an array is likely, and elsewhere
+_STRIDES = range(16, 129)  # sizes that a descriptor may have, in words
+_CHAIN = 4
+_CHECKED = 64  # descriptors inside of an array that have to fit, and at its end that may
+_BLOCK = 2048  # descriptors that are read in one go
+_SAMPLE = 8192
+_FEWEST_MARKED = 16  # frames with an LSN in their descriptors, for a choice that is no accident
+_FEWEST_CLEAN = 0.05  # share of frames: what is beyond the LSN in all of them is something else
+_MOST_AMISS = 0.02  # share of frames that changed between two looks
+_MAX_LSN = np.uint64(1 << 46)  # beyond that are addresses
+
+U64 = NDArray[np.uint64]
+Bools = NDArray[np.bool_]
+
+
+@dataclasses.dataclass(frozen=True)
+class DescriptorArray:
+    """The descriptors of ``count`` frames from address ``frames`` on.
+
+    ``address``: of the word in the first of them that has the frame's address. ``stride``: bytes
+    from one to the next.
+    """
+
+    address: int
+    stride: int
+    frames: int
+    count: int
+
+
+class Descriptors:
+    """All of a server's descriptors, and which of their words says that a frame is dirty.
+
+    ``oldest``: bytes from the word with the frame's address to that one.
+    """
+
+    def __init__(self, arrays: Sequence[DescriptorArray], oldest: int, page_size: int) -> None:
+        self._arrays = arrays
+        self._oldest = oldest
+        self._page_size = page_size
+
+    def dirty(self, process: memory.ProcessMemory, addresses: U64) -> Bools:
+        """Which frames the server takes for dirty: addresses u64 (n,), ascending; bool (n,).
+
+        A frame without a descriptor is none.
+        """
+        dirty = np.zeros(addresses.size, np.bool_)
+        for array in self._arrays:
+            behind = array.frames + array.count * self._page_size
+            first, last = np.searchsorted(addresses, np.array([array.frames, behind], np.uint64))
+            numbers = (addresses[first:last] - np.uint64(array.frames)) // np.uint64(
+                self._page_size
+            )
+            for start in range(0, numbers.size, _BLOCK):
+                part = numbers[start : start + _BLOCK].astype(np.int64)
+                words = _read_words(process, array, part, self._oldest)
+                dirty[first + start : first + start + part.size] = words != 0
+        return dirty
+
+
+def find(
+    process: memory.ProcessMemory, mappings: Sequence[memory.Mapping], page_size: int
+) -> Descriptors | None:
+    """The descriptors of a server's frames; None where they are not found or not understood."""
+    arrays = [array for mapping in mappings for array in _find_arrays(process, mapping, page_size)]
+    oldest = _find_oldest(process, arrays, page_size) if arrays else None
+    return None if oldest is None else Descriptors(arrays, oldest, page_size)
+
+
+def _find_arrays(
+    process: memory.ProcessMemory, mapping: memory.Mapping, page_size: int
+) -> Iterator[DescriptorArray]:
+    cursor, places = mapping.start, _PLACES[0]
+    while cursor < mapping.end:
+        behind = min(mapping.end, cursor + places * _STEP)
+        array = _find_first(process, mapping, cursor, behind, page_size)
+        if array is None:
+            cursor, places = behind, _PLACES[1]
+        else:
+            yield array
+            # The next chunk of the pool begins where this one ends, more often than not
+            cursor, places = array.frames + array.count * page_size, _PLACES[0]
+
+
+def _find_first(
+    process: memory.ProcessMemory,
+    mapping: memory.Mapping,
+    cursor: int,
+    behind: int,
+    page_size: int,
+) -> DescriptorArray | None:
+    """The first array that begins between two addresses."""
+    present = process.guest_pages(cursor, (behind - cursor) // memory.PAGE_SIZE) >= 0
+    step = _STEP // memory.PAGE_SIZE
+    chosen = np.flatnonzero(present[::step]) * _STEP + cursor
+    lengths = np.full(chosen.size, memory.PAGE_SIZE, np.uint64)
+    content, _ = process.read_pieces(chosen.astype(np.uint64), lengths)
+    words = content.view(np.uint64).reshape(chosen.size, memory.PAGE_SIZE // _WORD)
+    # Frames lie behind their descriptors
+    inside = (words > chosen[:, np.newaxis].astype(np.uint64)) & (words < np.uint64(mapping.end))
+    inside &= words % np.uint64(page_size) == 0
+    for row in np.flatnonzero(np.count_nonzero(inside, axis=1) >= _CHAIN).tolist():
+        for at, stride in _chains(words[row], inside[row], page_size):
+            address = int(chosen[row]) + at * _WORD
+            array = _extend(process, mapping, address, int(words[row, at]), stride, page_size)
+            if array is not None:
+                return array
+    return None
+
+
+def _chains(words: U64, inside: Bools, page_size: int) -> Iterator[tuple[int, int]]:
+    """Where addresses of frames begin to follow each other: (word, bytes from one to the next)."""
+    values = words.astype(np.int64)
+    places = np.flatnonzero(inside).tolist()
+    for number, at in enumerate(places):
+        for other in places[number + 1 :]:
+            stride = other - at
+            if stride not in _STRIDES or at + (_CHAIN - 1) * stride >= words.size:
+                continue
+            chain = values[at::stride][:_CHAIN]
+            if bool((np.diff(chain) == page_size).all()):
+                yield at, stride * _WORD
+
+
+def _extend(
+    process: memory.ProcessMemory,
+    mapping: memory.Mapping,
+    address: int,
+    frame: int,
+    stride: int,
+    page_size: int,
+) -> DescriptorArray | None:
+    """The whole array of which one descriptor is known; None if it is something else."""
+
+    def fit(numbers: NDArray[np.int64]) -> Bools:
+        """Whether descriptors, counted from the known one, have the addresses of their frames."""
+        at = address + numbers * stride
+        present = _present(process, at)
+        lengths = np.full(at[present].size, _WORD, np.uint64)
+        content, _ = process.read_pieces(at[present].astype(np.uint64), lengths)
+        fitting = np.zeros(at.size, np.bool_)
+        fitting[present] = content.view(np.int64) == (frame + numbers * page_size)[present]
+        return fitting
+
+    before = np.arange(-1, -min((address - mapping.start) // stride, _STEP // stride) - 1, -1)
+    first = -_leading(fit(before))
+    frames = frame + first * page_size
+    # They end where their frames begin, but for a few that would have found no room
+    most = min((frames - address) // stride + 1, (mapping.end - frame) // page_size)
+    inner = np.linspace(0, max(0, most - _CHECKED), _CHECKED).astype(np.int64)
+    if frames <= address or not bool(fit(inner).all()):
+        return None
+    last = int(inner[-1])
+    last += _leading(fit(np.arange(last + 1, most)))
+    return DescriptorArray(address + first * stride, stride, frames, last - first + 1)
+
+
+def _present(process: memory.ProcessMemory, addresses: NDArray[np.int64]) -> Bools:
+    """Which words, int64 (n,), are in memory: to read others would put them there."""
+    if not addresses.size:
+        return np.zeros(0, np.bool_)
+    numbers = addresses // memory.PAGE_SIZE
+    first = int(numbers.min())
+    guest = process.guest_pages(first * memory.PAGE_SIZE, int(numbers.max()) - first + 1)
+    present: Bools = guest[numbers - first] >= 0
+    return present
+
+
+def _leading(fitting: Bools) -> int:
+    """How many are true before the first that is not."""
+    return int(fitting.argmin()) if not bool(fitting.all()) else fitting.size
+
+
+def _find_oldest(
+    process: memory.ProcessMemory, arrays: Sequence[DescriptorArray], page_size: int
+) -> int | None:
+    """Bytes from the word with the frame's address to that with the oldest change."""
+    stride = arrays[0].stride
+    alike = [array for array in arrays if array.stride == stride]
+    every = max(1, sum(array.count for array in alike) // _SAMPLE)
+    # But for the first ones, of which the beginning may be outside
+    numbers = [np.arange(1, each.count, every) for each in alike]
+    address = np.concatenate(
+        [
+            each.address + (number - 1) * stride
+            for each, number in zip(alike, numbers)  # noqa: B905 - Python 3.9
+        ]
+    ).astype(np.uint64)
+    frame = np.concatenate(
+        [
+            each.frames + number * page_size
+            for each, number in zip(alike, numbers)  # noqa: B905 - Python 3.9
+        ]
+    ).astype(np.uint64)
+    # The descriptors first: what is written between the two looks is clean by both
+    content, _ = process.read_pieces(address, np.full(address.size, stride, np.uint64))
+    words = content.view(np.uint64).reshape(address.size, -1)
+    headers = pages.read_headers(process, frame, page_size)
+    used = headers.plausible & headers.written(np.zeros(frame.size, np.bool_))
+    return _choose(words[used], headers.lsn[used], stride)
+
+
+def _choose(words: U64, lsn: U64, stride: int) -> int | None:
+    """Of the words before the frame's address (u64 (n, stride)) the one that fits best."""
+    best, oldest = (-1, 0), None
+    for number in range(1, words.shape[1]):
+        new, old = words[:, number - 1], words[:, number]
+        written = int(np.count_nonzero((old == 0) & (new == lsn)))
+        unwritten = int(np.count_nonzero((old > lsn) & (new >= old) & (new < _MAX_LSN)))
+        unchanged = int(np.count_nonzero((old == 0) & (new == 0)))
+        amiss = lsn.size - written - unwritten - unchanged
+        if (
+            amiss <= _MOST_AMISS * lsn.size
+            and written + unwritten >= _FEWEST_MARKED
+            and written + unchanged >= _FEWEST_CLEAN * lsn.size
+            and (written, unwritten) > best
+        ):
+            best, oldest = (written, unwritten), number * _WORD - stride
+    return oldest
+
+
+def _read_words(
+    process: memory.ProcessMemory, array: DescriptorArray, numbers: NDArray[np.int64], offset: int
+) -> U64:
+    """One word of each descriptor of an array: numbers int64 (n,), ascending; u64 (n,)."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    address = array.address + first * array.stride + offset
+    length = (last - first) * array.stride + _WORD
+    content, _ = process.read_pieces(np.array([address], np.uint64), np.array([length], np.uint64))
+    picked: U64 = content.view(np.uint64)[(numbers - first) * (array.stride // _WORD)]
+    return picked
