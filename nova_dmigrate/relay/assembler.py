@@ -18,6 +18,7 @@ from nova_dmigrate.relay import protocol
 from nova_dmigrate.relay.answers import Answers
 from nova_dmigrate.relay.entries import EntryTable, Mask
 from nova_dmigrate.relay.monitor import Stages
+from nova_dmigrate.relay.pacing import TokenBucket
 from nova_dmigrate.relay.pagemap import MappedVolume, PageMap
 from nova_dmigrate.relay.prefetch import BlockBatch, Prefetch
 from nova_dmigrate.relay.session import RelaySettings
@@ -52,6 +53,7 @@ class Assembler:
         instance: str,
         settings: RelaySettings,
         readers: Mapping[str, VolumeReader],
+        bucket: TokenBucket,
         answers: Answers,
         stages: Stages,
         *,
@@ -60,6 +62,7 @@ class Assembler:
         deliver: Callable[[BlockBatch], None],
     ) -> None:
         """:param readers: the instance's own volumes, by id.
+        :param bucket: what their reads are paced by.
         :param emit: sends bytes to QEMU.
         :param start_reading: starts the threads of a prefetch.
         :param deliver: what these call with what they have read.
@@ -67,6 +70,7 @@ class Assembler:
         self._instance = instance
         self._settings = settings
         self._readers = readers
+        self._bucket = bucket
         self._answers = answers
         self._stages = stages
         self._send = emit
@@ -169,7 +173,9 @@ class Assembler:
         readers = [self._readers.get(volume.volume_id) for volume in page_map.volumes]
         for volume, reader in zip(page_map.volumes, readers, strict=True):
             self._exclude_unreadable(page_map, volume, reader)
-        self.prefetch = Prefetch(page_map, self.table, readers, self._settings, self._deliver)
+        self.prefetch = Prefetch(
+            page_map, self.table, readers, self._settings, self._bucket, self._deliver
+        )
         self._start_reading(self.prefetch)
 
     def _exclude_unreadable(

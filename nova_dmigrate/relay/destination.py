@@ -23,6 +23,7 @@ from nova_dmigrate.relay.feed import DEPTH, Feed, ReceivedFrame
 from nova_dmigrate.relay.lifecycle import Lifecycle
 from nova_dmigrate.relay.monitor import ControlServer, Report, Sampler, Stages, write_summary
 from nova_dmigrate.relay.outlet import QemuOutlet
+from nova_dmigrate.relay.pacing import TokenBucket
 from nova_dmigrate.relay.prefetch import BlockBatch, Prefetch
 from nova_dmigrate.relay.session import DestinationSession, RelaySettings
 from nova_dmigrate.relay.wire.connection import Connection
@@ -50,6 +51,7 @@ class DestinationRelay:
         self._wire = Connections()
         self._answers = Answers()
         self._feed = Feed()
+        self._bucket = TokenBucket(settings.volume_bandwidth)
         self._outlet = QemuOutlet(session.qemu_socket, session.instance)
         self._readers: dict[str, VolumeReader] = {}
         self._stages = Stages("preparing")
@@ -58,6 +60,7 @@ class DestinationRelay:
             session.instance,
             settings,
             self._readers,
+            self._bucket,
             self._answers,
             self._stages,
             emit=self._emit,
@@ -95,7 +98,7 @@ class DestinationRelay:
             )
             if self._session.control_socket is not None:
                 self._control = ControlServer(
-                    self._session.control_socket, self.progress, self.cancel
+                    self._session.control_socket, self.progress, self.cancel, self._limit
                 )
         except BaseException:
             self._close()
@@ -116,6 +119,10 @@ class DestinationRelay:
     def cancel(self) -> None:
         """End the migration; both QEMUs see a broken connection."""
         self._life.cancel()
+
+    def _limit(self, network: float, volume: float) -> None:
+        del network
+        self._bucket.limit(volume)
 
     def _run_core(self) -> None:
         while not self._core.ended:

@@ -22,6 +22,7 @@ SAMPLE_RATE = 10
 #: Samples kept; when there are more, every second one goes and the interval doubles.
 _SERIES_LIMIT = 36000
 _REQUEST_LIMIT = 4096
+_MAX_RATE = 1 << 50
 
 Report = dict[str, Any]
 
@@ -88,18 +89,26 @@ class Sampler:
 
 
 class ControlServer:
-    """Answers requests on a UNIX socket, one JSON object a line: ``{"command": "progress"}`` or
-    ``"cancel"``.
+    """Answers requests on a UNIX socket, one JSON object a line: ``{"command": "progress"}``,
+    ``"cancel"``, or ``"limit"`` with ``network_bandwidth`` and ``volume_bandwidth`` (bytes a
+    second, 0 for no cap), which are in effect at once.
+
+    :param limit: takes network and volume bandwidth; a relay heeds the one that it has a use for.
 
     Only the owner of the socket file may connect (mode 0600).
     """
 
     def __init__(
-        self, path: Path, progress: Callable[[], Report], cancel: Callable[[], None]
+        self,
+        path: Path,
+        progress: Callable[[], Report],
+        cancel: Callable[[], None],
+        limit: Callable[[float, float], None],
     ) -> None:
         self._path = path
         self._progress = progress
         self._cancel = cancel
+        self._limit = limit
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path.unlink(missing_ok=True)
         mask = os.umask(0o177)
@@ -136,7 +145,8 @@ class ControlServer:
 
     def _answer(self, line: bytes) -> Report:
         try:
-            command = json.loads(line)["command"]
+            request = json.loads(line)
+            command = request["command"]
         except (ValueError, KeyError, TypeError, RecursionError):
             return {"error": "expected a JSON object with a command"}
         if command == "progress":
@@ -144,19 +154,32 @@ class ControlServer:
         if command == "cancel":
             self._cancel()
             return {"cancelled": True}
+        if command == "limit":
+            rates = [request.get(f"{kind}_bandwidth") for kind in ("network", "volume")]
+            if not all(_is_rate(rate) for rate in rates):
+                return {"error": "expected network_bandwidth and volume_bandwidth, 0 or more"}
+            self._limit(*rates)
+            return {"limited": True}
         return {"error": f"unknown command {command!r}"}
 
 
-def ask(path: Path, command: str, timeout: float = 5.0) -> Report:
+def _is_rate(value: Any) -> bool:
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= _MAX_RATE
+    )
+
+
+def ask(path: Path, command: str, timeout: float = 5.0, **values: float) -> Report:
     """Ask the relay whose control socket is at ``path``; returns its answer.
 
+    :param values: what goes with the command.
     :raises OSError: nobody answers there.
     :raises ValueError: what answers is not a relay.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
         peer.settimeout(timeout)
         peer.connect(str(path))
-        peer.sendall(json.dumps({"command": command}).encode() + b"\n")
+        peer.sendall(json.dumps({"command": command, **values}).encode() + b"\n")
         answer = json.loads(peer.makefile("rb").readline())
     if not isinstance(answer, dict):
         raise ValueError(f"unexpected answer {answer!r}")

@@ -8,43 +8,72 @@ import time
 class TokenBucket:
     """Lets through at most ``rate`` bytes a second; shared by threads, first come first served.
 
+    Bytes have places in one line, and the place up to which they may pass moves on with time: a
+    new rate is in effect at once, also for those who wait.
+
     :param rate: bytes per second; 0 means no limit.
     :param burst: seconds' worth of bytes that may pass at once after idling.
     """
 
     def __init__(self, rate: float, burst: float = 0.01) -> None:
-        self.rate = rate
+        self._rate = rate
         self._burst = burst
-        self._lock = threading.Lock()
-        self._next = time.monotonic()
-        self._open = threading.Event()
+        self._changed = threading.Condition()
+        self._released = False
+        # Bytes up to `_passed` might pass at the time `_since`; those up to `_booked` have places
+        self._passed = self._booked = 0.0
+        self._since = time.monotonic()
+
+    def limit(self, rate: float) -> None:
+        """Let ``rate`` bytes a second pass from now on; 0 means no limit."""
+        with self._changed:
+            # Without a limit nobody has waited, and what has passed was not counted
+            self._passed = self._allowed() if self._rate else self._booked
+            self._since = time.monotonic()
+            self._rate = rate
+            self._changed.notify_all()
 
     def take(self, size: int) -> None:
         """Wait until ``size`` bytes may pass. Returns at once after :meth:`release`."""
         self.wait(self.reserve(size))
 
     def reserve(self, size: int) -> float:
-        """Book ``size`` bytes; returns when (monotonic seconds) they may pass."""
-        if not self.rate:
-            return 0.0
-        with self._lock:
+        """Book ``size`` bytes; returns their place, for :meth:`wait`."""
+        with self._changed:
+            if not self._rate:
+                return self._booked
             # Time that was not used is forgotten, but for the burst.
-            start = max(self._next, time.monotonic() - self._burst)
+            place = max(self._booked, self._allowed() - self._burst * self._rate)
             # These may pass when those before them have; the next ones wait for these.
-            self._next = start + size / self.rate
-        return start
+            self._booked = place + size
+            return place
 
-    def wait(self, until: float, timeout: float | None = None) -> bool:
-        """Wait for a time that was booked; false when ``timeout`` seconds passed before it."""
-        left = until - time.monotonic()
-        if left <= 0 or self._open.is_set():
-            return True
-        self._open.wait(left if timeout is None else min(left, timeout))
-        return self._open.is_set() or timeout is None or left <= timeout
+    def wait(self, place: float, timeout: float | None = None) -> bool:
+        """Wait until bytes with that place may pass; false when ``timeout`` seconds passed
+        before.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._changed:
+            while not self._released and self._rate:
+                left = (place - self._allowed()) / self._rate
+                if left <= 0:
+                    break
+                if end is not None:
+                    patience = end - time.monotonic()
+                    if patience <= 0:
+                        return False
+                    left = min(left, patience)
+                self._changed.wait(left)
+        return True
 
     def release(self) -> None:
         """Stop limiting: whoever waits goes on."""
-        self._open.set()
+        with self._changed:
+            self._released = True
+            self._changed.notify_all()
+
+    def _allowed(self) -> float:
+        return self._passed + (time.monotonic() - self._since) * self._rate
 
 
 class RateMeter:

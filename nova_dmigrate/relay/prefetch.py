@@ -55,6 +55,8 @@ class Prefetch:
     delivers.
 
     The buffers bound what is read ahead of QEMU; they come back when their pages have been emitted.
+
+    :param bucket: what the reads are paced by; :meth:`stop` releases it.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Prefetch:
         table: EntryTable,
         readers: Sequence[VolumeReader | None],
         settings: RelaySettings,
+        bucket: TokenBucket,
         deliver: Callable[[BlockBatch], None],
     ) -> None:
         self._map = page_map
@@ -80,7 +83,7 @@ class Prefetch:
         self._pool = BufferPool(size, max(settings.read_ahead // size, self.depth + 2))
         self._merge_gap = settings.volume_merge_gap // PAGE_SIZE
         self._meter = RateMeter()
-        self._bucket = TokenBucket(settings.volume_bandwidth)
+        self._bucket = bucket
         self._error_limit = settings.volume_error_limit
         self._errors = [0] * len(readers)
         self._stopped = threading.Event()

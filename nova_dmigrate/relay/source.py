@@ -97,7 +97,7 @@ class SourceRelay:
             self._listener = QemuListener(self._session.qemu_socket, self._session.instance)
             if self._session.control_socket is not None:
                 self._control = ControlServer(
-                    self._session.control_socket, self.progress, self.cancel
+                    self._session.control_socket, self.progress, self.cancel, self._limit
                 )
         except BaseException:
             self._close()
@@ -164,6 +164,10 @@ class SourceRelay:
     def cancel(self) -> None:
         """End the migration; QEMU sees a broken connection and the guest goes on at the source."""
         self._life.cancel()
+
+    def _limit(self, network: float, volume: float) -> None:
+        del volume
+        self._bucket.limit(network)
 
     def _relay_stream(self) -> None:
         assert self._listener is not None

@@ -20,7 +20,13 @@ class ControlServerTest(TestCase):
         super().setUp()
         self.path = self.make_directory() / "control"
         self.cancelled = 0
-        self.server = ControlServer(self.path, lambda: {"bytes": 5}, self.cancel)
+        self.limits: list[tuple[float, float]] = []
+        self.server = ControlServer(
+            self.path,
+            lambda: {"bytes": 5},
+            self.cancel,
+            lambda *rates: self.limits.append(rates),
+        )
         self.addCleanup(self.server.close)
 
     def cancel(self) -> None:
@@ -41,6 +47,25 @@ class ControlServerTest(TestCase):
     def test_a_cancel_is_carried_out(self) -> None:
         self.assertEqual({"cancelled": True}, ask(self.path, "cancel", LONG))
         self.assertEqual(1, self.cancelled)
+
+    def test_limits_are_handed_on(self) -> None:
+        answer = ask(self.path, "limit", LONG, network_bandwidth=5, volume_bandwidth=0.5)
+        self.assertEqual({"limited": True}, answer)
+        self.assertEqual([(5, 0.5)], self.limits)
+
+    def test_limits_that_are_none_are_not(self) -> None:
+        for values in (
+            {},
+            {"network_bandwidth": 1},
+            {"network_bandwidth": 1, "volume_bandwidth": -1},
+            {"network_bandwidth": True, "volume_bandwidth": 1},
+            {"network_bandwidth": float("nan"), "volume_bandwidth": 1},
+            {"network_bandwidth": float("inf"), "volume_bandwidth": 1},
+            {"network_bandwidth": "1", "volume_bandwidth": 1},
+        ):
+            line = json.dumps({"command": "limit", **values}).encode() + b"\n"
+            self.assertIn("error", self.say(line))
+        self.assertEqual([], self.limits)
 
     def test_nonsense_is_answered_with_an_error_and_harms_nobody(self) -> None:
         for line in (
@@ -87,7 +112,7 @@ class ControlServerTest(TestCase):
         path = self.path.with_name("old")
         with socket.socket(socket.AF_UNIX) as old:
             old.bind(str(path))
-        server = ControlServer(path, lambda: {}, self.cancel)
+        server = ControlServer(path, lambda: {}, self.cancel, lambda *rates: None)
         self.assertEqual({}, ask(path, "progress", LONG))
         server.close()
 

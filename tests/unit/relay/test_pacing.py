@@ -10,44 +10,65 @@ from tests.base import TestCase
 
 
 class TokenBucketTest(TestCase):
-    def waits(self, bucket: TokenBucket, *sizes: int, clock: float = 1000.0) -> list[float]:
-        """How long each take waits if no other time passes."""
-        now = [clock]
-        waits: list[float] = []
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = 1000.0
+        self.waits: list[float] = []
+        clock = mock.patch("nova_dmigrate.relay.pacing.time.monotonic", lambda: self.now)
+        clock.start()
+        self.addCleanup(clock.stop)
 
-        def wait(seconds: float) -> bool:
-            waits.append(seconds)
-            now[0] += seconds
-            return False
+    def make(self, rate: float, burst: float = 0.0) -> TokenBucket:
+        """A bucket in whose world no time passes but by waiting for it."""
+        bucket = TokenBucket(rate, burst)
 
-        with (
-            mock.patch("nova_dmigrate.relay.pacing.time.monotonic", lambda: now[0]),
-            mock.patch.object(bucket, "_open", mock.Mock(wait=wait, is_set=lambda: False)),
-        ):
-            for size in sizes:
-                before = len(waits)
-                bucket.take(size)
-                if len(waits) == before:
-                    waits.append(0.0)
-        return waits
+        def wait(seconds: float) -> None:
+            self.waits[-1] += seconds
+            self.now += seconds
+
+        bucket._changed.wait = wait  # type: ignore[method-assign,assignment]
+        return bucket
+
+    def take(self, bucket: TokenBucket, *sizes: int) -> list[float]:
+        """How long each take waits."""
+        self.waits = []
+        for size in sizes:
+            self.waits.append(0.0)
+            bucket.take(size)
+        return [round(wait, 6) for wait in self.waits]
 
     def test_without_a_rate_nobody_waits(self) -> None:
-        begin = time.monotonic()
-        bucket = TokenBucket(0)
-        for _ in range(1000):
-            bucket.take(1 << 40)
-        self.assertLess(time.monotonic() - begin, 60)
+        self.assertEqual([0.0, 0.0], self.take(self.make(0), 1 << 40, 1 << 40))
 
     def test_bytes_wait_for_those_before_them(self) -> None:
-        bucket = TokenBucket(100.0, burst=0.0)
-        bucket._next = 0.0
-        self.assertEqual([0.0, 1.0, 0.5], [round(w, 6) for w in self.waits(bucket, 100, 50, 10)])
+        self.assertEqual([0.0, 1.0, 0.5], self.take(self.make(100.0), 100, 50, 10))
 
     def test_idle_time_is_worth_no_more_than_the_burst(self) -> None:
-        bucket = TokenBucket(100.0, burst=1.0)
-        bucket._next = 0.0
-        waits = self.waits(bucket, 50, 50, 100, 100)
-        self.assertEqual([0.0, 0.0, 0.0, 1.0], [round(wait, 6) for wait in waits])
+        bucket = self.make(100.0, burst=1.0)
+        self.now += 1000
+        self.assertEqual([0.0, 0.0, 0.0, 1.0], self.take(bucket, 50, 50, 100, 100))
+
+    def test_a_new_rate_is_in_effect_at_once(self) -> None:
+        bucket = self.make(100.0)
+        self.assertEqual([0.0, 1.0], self.take(bucket, 100, 100))
+        bucket.limit(50.0)
+        self.assertEqual([2.0, 2.0], self.take(bucket, 100, 100))
+        bucket.limit(0)
+        self.assertEqual([0.0, 0.0], self.take(bucket, 1000, 1000))
+        bucket.limit(10.0)
+        self.assertEqual([0.0, 1.0], self.take(bucket, 10, 10))
+
+
+class ThreadsTest(TestCase):
+    def test_who_waits_goes_on_at_a_new_rate(self) -> None:
+        for rate in (1e9, 0.0):
+            bucket = TokenBucket(1e-6)
+            bucket.take(1)
+            thread = threading.Thread(target=bucket.take, args=(1,), daemon=True)
+            thread.start()
+            bucket.limit(rate)
+            thread.join(60)
+            self.assertFalse(thread.is_alive())
 
     def test_a_release_wakes_who_waits_and_ends_the_limit(self) -> None:
         bucket = TokenBucket(1e-6)

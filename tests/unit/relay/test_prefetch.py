@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from nova_dmigrate import exception
 from nova_dmigrate.relay.digest import digest_pages
 from nova_dmigrate.relay.entries import EntryTable
+from nova_dmigrate.relay.pacing import TokenBucket
 from nova_dmigrate.relay.pagemap import MappedVolume, PageMap
 from nova_dmigrate.relay.prefetch import BlockBatch, Prefetch
 from nova_dmigrate.relay.readplan import ReadPlan, ReadPlanner
@@ -42,6 +43,10 @@ def page_map(blocks: ArrayLike, *sizes: int) -> PageMap:
 
 def entries(*values: int) -> NDArray[np.int64]:
     return np.array(values, np.int64)
+
+
+def bucket(settings: RelaySettings) -> TokenBucket:
+    return TokenBucket(settings.volume_bandwidth)
 
 
 def refer(table: EntryTable, which: NDArray[np.int64]) -> None:
@@ -196,7 +201,7 @@ class PrefetchTest(TestCase):
             failed.extend(batch.failed.tolist())
             batch.buffer.release()
 
-        prefetch = Prefetch(self.map, self.table, [reader], settings, deliver)
+        prefetch = Prefetch(self.map, self.table, [reader], settings, bucket(settings), deliver)
         prefetch.work()
         if reader is not None:
             reader.close()
@@ -292,7 +297,14 @@ class PrefetchTest(TestCase):
         settings = RelaySettings(volume_read_size=PAGE, volume_queue_depth=3, read_ahead=PAGE)
         mapped = page_map(np.arange(64), 64)
         with self.reader() as reader:
-            prefetch = Prefetch(mapped, EntryTable(64), [reader], settings, self.batches.append)
+            prefetch = Prefetch(
+                mapped,
+                EntryTable(64),
+                [reader],
+                settings,
+                bucket(settings),
+                self.batches.append,
+            )
             threads = [
                 threading.Thread(target=prefetch.work, daemon=True) for _ in range(prefetch.depth)
             ]
@@ -308,7 +320,14 @@ class PrefetchTest(TestCase):
         settings = RelaySettings(volume_read_size=PAGE, volume_queue_depth=1, volume_bandwidth=1e-3)
         mapped = page_map(np.arange(64), 64)
         with self.reader() as reader:
-            prefetch = Prefetch(mapped, EntryTable(64), [reader], settings, self.batches.append)
+            prefetch = Prefetch(
+                mapped,
+                EntryTable(64),
+                [reader],
+                settings,
+                bucket(settings),
+                self.batches.append,
+            )
             thread = threading.Thread(target=prefetch.work, daemon=True)
             thread.start()
             prefetch.stop()
