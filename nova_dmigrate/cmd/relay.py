@@ -107,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         _make_directories(session)
     except (cfg.Error, exception.ConfigurationError, OSError) as error:
         print(f"nova-dmigrate-relay: {error}", file=sys.stderr)
+        _tell({"event": "end", "state": "failed", "reason": str(error)})
         return _WRONG_CONFIGURATION
     return _run(session, settings)
 

@@ -68,7 +68,10 @@ class MainTest(RelayTestCase):
 
     def assert_wrong(self, text: str, *arguments: str) -> str:
         status, output, errors = self.main(text, *arguments)
-        self.assertEqual((2, ""), (status, output))
+        self.assertEqual(2, status)
+        told = json.loads(output)
+        self.assertEqual(("end", "failed"), (told["event"], told["state"]))
+        self.assertIn(told["reason"], errors)
         self.assertNotIn(TOKEN, errors)
         return errors
 
