@@ -10,9 +10,9 @@ import copy
 
 from oslo_config import cfg
 
-from nova_dmigrate.conf import agent, buffer_map, relay, volume, wire
+from nova_dmigrate.conf import agent, buffer_map, host, migration, relay, volume, wire
 
-GROUPS = (relay, volume, wire, buffer_map, agent)
+GROUPS = (relay, volume, wire, buffer_map, host, agent, migration)
 
 
 def register_opts(conf: cfg.ConfigOpts) -> None:

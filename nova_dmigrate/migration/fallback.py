@@ -24,6 +24,11 @@ class Reason(enum.Enum):
     HOST_DRAINING = ("host-draining", "the service of host {host} is being shut down")
     NO_ROOM = ("no-room", "host {host} has no relay free: {detail}")
     TLS_DIFFERS = ("tls-differs", "one host demands TLS between relays, the other has none")
+    # libvirt speaks of one path, on which the source's QEMU sends and the destination's receives
+    SOCKETS_DIFFER = (
+        "sockets-differ",
+        "the hosts have other directories for sockets: {ours} and {theirs}",
+    )
     AGENT_UNREACHABLE = ("agent-unreachable", "{error}")
     AGENT_REFUSED = ("agent-refused", "{error}")
     BAD_MAP = ("bad-map", "the agent's buffer map is refused: {error}")

@@ -35,6 +35,7 @@ from nova_dmigrate.migration.summary import (
 )
 from nova_dmigrate.rpc.client import AgentClient
 from nova_dmigrate.rpc.host_client import HostClient
+from nova_dmigrate.rpc.host_messages import HostState
 
 LOG = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class Migration:
         request: MigrationRequest,
         settings: OrchestrationSettings,
         guest: LibvirtGuest,
-        peers: Peers | None,
+        peers: Peers,
         on_progress: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
         self._id = migration_id
@@ -114,6 +115,10 @@ class Migration:
                 fallback = because(Reason.RELAY_FAILED, self._instance, error=error)
         except exception.FallBack as reason:
             fallback = reason
+        except KeyboardInterrupt:
+            # Before libvirt was asked: what had been begun is undone by now
+            self._cancelled = True
+            error = "it was cancelled before it began"
         if fallback is not None:
             if self._request.mode is Mode.REQUIRED:
                 raise fallback
@@ -133,11 +138,9 @@ class Migration:
         self._phases.enter("checking")
         guest, request, settings = self._guest, self._request, self._settings
         preflight.examine(guest.facts, request)
-        if self._peers is None:
-            error = "no message broker is configured for the services of the hosts"
-            raise because(Reason.HOST_UNREACHABLE, self._instance, error=error)
-        source, destination = self._ask_hosts(self._peers)
+        source, destination = self._ask_hosts()
         preflight.hosts_agree(guest.facts, source, destination)
+        socket = Path(source.socket_directory) / f"{self._id}.sock"
         volumes = preflight.volumes_of(guest.facts, destination.drivers)
         with contextlib.ExitStack() as stack:
             agent = stack.enter_context(self._peers.agent(self._peers.source))
@@ -152,7 +155,7 @@ class Migration:
                 self._instance,
                 self._peers.source,
                 self._peers.destination,
-                settings.socket_directory / f"{self._id}.sock",
+                socket,
                 settings.lease,
             )
             stack.callback(self._close, sessions)
@@ -161,10 +164,11 @@ class Migration:
                 files.buffer_map,
                 files.memory_layout,
                 (source.host, destination.host) if source.tls else None,
+                request.migration_address,
                 (request.network_bandwidth, request.volume_bandwidth),
                 settings.queue_time if request.wait_seconds is None else request.wait_seconds,
             )
-            return self._migrate_relayed(sessions)
+            return self._migrate_relayed(sessions, socket)
 
     def _run_ordinary(self) -> str | None:
         """Migrate as libvirt does; why it failed, None if it has not."""
@@ -184,7 +188,7 @@ class Migration:
         )
         limit = self._downtime_limit()
         limited = limit is None
-        while not running.wait(_POLL):
+        while not self._over(running):
             self._job = self._guest.job() or self._job
             if not limited and self._job is not None and limit is not None:
                 limited = self._guest.set_max_downtime(limit)
@@ -194,9 +198,10 @@ class Migration:
 
     # Its steps
 
-    def _ask_hosts(self, peers: Peers) -> Any:
+    def _ask_hosts(self) -> tuple[HostState, HostState]:
+        patience = self._settings.host_timeout
         try:
-            return peers.source.hello(), peers.destination.hello()
+            return self._peers.source.hello(patience), self._peers.destination.hello(patience)
         except exception.HostUnreachable as error:
             raise because(Reason.HOST_UNREACHABLE, self._instance, error=error) from error
         except exception.HostRefused as error:
@@ -232,14 +237,13 @@ class Migration:
         self._map.save(files.buffer_map)
         files.memory_layout.write_text(layout)
 
-    def _migrate_relayed(self, sessions: RelaySessions) -> str | None:
+    def _migrate_relayed(self, sessions: RelaySessions, socket: Path) -> str | None:
         request = self._request
         if self._cancelled:
             return "it was cancelled"
         limit = self._downtime_limit() or self._guest.max_downtime_ms
         self._phases.enter("migrating")
         # QEMU itself is not capped: the relays are, and only what goes over the network counts
-        socket = self._settings.socket_directory / f"{self._id}.sock"
         running = self._guest.migrate(
             Order(
                 request.destination_uri,
@@ -255,7 +259,7 @@ class Migration:
         """Follow the migration; QEMU gets its downtime limit when the bulk is resolved."""
         held = released = False
         heard = time.monotonic()
-        while not running.wait(_POLL):
+        while not self._over(running):
             self._job = self._guest.job() or self._job
             if not held and self._job is not None:
                 held = self._guest.set_max_downtime(_HELD_DOWNTIME_MS)
@@ -270,6 +274,14 @@ class Migration:
             if self._cancelled:
                 self._guest.abort()
             self._report(self._last)
+
+    def _over(self, running: RunningMigration) -> bool:
+        """Wait a moment; whether libvirt is done. An interrupted terminal cancels, once."""
+        try:
+            return running.wait(_POLL)
+        except KeyboardInterrupt:
+            self.cancel()
+            return False
 
     def _may_switch(self, told: Report | None, heard: float) -> bool:
         if told is None:
@@ -290,7 +302,6 @@ class Migration:
         self._relays = {**sessions.close(), "failure": sessions.failure}
 
     def _restore(self, database: PreparedDatabase) -> None:
-        assert self._peers is not None
         here = self._peers.source if self._guest.runs_here else self._peers.destination
         with self._peers.agent(here) as agent:
             database.restore(agent)

@@ -84,3 +84,10 @@ def hosts_agree(domain: Domain, source: HostState, destination: HostState) -> No
             raise because(Reason.HOST_DRAINING, domain.name, host=host.host)
     if source.tls != destination.tls:
         raise because(Reason.TLS_DIFFERS, domain.name)
+    if source.socket_directory != destination.socket_directory:
+        raise because(
+            Reason.SOCKETS_DIFFER,
+            domain.name,
+            ours=source.socket_directory,
+            theirs=destination.socket_directory,
+        )

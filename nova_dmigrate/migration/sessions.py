@@ -62,12 +62,14 @@ class RelaySessions:
         buffer_map: Path,
         memory_layout: Path,
         tls_names: tuple[str, str] | None,
+        address: str | None,
         bandwidths: tuple[int, int],
         patience: float,
     ) -> None:
         """Start both relays, the destination's first, and wait until they are ready.
 
         :param tls_names: names in the certificates of source and destination; None for no TLS.
+        :param address: of the destination in the migration network; None for what it says.
         :param bandwidths: caps of network and volumes in bytes a second; 0 for none.
         :param patience: seconds in the queue of a host that has no relay free.
         :raises FallBack: one of them cannot be had.
@@ -92,8 +94,8 @@ class RelaySessions:
             self._source,
             host_messages.OpenSource(
                 **self._common,
-                host=ready.host,
-                port=ready.port,
+                host=address or ready.host or self._destination.host,
+                port=ready.port or 0,
                 buffer_map=str(buffer_map),
                 memory_layout=str(memory_layout),
                 tls_peer_name=destination_name,

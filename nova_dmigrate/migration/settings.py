@@ -11,12 +11,10 @@ from nova_dmigrate.buffermap import MapLimits
 class OrchestrationSettings:
     """Seconds, bytes, shares of 1, milliseconds; see ``[migration]`` of the configuration.
 
-    :ivar socket_directory: where both hosts have the sockets of QEMU's streams.
     :ivar state_directory: where buffer map and memory layout are put for the source relay.
     :ivar map_limits: what a buffer map may be at most.
     """
 
-    socket_directory: Path
     state_directory: Path
     agent_timeout: float = 5.0
     prepare_time: float = 20.0

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a host's configuration to one migration: what command line and driver call."""
+
+import contextlib
+import dataclasses
+import ipaddress
+import logging
+import socket
+import urllib.parse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import libvirt  # type: ignore[import-untyped]
+from oslo_config import cfg
+
+from nova_dmigrate import exception
+from nova_dmigrate.buffermap import MapLimits
+from nova_dmigrate.findings import Finding, Severity
+from nova_dmigrate.migration import preflight
+from nova_dmigrate.migration.history import History
+from nova_dmigrate.migration.libvirt_guest import LibvirtGuest
+from nova_dmigrate.migration.orchestrator import Migration, Peers
+from nova_dmigrate.migration.progress import Progress
+from nova_dmigrate.migration.request import AgentTransport, MigrationRequest
+from nova_dmigrate.migration.settings import OrchestrationSettings
+from nova_dmigrate.migration.summary import MigrationSummary, new_id
+from nova_dmigrate.rpc import broker, isolation
+from nova_dmigrate.rpc.client import AgentClient, ClientSettings
+from nova_dmigrate.rpc.host_client import HostChannelTransport, HostClient
+from nova_dmigrate.rpc.host_messages import HOST, HostState
+from nova_dmigrate.rpc.messages import AGENT
+from nova_dmigrate.rpc.transport import Transport
+
+LOG = logging.getLogger(__name__)
+
+_KIB = 1 << 10
+
+
+def settings_from(config: cfg.ConfigOpts) -> OrchestrationSettings:
+    """The options of this host in plain units."""
+    options, limits = config.migration, config.buffer_map
+    return OrchestrationSettings(
+        state_directory=Path(config.host.state_directory) / "maps",
+        agent_timeout=options.agent_timeout,
+        prepare_time=options.prepare_time,
+        dirty_share=options.dirty_share,
+        map_time=options.map_time,
+        min_mapped_share=options.min_mapped_share,
+        host_timeout=options.host_timeout,
+        queue_time=options.queue_time,
+        lease=options.lease,
+        max_downtime_ms=options.max_downtime,
+        retry_ordinary=options.retry_ordinary,
+        map_limits=MapLimits(
+            max_pages=limits.max_pages,
+            max_volumes=limits.max_volumes,
+            max_chunk_bytes=limits.max_chunk_size * _KIB,
+        ),
+    )
+
+
+def migrate(
+    request: MigrationRequest,
+    config: cfg.ConfigOpts,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> MigrationSummary:
+    """Carry out one migration and note it in the history; how it went.
+
+    :raises MigrationError: there is no such domain; or relays were required and cannot be had.
+    """
+    migration_id = new_id()
+    request = with_hosts(request, config)
+    settings = settings_from(config)
+    with contextlib.ExitStack() as stack:
+        guest = stack.enter_context(LibvirtGuest(request.connect_uri, request.domain))
+        peers = stack.enter_context(_peers(request, config, settings, guest))
+        summary = Migration(migration_id, request, settings, guest, peers, on_progress).run()
+    try:
+        History(Path(config.migration.history_directory)).add(summary)
+    except (OSError, exception.DMigrateError) as error:
+        LOG.error("The migration is not in the history: %s", error)
+    return summary
+
+
+def check(request: MigrationRequest, config: cfg.ConfigOpts) -> list[Finding]:
+    """What speaks for and against a migration through the relays, without changing anything."""
+    request = with_hosts(request, config)
+    settings = settings_from(config)
+    found: list[Finding] = []
+    states: list[HostState] = []
+    with contextlib.ExitStack() as stack:
+        guest: LibvirtGuest | None = None
+        if request.domain:
+            guest = stack.enter_context(LibvirtGuest(request.connect_uri, request.domain))
+            with _noted(found):
+                preflight.examine(guest.facts, request)
+        names = [request.source_host, request.destination_host]
+        for name in names:
+            if not name:
+                continue
+            client = stack.enter_context(_host_client(name, config, settings))
+            with _noted(found):
+                states.append(client.hello(settings.host_timeout))
+                found.append(_well("host", f"the service of host {name} answers"))
+        if guest is None:
+            return found
+        with _noted(found):
+            if len(states) == len(names):
+                preflight.hosts_agree(guest.facts, *states)
+            drivers = states[-1].drivers if states else ("block",)
+            volumes = preflight.volumes_of(guest.facts, drivers)
+            names_of = ", ".join(each.location for each in volumes)
+            found.append(_well("volumes", f"the destination may read {names_of}"))
+        if states and request.agent_transport is not AgentTransport.NONE:
+            peers = stack.enter_context(_peers(request, config, settings, guest))
+            with _noted(found), peers.agent(peers.source) as agent:
+                for each in agent.describe().findings:
+                    found.append(Finding(each.code, Severity(each.severity), each.message))
+    return found
+
+
+def with_hosts(request: MigrationRequest, config: cfg.ConfigOpts) -> MigrationRequest:
+    """The request with the names of both host services in it."""
+    return dataclasses.replace(
+        request,
+        source_host=request.source_host or config.host.name or socket.gethostname(),
+        destination_host=request.destination_host or _host_of(request.destination_uri),
+    )
+
+
+def _host_of(uri: str) -> str | None:
+    """The host of a libvirt URI, by the name that it has for itself where the URI has a number."""
+    name = urllib.parse.urlsplit(uri).hostname
+    try:
+        ipaddress.ip_address(name or "")
+    except ValueError:
+        return name
+    try:
+        connection = libvirt.open(uri)
+    except libvirt.libvirtError as error:
+        LOG.info("libvirt at %s does not tell its name: %s", uri, error)
+        return name
+    with contextlib.closing(connection):
+        hostname: str = connection.getHostname()
+        return hostname
+
+
+@contextlib.contextmanager
+def _peers(
+    request: MigrationRequest,
+    config: cfg.ConfigOpts,
+    settings: OrchestrationSettings,
+    guest: LibvirtGuest,
+) -> Iterator[Peers]:
+    assert request.source_host
+    instance = request.instance or guest.facts.uuid
+    client_settings = ClientSettings(
+        timeout=settings.agent_timeout, attempts=2, map_timeout=settings.map_time
+    )
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(_host_client(request.source_host, config, settings))
+        destination = stack.enter_context(
+            _host_client(request.destination_host or "", config, settings)
+        )
+
+        def agent(host: HostClient) -> AgentClient:
+            transport: Transport
+            if request.agent_transport is AgentTransport.BROKER:
+                url = request.agent_url or config.migration.agent_url
+                url = f"{url.rstrip('/')}/{isolation.virtual_host(instance)}"
+                transport = broker.BrokerTransport(instance, url, AGENT, config)
+            else:
+                transport = HostChannelTransport(instance, host, str(guest.facts.channel))
+            return AgentClient(instance, transport, client_settings)
+
+        yield Peers(source, destination, agent)
+
+
+def _host_client(name: str, config: cfg.ConfigOpts, settings: OrchestrationSettings) -> HostClient:
+    transport = broker.BrokerTransport(name, config.transport_url, HOST, config)
+    return HostClient(name, transport, timeout=settings.host_timeout)
+
+
+@contextlib.contextmanager
+def _noted(found: list[Finding]) -> Iterator[None]:
+    """What is raised within becomes a finding."""
+    try:
+        yield
+    except exception.DMigrateError as error:
+        code = str(error.kwargs.get("code") or "error")
+        found.append(Finding(code, Severity.PROBLEM, str(error)))
+
+
+def _well(code: str, message: str) -> Finding:
+    return Finding(code, Severity.OK, message)
