@@ -14,7 +14,6 @@ class Reason(enum.Enum):
     """A stable code, for programs, and a sentence whose keywords the caller gives."""
 
     ASKED = ("asked", "the ordinary migration was asked for")
-    POST_COPY = ("post-copy", "post-copy was asked for, which would need pages in no order")
     HOST_DEVICES = ("host-devices", "devices of the host are passed through: {devices}")
     NO_AGENT = ("no-agent", "the guest has no agent that could be asked")
     NO_AGENT_PORT = ("no-agent-port", "the domain has no port for the agent ({port})")

@@ -249,6 +249,7 @@ class Migration:
                 request.destination_uri,
                 uri=f"unix:{socket}",
                 auto_converge=request.auto_converge,
+                post_copy=request.post_copy,
             )
         )
         self._hold_back(running, sessions, limit)

@@ -26,8 +26,6 @@ def examine(domain: Domain, request: MigrationRequest) -> None:
     """
     if request.mode is Mode.ORDINARY:
         raise because(Reason.ASKED, domain.name)
-    if request.post_copy:
-        raise because(Reason.POST_COPY, domain.name)
     if domain.host_devices:
         devices = ", ".join(domain.host_devices)
         raise because(Reason.HOST_DEVICES, domain.name, devices=devices)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+
+from pathlib import Path
+
+from nova_dmigrate import exception
+from nova_dmigrate.migration import preflight
+from nova_dmigrate.migration.domain import parse_domain
+from nova_dmigrate.migration.request import AgentTransport, MigrationRequest, Mode
+from nova_dmigrate.rpc.host_messages import HostState
+from tests import base
+
+VOLUME = "6f1d2c3b-4a59-4687-9b1c-0123456789ab"
+DISK = """
+<disk type='{kind}' device='disk'>
+  <driver name='qemu' type='{format}' {cache}/>
+  {source}
+  <target dev='{target}' bus='{bus}'/>
+  {serial}
+</disk>"""
+CHANNEL = """
+<channel type='unix'>
+  <source mode='bind' path='/var/lib/libvirt/qemu/channel/target/dmigrate'/>
+  <target type='virtio' name='org.openstack.dmigrate.0'/>
+</channel>"""
+
+
+def disk(
+    kind="block",
+    format="raw",  # noqa: A002 - libvirt's word
+    cache="cache='none'",
+    source="<source dev='/dev/sdc'/>",
+    target="vdb",
+    bus="virtio",
+    serial=f"<serial>{VOLUME}</serial>",
+):
+    return DISK.format(**locals())
+
+
+def domain(*devices, memory="<memory unit='KiB'>2097152</memory>"):
+    return parse_domain(f"""
+        <domain type='kvm'><name>instance-1</name><uuid>{VOLUME}</uuid>{memory}
+        <os><type arch='x86_64' machine='pc-q35-7.2'>hvm</type></os>
+        <devices>{"".join(devices)}</devices></domain>""")
+
+
+def host(**values):
+    state = {
+        "host": "host",
+        "version": "1.0",
+        "wire_versions": (1,),
+        "incarnation": "1",
+        "tls": True,
+        "drivers": ("block",),
+        "relays": 0,
+        "max_relays": 4,
+        "queued": 0,
+        "draining": False,
+        "migration_address": None,
+        "socket_directory": "/run/nova-dmigrate",
+    }
+    return HostState(**state | values)
+
+
+class DomainTest(base.TestCase):
+    def test_a_domain_as_nova_writes_it(self):
+        found = domain(disk(), CHANNEL)
+        self.assertEqual(("instance-1", VOLUME), (found.name, found.uuid))
+        self.assertEqual(2 << 30, found.memory)
+        self.assertEqual("pc-q35-7.2", found.machine)
+        self.assertEqual(Path("/var/lib/libvirt/qemu/channel/target/dmigrate"), found.channel)
+        self.assertEqual((), found.host_devices)
+        (volume,) = found.disks
+        self.assertEqual("/dev/sdc", volume.location)
+        self.assertTrue(volume.direct)
+
+    def test_a_serial_is_what_the_guest_sees_of_it(self):
+        found = domain(disk(), disk(bus="scsi", target="sda"))
+        self.assertEqual([VOLUME[:20], VOLUME], [each.serial for each in found.disks])
+
+    def test_units_of_memory(self):
+        for memory, size in (
+            ("<memory>1024</memory>", 1 << 20),
+            ("<memory unit='GiB'>3</memory>", 3 << 30),
+            ("<memory unit='b'>8192</memory>", 8192),
+        ):
+            self.assertEqual(size, domain(memory=memory).memory)
+
+    def test_devices_of_the_host_are_noted(self):
+        found = domain("<hostdev type='pci'/>", "<interface type='hostdev'/>")
+        self.assertEqual(("pci", "interface of type hostdev"), found.host_devices)
+
+    def test_what_is_no_domain_is_refused(self):
+        for xml in ("", "<domain", "<domain/>", "<domain><memory unit='ells'>1</memory></domain>"):
+            self.assertRaises(exception.MigrationError, parse_domain, xml)
+
+
+class PreflightTest(base.TestCase):
+    def reason(self, function, *arguments):
+        error = self.assertRaises(exception.FallBack, function, *arguments)
+        return error.kwargs["code"]
+
+    def test_what_the_request_and_the_domain_tell(self):
+        ready = domain(disk(), CHANNEL)
+        preflight.examine(ready, MigrationRequest())
+        preflight.examine(domain(), MigrationRequest(agent_transport=AgentTransport.BROKER))
+        for code, found, request in (
+            ("asked", ready, MigrationRequest(mode=Mode.ORDINARY)),
+            ("no-agent", ready, MigrationRequest(agent_transport=AgentTransport.NONE)),
+            ("no-agent-port", domain(disk()), MigrationRequest()),
+            ("host-devices", domain(CHANNEL, "<hostdev type='pci'/>"), MigrationRequest()),
+        ):
+            self.assertEqual(code, self.reason(preflight.examine, found, request))
+
+    def test_volumes_that_the_destination_may_read(self):
+        found = domain(
+            disk(),
+            disk("file", source="<source file='/mnt/volume-2'/>", serial="<serial>2</serial>"),
+        )
+        volumes = preflight.volumes_of(found, ["block"])
+        self.assertEqual(
+            [(VOLUME[:20], "/dev/sdc"), ("2", "/mnt/volume-2")],
+            [(each.volume_id, each.location) for each in volumes],
+        )
+        elsewhere = preflight.volumes_of(found, ["block"], {"2": "/srv/2"})
+        self.assertEqual("/srv/2", elsewhere[1].location)
+
+    def test_disks_that_it_may_not_read_are_named_with_the_reason(self):
+        for sentence, strange in (
+            ("no serial", disk(serial="")),
+            ("format qcow2", disk(format="qcow2")),
+            ("cached", disk(cache="cache='writeback'")),
+            ("cached", disk(cache="")),  # QEMU's default is a cache of the host's
+            ("rbd disk", disk("network", source="<source protocol='rbd' name='volumes/1'/>")),
+        ):
+            error = self.assertRaises(
+                exception.FallBack, preflight.volumes_of, domain(strange), ["block"]
+            )
+            self.assertEqual("no-volumes", error.kwargs["code"])
+            self.assertIn("vdb ", str(error))
+            self.assertIn(sentence, str(error))
+
+    def test_both_hosts_must_agree(self):
+        found = domain()
+        preflight.hosts_agree(found, host(), host())
+        for code, other in (
+            ("host-draining", host(draining=True)),
+            ("tls-differs", host(tls=False)),
+            ("sockets-differ", host(socket_directory="/run/elsewhere")),
+        ):
+            self.assertEqual(code, self.reason(preflight.hosts_agree, found, host(), other))
