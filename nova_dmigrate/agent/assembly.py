@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Collecting the pages of one volume and turning them into its part of the buffer map.
+"""Making the buffer map of frames, in parts, of which only one is in memory at a time.
 
-A page is one u64: guest page in the upper half, volume block in the lower. They are collected in
-one array, sorted there, and the map's arrays are views of its halves, because 64 GiB of buffer
-pool whose pages are scattered in guest memory fill 134 MB, which must not exist twice.
+64 GiB of buffer pool whose pages are scattered in guest memory are 134 MB of map. So it is made
+in bands of guest memory, one part for each of them and for each volume.
+
+A page is one u64: guest page in the upper half, volume block in the lower. The pages of a part
+are collected in one array, sorted there, and the map's arrays are views of its halves.
 """
 
 from __future__ import annotations
 
+import collections
 import sys
 from collections.abc import Iterator
 
@@ -15,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nova_dmigrate import buffermap
+from nova_dmigrate.agent import arrays, bands, frames, location
 from nova_dmigrate.buffermap import volume as volumes
 
 _HALF = np.uint64(32)
@@ -25,25 +29,82 @@ _STEP = 1 << 16  # entries that are worked on at a time
 U64 = NDArray[np.uint64]
 
 
+def assemble(
+    found: frames.FrameTable,
+    blocks: location.BlockTable,
+    excluded: collections.Counter[str],
+) -> Iterator[buffermap.BufferMap]:
+    """The parts of the map of the frames in ``found``, in ascending order of guest pages.
+
+    The guest pages that are left out are counted in ``excluded``.
+    """
+    excluded["duplicate"] += found.keep_newest() * found.per_frame
+    for band in bands.choose(guest for _, guest in found.kept()):
+        collectors = [
+            PageCollector(volume.volume_id, volume.size, band.pages) for volume in blocks.volumes
+        ]
+        _collect(found, blocks, band, collectors, excluded)
+        while collectors:
+            part = collectors.pop(0).finish()
+            if part.page_count:
+                yield buffermap.BufferMap((part,))
+            del part  # before the next one is made
+
+
+def _collect(
+    found: frames.FrameTable,
+    blocks: location.BlockTable,
+    band: bands.Band,
+    collectors: list[PageCollector],
+    excluded: collections.Counter[str],
+) -> None:
+    """Give the pages of one band to the collectors of their volumes."""
+    for place, guest in found.kept():
+        inside = band.holds(guest)
+        if not inside.any():
+            continue
+        if not inside.all():
+            rows = np.flatnonzero(inside.any(axis=1))
+            place, guest, inside = place[rows], guest[rows], inside[rows]
+        volume, block = blocks.find(place.astype(np.uint64))
+        there = np.count_nonzero(volume >= 0, axis=1)
+        whole = there == found.per_frame
+        if not whole.all():
+            # A hole inside of a page is how both servers give back what compression saved.
+            compressed = inside[(there > 0) & ~whole]
+            excluded["page-compressed"] += int(np.count_nonzero(compressed))
+            excluded["not-written"] += int(np.count_nonzero(inside[there == 0]))
+            inside &= whole[:, np.newaxis]
+        for number, collector in enumerate(collectors):
+            mine = (volume == number) & inside
+            collector.add(guest[mine], block[mine])
+
+
 class PageCollector:
     """Takes pages of one volume in any order.
 
-    ``capacity``: most pages that can come; memory is used as they come.
+    ``capacity``: most different guest pages that can come; memory is used as they come.
     """
 
     def __init__(self, volume_id: str, size: int, capacity: int) -> None:
         volumes.check_volume(volume_id, size)
         self._volume_id = volume_id
         self._size = size
-        self._pairs = np.empty(capacity, np.uint64)
+        self._pairs = arrays.zeros(capacity + _STEP, np.uint64)
         self._count = 0
 
-    def add(self, guest: U64, block: U64) -> int:
-        """Add pages (u64 (n,) both); returns how many are within the volume."""
+    def add(self, guest: NDArray[np.uint32], block: U64) -> int:
+        """Add pages, (n,) both; returns how many are within the volume."""
         inside = block < np.uint64(volumes.block_count(self._size))
-        pairs = (guest[inside] << _HALF) | block[inside]
-        self._pairs[self._count : self._count + pairs.size] = pairs
-        self._count += pairs.size
+        pairs = (guest[inside].astype(np.uint64) << _HALF) | block[inside]
+        added = 0
+        while added < pairs.size:
+            if self._count == self._pairs.size:
+                self._sort()
+            number = min(pairs.size - added, self._pairs.size - self._count)
+            self._pairs[self._count : self._count + number] = pairs[added : added + number]
+            self._count += number
+            added += number
         return int(pairs.size)
 
     def finish(self) -> buffermap.VolumeMap:
@@ -51,23 +112,25 @@ class PageCollector:
 
         A guest page that was added twice (memory merged by the kernel) is in it once.
         """
+        self._sort()
+        count, self._count = self._count, 0
         pairs, self._pairs = self._pairs, np.empty(0, np.uint64)
-        pairs[: self._count].sort()
-        count = _drop_repeated(pairs[: self._count])
-        self._count = 0
         runs = _count_runs(pairs[:count])
         lengths = None
         # A third less is worth the work; less would cost memory to save memory.
         if 3 * volumes.RUN_ENTRY_BYTES * runs <= 2 * volumes.FLAT_ENTRY_BYTES * count:
             lengths = _make_runs(pairs[:count], runs)
             count = runs
-        # Gives back what is behind; nobody else has seen the array.
-        pairs.resize(count, refcheck=False)
-        halves = pairs.view(np.uint32).reshape(-1, 2)
+        halves = pairs[:count].view(np.uint32).reshape(-1, 2)
         low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
         return buffermap.VolumeMap(
             self._volume_id, self._size, halves[:, high], halves[:, low], lengths
         )
+
+    def _sort(self) -> None:
+        """Sort the pages, and drop those that are there twice."""
+        self._pairs[: self._count].sort()
+        self._count = _drop_repeated(self._pairs[: self._count])
 
 
 def _drop_repeated(pairs: U64) -> int:

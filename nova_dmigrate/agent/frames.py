@@ -1,22 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frames that one search has found, in as little memory as will do.
 
-64 GiB of buffer pool are 4.2 million frames, of which 24 bytes each are kept. They are kept in
-slabs that go back to the system as the map is made of them, because the map takes more again.
+64 GiB of buffer pool are 4.2 million frames, of which 24 bytes each are kept.
 """
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nova_dmigrate.agent import arrays
+
 _SLAB_FRAMES = 1 << 18
 _STEP = 1 << 14  # frames that are worked on at a time
-# Repeated places are looked for in one group of places after the other: it bounds memory
-_GROUPS = 8
+# Repeated places are looked for in one group of places after the other, each of about that many
+# frames: it bounds memory
+_GROUP_FRAMES = 1 << 18
 _HALF = np.uint64(32)
 _ONE_PLACE = np.uint64(1 << 32)
 
@@ -32,7 +33,7 @@ class FrameTable:
     """
 
     def __init__(self, per_frame: int) -> None:
-        self._per_frame = per_frame
+        self.per_frame = per_frame
         self._slabs: list[_Slab] = []
         self._count = 0
 
@@ -45,55 +46,48 @@ class FrameTable:
         while done < place.size:
             at = self._count % _SLAB_FRAMES
             if not at:
-                self._slabs.append(_Slab(self._per_frame))
+                self._slabs.append(_Slab(self.per_frame))
             number = min(place.size - done, _SLAB_FRAMES - at)
             self._slabs[-1].put(at, place, lsn, guest, slice(done, done + number))
             done += number
             self._count += number
 
-    def newest(self) -> Bools:
-        """Which frames to keep: bool (frames,).
+    def keep_newest(self) -> int:
+        """Leave out frames that cannot be what is on the volume; how many they are.
 
         A frame on the free list may still hold the page that it had. When that page was read
         again, or changed meanwhile, there are two: only the newest can be what is on the volume.
         Equal ones both are.
+
+        No frames can be added afterwards, because their LSNs are given up.
         """
-        keep = np.ones(self._count, np.bool_)
         repeated = self._repeated()
-        if not repeated.size:
-            return keep
         rows = (repeated & np.uint64(0xFFFFFFFF)).astype(np.int64)
         lsn = self._lsn(rows)
         first = np.ones(rows.size, np.bool_)
         first[1:] = _differ(repeated)
         group = np.cumsum(first) - 1
-        newest = np.zeros(int(group[-1]) + 1, np.uint32)
+        newest = np.zeros(np.count_nonzero(first), np.uint32)
         np.maximum.at(newest, group, lsn)
-        keep[rows[lsn != newest[group]]] = False
-        return keep
+        older = rows[lsn != newest[group]]
+        for number, slab in enumerate(self._slabs):
+            slab.finish(older[older // _SLAB_FRAMES == number] % _SLAB_FRAMES)
+        return int(older.size)
 
-    def drain(self, keep: Bools) -> Iterator[tuple[U64, U64]]:
-        """Take out the frames that ``keep`` (bool (frames,)) says: place u64 (n,), guest pages
-        u64 (n, per frame), in pieces, the last first."""
-        while self._slabs:
-            begin = (len(self._slabs) - 1) * _SLAB_FRAMES
-            size = self._count - begin
-            slab = self._slabs.pop()
-            self._count = begin
+    def kept(self) -> Iterator[tuple[U32, U32]]:
+        """Place (n,) and guest pages (n, per frame) of the frames that were kept, in pieces."""
+        for number, slab in enumerate(self._slabs):
+            size = min(self._count - number * _SLAB_FRAMES, _SLAB_FRAMES)
             for start in range(0, size, _STEP):
-                part = slice(start, min(start + _STEP, size))
-                kept = keep[begin + part.start : begin + part.stop]
-                yield (
-                    slab.place[part][kept].astype(np.uint64),
-                    slab.guest[part][kept].astype(np.uint64),
-                )
+                yield slab.kept(slice(start, min(start + _STEP, size)))
 
     def _repeated(self) -> U64:
         """(place << 32 | number of the frame) of all frames whose place is there twice, sorted
         within each group of places."""
         found = [np.empty(0, np.uint64)]
-        for group in range(_GROUPS):
-            keys = self._keys(group)
+        groups = 1 << (self._count // _GROUP_FRAMES).bit_length()
+        for group in range(groups):
+            keys = self._keys(group, groups)
             keys.sort()
             same = np.zeros(keys.size, np.bool_)
             same[1:] = ~_differ(keys)
@@ -101,13 +95,14 @@ class FrameTable:
             found.append(keys[same])
         return np.concatenate(found)
 
-    def _keys(self, group: int) -> U64:
-        """place << 32 | number of the frame, of the frames whose place is of that group."""
+    def _keys(self, group: int, groups: int) -> U64:
+        """place << 32 | number of the frame, of the frames whose place is of that group, of
+        ``groups`` (a power of 2)."""
         found = [np.empty(0, np.uint64)]
         for index, slab in enumerate(self._slabs):
             begin = index * _SLAB_FRAMES
             place = slab.place[: self._count - begin]
-            rows = np.flatnonzero(place % np.uint32(_GROUPS) == group)
+            rows = np.flatnonzero(place & np.uint32(groups - 1) == group)
             keys = place[rows].astype(np.uint64) << _HALF
             keys |= (rows + begin).astype(np.uint64)
             found.append(keys)
@@ -124,21 +119,34 @@ class FrameTable:
 
 
 class _Slab:
-    """Room for ``_SLAB_FRAMES`` frames. Memory of its own mapping, not of the heap: it is given
-    back at once when the slab is dropped."""
+    """Room for ``_SLAB_FRAMES`` frames."""
 
     def __init__(self, per_frame: int) -> None:
-        room = mmap.mmap(-1, _SLAB_FRAMES * 4 * (2 + per_frame))
-        cells = np.frombuffer(room, np.uint32)
-        self.place = cells[:_SLAB_FRAMES]
-        self.lsn = cells[_SLAB_FRAMES : 2 * _SLAB_FRAMES]
-        self.guest = cells[2 * _SLAB_FRAMES :].reshape(_SLAB_FRAMES, per_frame)
+        self.place: U32 = arrays.zeros(_SLAB_FRAMES, np.uint32)
+        self.lsn: U32 = arrays.zeros(_SLAB_FRAMES, np.uint32)
+        guest: U32 = arrays.zeros(_SLAB_FRAMES * per_frame, np.uint32)
+        self._guest = guest.reshape(_SLAB_FRAMES, per_frame)
+        self._left_out: Bools | None = None
 
     def put(self, at: int, place: U64, lsn: U32, guest: NDArray[np.int64], part: slice) -> None:
         here = slice(at, at + part.stop - part.start)
         self.place[here] = place[part]
         self.lsn[here] = lsn[part]
-        self.guest[here] = guest[part]
+        self._guest[here] = guest[part]
+
+    def finish(self, left_out: NDArray[np.int64]) -> None:
+        """Give up the LSNs; the frames at ``left_out`` are never returned."""
+        self.lsn = np.empty(0, np.uint32)
+        if left_out.size:
+            self._left_out = np.zeros(_SLAB_FRAMES, np.bool_)
+            self._left_out[left_out] = True
+
+    def kept(self, part: slice) -> tuple[U32, U32]:
+        place, guest = self.place[part], self._guest[part]
+        if self._left_out is None:
+            return place, guest
+        keep = ~self._left_out[part]
+        return place[keep], guest[keep]
 
 
 def _differ(keys: U64) -> Bools:

@@ -2,9 +2,9 @@
 """Building the buffer map of one server: its frames in memory joined with their place on volumes.
 
 The frames are searched in chunks. Of each that is a page of a known tablespace little is kept
-(where its tablespace has it, its guest pages, part of its LSN); from that the map is made when
-duplicates are gone. The server runs on meanwhile: frames come, go and change under our eyes. What
-is wrong in the map by then is a miss for the migration, never an error.
+(where its tablespace has it, its guest pages, part of its LSN); from that the map is made, part by
+part, when duplicates are gone. The server runs on meanwhile: frames come, go and change under our
+eyes. What is wrong in the map by then is a miss for the migration, never an error.
 """
 
 from __future__ import annotations
@@ -14,16 +14,12 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Sequence
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Iterator, Sequence
 
 from nova_dmigrate import buffermap, exception, findings
 from nova_dmigrate.agent import (
     assembly,
     filesystem,
-    frames,
     location,
     memory,
     options,
@@ -32,22 +28,19 @@ from nova_dmigrate.agent import (
     storage,
     tablespaces,
 )
-from nova_dmigrate.buffermap import volume as volumes
 
 LOG = logging.getLogger(__name__)
-
-U64 = NDArray[np.uint64]
 
 
 @dataclasses.dataclass(frozen=True)
 class MapSummary:
-    """What ``build_map`` found.
+    """What was found on the way to a map.
 
     ``pool_frames``: frames in memory, in those mappings in which there were pages at all.
     ``candidate_frames``: those that hold pages of known tablespaces. ``mapped_pages``: guest
     pages (4 KiB) in the map. ``dirty_frames``: candidates that are known not to be on the volume
     as they are in memory. ``excluded``: guest pages left out, by reason. ``seconds``: the time
-    it took.
+    it took, with what became of the parts meanwhile.
     """
 
     server: processes.ServerProcess
@@ -61,47 +54,70 @@ class MapSummary:
     findings: tuple[findings.Finding, ...]
 
 
-def build_map(
-    server: processes.ServerProcess, settings: options.MapOptions | None = None
-) -> tuple[buffermap.BufferMap, MapSummary]:
-    """Build the map of what of ``server``'s buffer pool is on its volumes now.
+class ServerMap:
+    """The map of what of ``server``'s buffer pool is on its volumes at the time of iteration.
 
-    :raises ServerNotFound: if the server has ended.
-    :raises PrivilegeError: if the kernel does not let us look.
+    It comes in parts, of which only one is in memory at a time if the caller holds no more.
     """
-    settings = settings or options.MapOptions()
-    began = time.monotonic()
-    notes = _Notes()
-    spaces = tablespaces.discover(server)
-    page_size = _common_page_size(spaces)
-    files = _Locator(server, settings, notes).locate(spaces, page_size)
-    table = location.PlaceTable(files)
-    search = scan.Scan(table, page_size, settings)
-    with memory.ProcessMemory(server.pid) as process:
-        found = search.run(process)
-    built = _assemble(found, location.BlockTable(table, page_size), search.excluded, page_size)
-    if not server.running:
-        raise exception.ServerNotFound(reason=f"process {server.pid} has ended")
-    summary = MapSummary(
-        server=server,
-        page_size=page_size,
-        pool_frames=search.pool_frames,
-        candidate_frames=search.candidate_frames,
-        mapped_pages=built.page_count,
-        dirty_frames=search.dirty_frames,
-        excluded={reason: count for reason, count in sorted(search.excluded.items()) if count},
-        seconds=time.monotonic() - began,
-        findings=notes.all(search, built.page_count),
-    )
-    LOG.info(
-        "Mapped %d guest pages of %s in %.2f s (%d frames with pages, excluded: %s)",
-        summary.mapped_pages,
-        server.datadir,
-        summary.seconds,
-        summary.candidate_frames,
-        summary.excluded,
-    )
-    return built, summary
+
+    def __init__(
+        self, server: processes.ServerProcess, settings: options.MapOptions | None = None
+    ) -> None:
+        self._server = server
+        self._settings = settings or options.MapOptions()
+        self._summary: MapSummary | None = None
+
+    @property
+    def summary(self) -> MapSummary:
+        """Of the last iteration that came to its end."""
+        if self._summary is None:
+            raise RuntimeError("the map has not been made yet")
+        return self._summary
+
+    def __iter__(self) -> Iterator[buffermap.BufferMap]:
+        """Make the map, and yield its parts.
+
+        :raises ServerNotFound: if the server has ended.
+        :raises PrivilegeError: if the kernel does not let us look.
+        """
+        began = time.monotonic()
+        server = self._server
+        notes = _Notes()
+        spaces = tablespaces.discover(server)
+        page_size = _common_page_size(spaces)
+        table = location.PlaceTable(
+            _Locator(server, self._settings, notes).locate(spaces, page_size)
+        )
+        search = scan.Scan(table, page_size, self._settings)
+        with memory.ProcessMemory(server.pid) as process:
+            found = search.run(process)
+        mapped = 0
+        blocks = location.BlockTable(table, page_size)
+        for part in assembly.assemble(found, blocks, search.excluded):
+            mapped += part.page_count
+            yield part
+            del part  # it is large, and the next one is about to be made
+        if not server.running:
+            raise exception.ServerNotFound(reason=f"process {server.pid} has ended")
+        self._summary = MapSummary(
+            server=server,
+            page_size=page_size,
+            pool_frames=search.pool_frames,
+            candidate_frames=search.candidate_frames,
+            mapped_pages=mapped,
+            dirty_frames=search.dirty_frames,
+            excluded={reason: count for reason, count in sorted(search.excluded.items()) if count},
+            seconds=time.monotonic() - began,
+            findings=notes.all(search, mapped),
+        )
+        LOG.info(
+            "Mapped %d guest pages of %s in %.2f s (%d frames with pages, excluded: %s)",
+            mapped,
+            server.datadir,
+            self._summary.seconds,
+            self._summary.candidate_frames,
+            self._summary.excluded,
+        )
 
 
 class _Notes:
@@ -223,35 +239,3 @@ class _Locator:
                 code="unaligned",
             )
         return placed
-
-
-def _assemble(
-    found: frames.FrameTable,
-    blocks: location.BlockTable,
-    excluded: collections.Counter[str],
-    page_size: int,
-) -> buffermap.BufferMap:
-    """The map of the frames in ``found``, which is emptied on the way: the map takes its room."""
-    per_frame = page_size // memory.PAGE_SIZE
-    keep = found.newest()
-    kept_frames = int(np.count_nonzero(keep))
-    excluded["duplicate"] += (keep.size - kept_frames) * per_frame
-    collectors = [
-        assembly.PageCollector(volume.volume_id, volume.size, kept_frames * per_frame)
-        for volume in blocks.volumes
-    ]
-    for place, guest in found.drain(keep):
-        volume, block = blocks.find(place)
-        there = np.count_nonzero(volume >= 0, axis=1)
-        whole = there == per_frame
-        # A hole inside of a page is how both servers give back what compression saved.
-        excluded["page-compressed"] += int(np.count_nonzero((there > 0) & ~whole)) * per_frame
-        excluded["not-written"] += int(np.count_nonzero(there == 0)) * per_frame
-        for number, collector in enumerate(collectors):
-            mine = (volume == number) & whole[:, np.newaxis]
-            collector.add(guest[mine], block[mine])
-    del keep  # 4 MB of 64 GiB of pool, and the map is about to need the most memory
-    maps = tuple(collector.finish() for collector in collectors)
-    built = buffermap.BufferMap(tuple(each for each in maps if each.page_count))
-    volumes.check_overlaps(built.volumes)
-    return built

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The buffer map that is being fetched: built in a thread, then kept as chunks in a file.
+"""The buffer map that is being fetched: built in a thread, and kept as chunks in a file.
 
-The map's arrays are gone once it has been serialised: what an agent keeps of a map is a file
+Each part of the map is gone once it has been serialised: what an agent keeps of a map is a file
 without a name, and where in it each chunk begins. Any chunk can be asked for any number of times.
 """
 
 from __future__ import annotations
 
 import base64
+import collections
 import dataclasses
 import logging
 import os
@@ -15,21 +16,51 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from nova_dmigrate import exception
-from nova_dmigrate.buffermap import BufferMap, VolumeExtents
+from nova_dmigrate.agent import mapper
+from nova_dmigrate.buffermap import BufferMap, parts_to_chunks
 from nova_dmigrate.findings import Finding
 from nova_dmigrate.rpc import messages
 
 LOG = logging.getLogger(__name__)
 
-Builder = Callable[[], tuple[BufferMap, Sequence[Finding]]]
-
 _IDLE_SECONDS = 300.0
 _MAX_MESSAGE = 1000
+
+
+class GuestMap:
+    """The map of all servers of a guest, in parts, which is made as they are asked for.
+
+    At the end there are also ``pages``, the guest pages of each volume, and ``findings``. Pages
+    that several servers had, one after the other, are counted for each of them.
+    """
+
+    def __init__(self, servers: Iterable[mapper.ServerMap]) -> None:
+        self._servers = servers
+        self.pages: collections.Counter[str] = collections.Counter()
+        self.findings: list[Finding] = []
+
+    def __iter__(self) -> Iterator[BufferMap]:
+        """To be asked for once.
+
+        :raises AgentError: as `mapper.ServerMap` does.
+        """
+        for server in self._servers:
+            for part in server:
+                for volume in part.volumes:
+                    self.pages[volume.volume_id] += volume.page_count
+                    del volume
+                yield part
+                del part  # it is large, and the next one is about to be made
+            self.findings += server.summary.findings
+
+    def run(self) -> None:
+        """Make the map for what is said about it; the map itself is not kept."""
+        collections.deque(self, maxlen=0)
 
 
 @dataclasses.dataclass
@@ -46,12 +77,15 @@ class _Map:
 class MapStore:
     """At most one map at a time; a new one takes the place of the last.
 
-    :param build: makes the map and says what was found; raises AgentError or BufferMapError.
+    :param build: begins a map; raises AgentError.
     :param directory: where the file is made.
     """
 
     def __init__(
-        self, build: Builder, directory: Path, clock: Callable[[], float] = time.monotonic
+        self,
+        build: Callable[[], GuestMap],
+        directory: Path,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._build = build
         self._directory = directory
@@ -122,10 +156,8 @@ class MapStore:
     def _make(self, target: _Map) -> None:
         began = time.monotonic()
         try:
-            built, found = self._build()
-            pages = built.page_count
+            built = self._build()
             target.file, target.offsets = self._spool(built, target.chunk_bytes)
-            del built
         except Exception as error:  # noqa: BLE001 - the requester waits for an answer
             if not isinstance(error, exception.DMigrateError):
                 LOG.exception("The buffer map cannot be built")
@@ -136,9 +168,9 @@ class MapStore:
             began,
             state="ready",
             chunks=len(target.offsets) - 1,
-            pages=pages,
+            pages=sum(built.pages.values()),
             size=target.offsets[-1],
-            findings=to_messages(found),
+            findings=to_messages(built.findings),
         )
 
     def _finish(self, target: _Map, began: float, **values: object) -> None:
@@ -158,12 +190,12 @@ class MapStore:
             target.state.message,
         )
 
-    def _spool(self, built: BufferMap, chunk_bytes: int) -> tuple[BinaryIO, tuple[int, ...]]:
+    def _spool(self, built: GuestMap, chunk_bytes: int) -> tuple[BinaryIO, tuple[int, ...]]:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         offsets = [0]
         file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115 - lives with the map
         try:
-            for chunk in built.to_chunks(chunk_bytes):
+            for chunk in parts_to_chunks(built, chunk_bytes):
                 file.write(chunk)
                 offsets.append(offsets[-1] + len(chunk))
             file.flush()
@@ -173,32 +205,6 @@ class MapStore:
             file.close()
             raise
         return file, tuple(offsets)
-
-
-def merge(maps: Sequence[BufferMap]) -> BufferMap:
-    """One map of those of several servers, which may share volumes.
-
-    Where two maps contradict each other (memory went from one server to another between them),
-    only the largest is taken: a smaller map costs time, a wrong one would cost more.
-    """
-    if len(maps) == 1:
-        return maps[0]
-    try:
-        return BufferMap.build(
-            VolumeExtents(
-                volume_id=volume.volume_id,
-                size=volume.size,
-                guest=guest.astype("u8") << 12,
-                volume_offset=block.astype("u8") << 12,
-                length=block.astype("u8") * 0 + 4096,
-            )
-            for each in maps
-            for volume in each.volumes
-            for guest, block in [volume.pages()]
-        )
-    except exception.BufferMapError as error:
-        LOG.warning("The maps of %d servers contradict each other: %s", len(maps), error)
-        return max(maps, key=lambda each: each.page_count)
 
 
 def to_messages(found: Sequence[Finding]) -> tuple[messages.Finding, ...]:

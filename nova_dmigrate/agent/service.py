@@ -18,8 +18,6 @@ from nova_dmigrate import exception, version
 from nova_dmigrate.agent import database, describe, ledger, mapper, maps, options, processes
 from nova_dmigrate.agent.follow_up import FollowUp
 from nova_dmigrate.agent.preparation import Preparation, PreparationSettings
-from nova_dmigrate.buffermap import BufferMap
-from nova_dmigrate.findings import Finding
 from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 
@@ -62,15 +60,11 @@ class Servers:
             if server.socket is not None
         ]
 
-    def build_map(self) -> tuple[BufferMap, Sequence[Finding]]:
+    def build_map(self) -> maps.GuestMap:
         """One map of all of them."""
-        built: list[BufferMap] = []
-        found: list[Finding] = []
-        for server in self.find():
-            one, summary = mapper.build_map(server, self._settings.mapping)
-            built.append(one)
-            found += summary.findings
-        return maps.merge(built), found
+        return maps.GuestMap(
+            [mapper.ServerMap(server, self._settings.mapping) for server in self.find()]
+        )
 
 
 def make_preparation(settings: AgentSettings) -> Preparation:

@@ -25,6 +25,7 @@ from oslo_log import log
 from nova_dmigrate import conf, exception, version
 from nova_dmigrate.agent import database, describe, options, processes, service
 from nova_dmigrate.agent.preparation import PreparationSettings
+from nova_dmigrate.buffermap import PAGE_SIZE, save_parts
 from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 
@@ -166,9 +167,10 @@ def _check(settings: service.AgentSettings, command: Any) -> int:
     mapped = None
     if not command.no_map:
         try:
-            built, more = servers.build_map()
-            mapped = built.page_count * 4096 / max(1, inspection.memory_bytes)
-            found += more
+            built = servers.build_map()
+            built.run()
+            mapped = sum(built.pages.values()) * PAGE_SIZE / max(1, inspection.memory_bytes)
+            found += built.findings
         except exception.DMigrateError as error:
             found.append(Finding("no-map", Severity.PROBLEM, str(error)))
     found = list(dict.fromkeys(found))
@@ -198,24 +200,25 @@ def _check(settings: service.AgentSettings, command: Any) -> int:
 
 def _map(settings: service.AgentSettings, command: Any) -> int:
     servers = service.Servers(settings)
-    built, found = servers.build_map()
+    built = servers.build_map()
     if command.output:
-        built.save(Path(command.output))
-    volumes = {each.volume_id: each.page_count for each in built.volumes}
+        save_parts(built, command.output)
+    else:
+        built.run()
+    pages = sum(built.pages.values())
     if command.json:
         _print_json(
             {
-                "pages": built.page_count,
-                "bytes": built.nbytes,
-                "volumes": volumes,
-                "findings": [_as_dict(each) for each in found],
+                "pages": pages,
+                "volumes": built.pages,
+                "findings": [_as_dict(each) for each in built.findings],
             }
         )
         return _WELL
-    print(f"{built.page_count} guest pages ({built.page_count * 4096 / _MIB:.0f} MiB) are mapped")
-    for name, count in volumes.items():
+    print(f"{pages} guest pages ({pages * PAGE_SIZE / _MIB:.0f} MiB) are mapped")
+    for name, count in built.pages.items():
         print(f"volume {name}: {count} guest pages")
-    for each in found:
+    for each in built.findings:
         print(f"{_MARKS[each.severity]}: {each.message} [{each.code}]")
     return _WELL
 

@@ -43,6 +43,13 @@ ROWS = (
 )
 
 
+def build_map(
+    server: processes.ServerProcess, settings: options.MapOptions | None = None
+) -> tuple[BufferMap, mapper.MapSummary]:
+    made = mapper.ServerMap(server, settings)
+    return BufferMap.join(made), made.summary
+
+
 class DatabaseTestCase(base.TestCase):
     """Tests that share one server."""
 
@@ -82,7 +89,7 @@ class DatabaseTestCase(base.TestCase):
 
     def build(self, **settings: Any) -> tuple[BufferMap, mapper.MapSummary]:
         names = {self.volume.name: VOLUME}
-        return mapper.build_map(self.find(), options.MapOptions(volume_names=names, **settings))
+        return build_map(self.find(), options.MapOptions(volume_names=names, **settings))
 
     def equal_share(self, built: BufferMap) -> float:
         (mapped,) = built.volumes
@@ -186,7 +193,7 @@ class AnyServer(DatabaseTestCase):
             yield
 
     def test_a_device_that_is_no_disk_is_mapped_only_when_it_is_named(self) -> None:
-        built, summary = mapper.build_map(self.find())
+        built, summary = build_map(self.find())
         self.assertEqual((), built.volumes)
         self.assertIn("unsupported-device", self.codes(summary))
         self.assertIn("nothing-mapped", self.codes(summary))
@@ -326,7 +333,7 @@ class TestOldFashioned(DatabaseTestCase):
         server = self.find()
         self.server.kill()
         self.assertFalse(server.running)
-        self.assertRaises(exception.AgentError, mapper.build_map, server)
+        self.assertRaises(exception.AgentError, build_map, server)
         self.server.start()
         self.server.sql("SELECT COUNT(c), COUNT(k) FROM sbtest1", "sbtest")
         built, _ = self.build()

@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Database servers without a database: variables that clamp each other as the real ones do."""
+"""Database servers without a database: variables that clamp each other as the real ones do.
+
+And a map without a server.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
 
 from nova_dmigrate import exception
 from nova_dmigrate.agent import flushing
 from nova_dmigrate.agent.database import Login, PoolStatus
+from nova_dmigrate.buffermap import BufferMap
+from nova_dmigrate.findings import Finding
 
 # Defaults of each: capacity_max, capacity, idle (None where it is unknown), low water, high water
 DEFAULTS = {
@@ -121,3 +127,14 @@ class FakeGuest:
 def _shown(like: str, number: float) -> str:
     """A number as the server shows that variable."""
     return f"{number:.6f}" if "." in like else str(int(number))
+
+
+class FakeServerMap:
+    """In the place of mapper.ServerMap: a map that was made before."""
+
+    def __init__(self, parts: Sequence[BufferMap], findings: Sequence[Finding] = ()) -> None:
+        self._parts = parts
+        self.summary = SimpleNamespace(findings=findings)
+
+    def __iter__(self) -> Iterator[BufferMap]:
+        return iter(self._parts)

@@ -10,12 +10,13 @@ import fixtures
 import numpy as np
 
 from nova_dmigrate import exception
-from nova_dmigrate.agent import describe
+from nova_dmigrate.agent import describe, maps
 from nova_dmigrate.buffermap import BufferMap, MapLimits, VolumeExtents
 from nova_dmigrate.cmd import agent
 from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.rpc import messages
 from tests import base
+from tests.unit.agent.fakes import FakeServerMap
 
 SERVER = messages.Server("/var/lib/mysql", "mysql", "8.0.36", 1 << 30, 16384, 0.97, 0.031)
 WELL = Finding("may-prepare", Severity.OK, "it can be prepared")
@@ -49,7 +50,8 @@ class CommandTest(base.TestCase):
     def build(self) -> Any:
         if isinstance(self.built, Exception):
             raise self.built
-        return self.built, [Finding("a-note", Severity.NOTE, "something")]
+        note = Finding("a-note", Severity.NOTE, "something")
+        return maps.GuestMap([FakeServerMap([self.built], [note])])
 
     def run_command(self, *arguments: str) -> tuple[int, str]:
         printed = io.StringIO()

@@ -4,7 +4,8 @@
 import base64
 import socket
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ import numpy as np
 from nova_dmigrate import exception
 from nova_dmigrate.agent import maps, service
 from nova_dmigrate.agent.preparation import Preparation
-from nova_dmigrate.buffermap import BufferMap, MapLimits, VolumeExtents
+from nova_dmigrate.buffermap import BufferMap, MapLimits, VolumeExtents, parts_to_chunks
 from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.rpc import channel, client, messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 from tests import base
-from tests.unit.agent.fakes import FakeGuest, FakeServer
+from tests.unit.agent.fakes import FakeGuest, FakeServer, FakeServerMap
 
 NOTE = Finding("a-note", Severity.NOTE, "something")
 
@@ -38,16 +39,18 @@ class Servers:
 
     def __init__(self, built: Any) -> None:
         self.built = built
+        self.also: list[BufferMap] = []
         self.builds = 0
         self.go = threading.Event()
         self.go.set()
 
-    def build_map(self) -> tuple[BufferMap, Sequence[Finding]]:
+    def build_map(self) -> maps.GuestMap:
         self.builds += 1
         self.go.wait()
         if isinstance(self.built, Exception):
             raise self.built
-        return self.built, [NOTE]
+        parts = FakeServerMap([self.built, *self.also], [NOTE])
+        return maps.GuestMap([parts])  # type: ignore[list-item]
 
 
 class MapStoreTest(base.TestCase):
@@ -112,16 +115,45 @@ class MapStoreTest(base.TestCase):
             error = self.assertRaises(exception.AgentError, self.store.state, state.map_id)
             self.assertEqual("unknown-map", error.kwargs["code"])
 
-    def test_maps_of_several_servers_become_one(self) -> None:
-        one, two, three = make_map(50), make_map(60, first=101), make_map(40, "other", 1000)
-        merged = maps.merge([one, two, three])
-        self.assertEqual(150, merged.page_count)
-        self.assertEqual(2, len(merged.volumes))
+    def test_what_goes_wrong_in_a_later_part_is_the_maps_state(self) -> None:
+        class Ending(FakeServerMap):
+            def __iter__(self) -> Iterator[BufferMap]:
+                yield make_map(10)
+                raise exception.ServerNotFound(reason="gone")
 
-    def test_of_maps_that_contradict_each_other_the_largest_is_taken(self) -> None:
-        one, two = make_map(50), make_map(60, "other")
-        self.assertIs(two, maps.merge([one, two]))
-        self.assertIs(one, maps.merge([one]))
+        self.store._build = lambda: maps.GuestMap([Ending(())])  # type: ignore[list-item]
+        state = self.begin()
+        self.assertEqual("failed", state.state)
+        self.assertIn("gone", state.message)
+
+
+class GuestMapTest(base.TestCase):
+    def test_the_parts_of_all_servers_follow_each_other_and_are_counted(self) -> None:
+        one, two, three = make_map(50), make_map(60, first=101), make_map(40, "other", 1000)
+        servers = [FakeServerMap([one, two], [NOTE]), FakeServerMap([three])]
+        made = maps.GuestMap(servers)  # type: ignore[arg-type]
+        self.assertEqual([one, two, three], list(made))
+        self.assertEqual({"a-volume": 110, "other": 40}, made.pages)
+        self.assertEqual([NOTE], made.findings)
+
+    def test_a_part_is_gone_before_the_next_one_is_made(self) -> None:
+        alive: list[weakref.ref[BufferMap]] = []
+
+        class Server(FakeServerMap):
+            def __iter__(self) -> Iterator[BufferMap]:
+                for number in range(3):
+                    self.check()
+                    part = make_map(50, first=200 * number)
+                    alive.append(weakref.ref(part.volumes[0]))
+                    yield part
+                    del part
+
+            @staticmethod
+            def check() -> None:
+                assert not any(each() for each in alive)
+
+        made = maps.GuestMap([Server(()), Server(())])  # type: ignore[list-item]
+        self.assertEqual(150, BufferMap.from_chunks(parts_to_chunks(made), MapLimits()).page_count)
 
 
 class ServiceTest(base.TestCase):
@@ -153,6 +185,11 @@ class ServiceTest(base.TestCase):
     def test_a_map_arrives_as_it_was_made(self) -> None:
         fetched = self.client.fetch_map(MapLimits(max_chunk_bytes=4096))
         self.assertTrue(same(self.servers.built, fetched))
+
+    def test_a_map_in_parts_arrives_as_one(self) -> None:
+        self.servers.also = [make_map(2000, first=8000)]
+        fetched = self.client.fetch_map(MapLimits(max_chunk_bytes=4096))
+        self.assertEqual(BufferMap.join([self.servers.built, *self.servers.also]), fetched)
 
     def test_a_map_beyond_the_hosts_limits_is_not_fetched(self) -> None:
         self.assertRaises(
