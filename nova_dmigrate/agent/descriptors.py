@@ -34,7 +34,8 @@ _BLOCK = 2048  # descriptors that are read in one go
 _SAMPLE = 8192
 _FEWEST_MARKED = 16  # frames with an LSN in their descriptors, for a choice that is no accident
 _FEWEST_CLEAN = 0.05  # share of frames: what is beyond the LSN in all of them is something else
-_MOST_AMISS = 0.02  # share of frames that changed between two looks
+_MOST_AMISS = 0.05  # share of frames that got another page between two looks
+_LOOK = 512  # frames that are looked at twice in one go
 _MAX_LSN = np.uint64(1 << 46)  # beyond that are addresses
 
 U64 = NDArray[np.uint64]
@@ -219,12 +220,18 @@ def _find_oldest(
             for each, number in zip(alike, numbers)  # noqa: B905 - Python 3.9
         ]
     ).astype(np.uint64)
-    # The descriptors first: what is written between the two looks is clean by both
-    content, _ = process.read_pieces(address, np.full(address.size, stride, np.uint64))
-    words = content.view(np.uint64).reshape(address.size, -1)
-    headers = pages.read_headers(process, frame, page_size)
-    used = headers.plausible & headers.written(np.zeros(frame.size, np.bool_))
-    return _choose(words[used], headers.lsn[used], stride)
+    words, lsn = [], []
+    for start in range(0, frame.size, _LOOK):
+        part = slice(start, start + _LOOK)
+        # The descriptors first, and soon the frames: what is written in between is clean by both
+        content, _ = process.read_pieces(
+            address[part], np.full(address[part].size, stride, np.uint64)
+        )
+        headers = pages.read_headers(process, frame[part], page_size)
+        used = headers.plausible & headers.written(np.zeros(frame[part].size, np.bool_))
+        words.append(content.view(np.uint64).reshape(-1, stride // _WORD)[used])
+        lsn.append(headers.lsn[used])
+    return _choose(np.concatenate(words), np.concatenate(lsn), stride) if words else None
 
 
 def _choose(words: U64, lsn: U64, stride: int) -> int | None:
@@ -235,9 +242,11 @@ def _choose(words: U64, lsn: U64, stride: int) -> int | None:
         written = int(np.count_nonzero((old == 0) & (new == lsn)))
         unwritten = int(np.count_nonzero((old > lsn) & (new >= old) & (new < _MAX_LSN)))
         unchanged = int(np.count_nonzero((old == 0) & (new == 0)))
-        amiss = lsn.size - written - unwritten - unchanged
+        between = int(np.count_nonzero((old != 0) & (new == lsn)))  # the two looks
+        amiss = lsn.size - written - unwritten - unchanged - between
         if (
             amiss <= _MOST_AMISS * lsn.size
+            and between <= written
             and written + unwritten >= _FEWEST_MARKED
             and written + unchanged >= _FEWEST_CLEAN * lsn.size
             and (written, unwritten) > best

@@ -136,10 +136,13 @@ class MariaDB11(_InChroot, databases.MariaDB):
 
 
 class MariaDB105(MariaDB11):
-    """Debian 11's MariaDB."""
+    """Debian 11's MariaDB, with the flush method that is the default of later ones."""
 
     RELEASE = MARIADB_10_5
     SCRIPTS = "usr/share/mysql/mysql"
+
+    def _options(self) -> list[str]:
+        return [*super()._options(), "--innodb-flush-method=O_DIRECT"]
 
 
 class _MySQL(_InChroot):

@@ -108,6 +108,12 @@ class DescriptorsTest(base.TestCase):
 
     def test_frames_that_change_between_two_looks_do_no_harm(self):
         chunk = Chunk()
-        chunk.word(NEWEST)[17] = 12345
+        chunk.word(NEWEST)[17] = 12345  # got another page
+        chunk.word(OLDEST)[50:90] = 900  # were written
         chunk.change(20)
-        self.assertEqual([20], self.dirty(self.find(chunk), chunk))
+        self.assertEqual([20, *range(50, 90)], self.dirty(self.find(chunk), chunk))
+
+    def test_a_word_that_is_never_0_does_not_tell_what_is_dirty(self):
+        chunk = Chunk()
+        chunk.word(OLDEST)[:] = chunk.word(OLDEST + 8)[:] = LATCH
+        self.assertIsNone(self.find(chunk))
