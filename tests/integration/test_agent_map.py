@@ -178,7 +178,7 @@ class AnyServer(DatabaseTestCase):
             lambda: [login],
             database.connect,
         )
-        with self.load("--rate=5"):
+        with self.load("--rate=2"):
             state = prepared.prepare(messages.PrepareArguments(seconds=5))
             self.addCleanup(prepared.restore)
             while not state.reached:
