@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migrations compared: a table, plots, one HTML file and ``report.json``.
+
+Knows nothing of how migrations are made or measured. Only ``plots`` needs matplotlib.
+"""
+
+from nova_dmigrate.report.table import format_table
+from nova_dmigrate.report.write import ReportFiles, write_report
+
+__all__ = ["ReportFiles", "format_table", "write_report"]

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reports of migrations that have been: what their summaries tell, without a database's figures."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nova_dmigrate.migration.summary import COMPLETED, DMIGRATE, MigrationSummary, Row
+from nova_dmigrate.report import runs
+from nova_dmigrate.report.html import Section
+from nova_dmigrate.report.write import write_html
+
+#: The phase in which the relays start to count, so that their series begin with it.
+_FIRST_PHASE = "migrating"
+
+
+def write_history_report(summaries: Sequence[MigrationSummary], path: Path) -> None:
+    """Write one HTML file about migrations that have been.
+
+    :raises ReportError: matplotlib is missing, or the file cannot be written.
+    """
+    domains = ", ".join(dict.fromkeys(each.domain for each in summaries))
+    write_html(
+        [run_of(each) for each in summaries],
+        {},
+        path,
+        f"Live migration of {domains}",
+        [section_of(each) for each in summaries],
+    )
+
+
+def run_of(summary: MigrationSummary) -> runs.Run:
+    """The run that a summary tells of. What was not measured is left out."""
+    relayed = summary.mode == DMIGRATE
+    return {
+        "scenario": summary.domain,
+        "mode": runs.DMIGRATE if relayed else "ordinary",
+        "completed": summary.state == COMPLETED,
+        "fallback_reason": summary.fallback_reason,
+        "total_s": summary.total_s,
+        "downtime_ms": summary.downtime_ms,
+        "guest_bytes": summary.guest_bytes,
+        "wire_bytes": summary.wire_bytes,
+        "volume_bytes": summary.volume_bytes if relayed else None,
+        "pages_referenced": summary.pages_referenced if relayed else None,
+        "misses": summary.misses if relayed else None,
+        "series": _series(summary),
+    }
+
+
+def section_of(summary: MigrationSummary) -> Section:
+    """What a summary has to tell in words."""
+    phases = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in summary.phases.items())
+    return Section(
+        f"Migration {summary.id}",
+        (
+            summary.sentence(),
+            f"Started {summary.started}",
+            *([f"Phases: {phases}"] if phases else []),
+            *(f"{each.severity.value}: {each.message} [{each.code}]" for each in summary.findings),
+        ),
+    )
+
+
+def _series(summary: MigrationSummary) -> dict[str, Any]:
+    rows = summary.series.get("source") or ()
+    begin = _seconds_before(summary)
+    series: dict[str, Any] = {
+        "network": list(_points(rows, "wire_bytes", begin)),
+        "volume": list(_points(rows, "volume_bytes", begin)),
+    }
+    end = _last_growth(series["network"])
+    if end is not None and summary.state == COMPLETED and summary.downtime_ms is not None:
+        # The end of QEMU's stream is sent while the guest stands still; nothing comes after it
+        series["downtime"] = [end - summary.downtime_ms / 1000, end]
+    return series
+
+
+def _seconds_before(summary: MigrationSummary) -> float:
+    seconds = 0.0
+    for name, spent in summary.phases.items():
+        if name == _FIRST_PHASE:
+            return seconds
+        seconds += spent
+    return 0.0
+
+
+def _points(rows: Iterable[Row], key: str, begin: float) -> Iterable[list[float]]:
+    for row in rows:
+        moment, value = row.get("t"), row.get(key)
+        if isinstance(moment, int | float) and isinstance(value, int | float):
+            yield [begin + moment, value]
+
+
+def _last_growth(points: Sequence[Sequence[float]]) -> float | None:
+    last = None
+    for before, after in zip(points, points[1:], strict=False):
+        if after[1] > before[1]:
+            last = after[0]
+    return last
