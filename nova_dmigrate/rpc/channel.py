@@ -46,11 +46,13 @@ Opener = Callable[[], int]
 def open_port(path: str) -> int:
     """A descriptor of a character device or a UNIX socket.
 
-    :raises OSError: if it is not there, or nobody listens.
+    :raises OSError: if it is not there, nobody listens, or too many wait to be accepted: QEMU
+        takes one connection at a time.
     """
     if not stat.S_ISSOCK(os.stat(path).st_mode):
         return os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.setblocking(False)  # else it waits for a place in the queue, for ever
         connection.connect(path)
         return connection.detach()
 

@@ -172,6 +172,24 @@ class ChannelTest(base.TestCase):
         listener.listen()
         os.close(channel.open_port(path))
 
+    def test_a_socket_that_is_not_accepted_from_keeps_nobody_waiting(self) -> None:
+        path = str(self.make_directory() / "port")
+        listener = socket.socket(socket.AF_UNIX)
+        self.addCleanup(listener.close)
+        listener.bind(path)
+        listener.listen(1)
+        queued = []
+        while True:
+            transport = channel.ChannelTransport("i", lambda: channel.open_port(path))
+            queued.append(transport)
+            self.addCleanup(transport.close)
+            error = self.assertRaises(
+                exception.AgentUnreachable, transport.call, "ping", "r", {}, 0.05
+            )
+            if "its channel failed" in str(error):
+                break
+        self.assertGreater(len(queued), 1)
+
 
 class DeviceTest(base.TestCase):
     """The agent's end is a character device, which other hosts hold the other end of in turn.
