@@ -78,6 +78,18 @@ class GuestSpec:
         return (self.ram_mb << 20) + (8192 if self.exact else 0)
 
     @property
+    def mailbox_bytes(self) -> int:
+        """Size of the disk on which the guest writes its map."""
+        return (self.fill_mb * 256 * 16 + (1 << 20)) & ~0xFFFFF | 1 << 20
+
+    @property
+    def kernel_arguments(self) -> str:
+        return (
+            f"{KERNEL_ARGUMENTS} ndm.fill={self.fill_mb} ndm.mapped={self.mapped}"
+            f" ndm.zero={self.zero} ndm.seed={self.seed} ndm.thp={int(self.thp)}"
+        )
+
+    @property
     def block_names(self) -> tuple[str, ...]:
         """RAMBlock idstrs of the guest's memory, named as libvirt names them."""
         if self.numa_nodes == 1:
@@ -92,7 +104,7 @@ class Guest:
                  host: Host | None = None) -> None:  # fmt: skip
         self.spec = spec
         self.host = host
-        self.directory = make_workspace(directory)
+        self.directory = self._make_directory(directory)
         self.boot_seconds = 0.0
         self._ram: dict[str, NDArray[np.uint8]] = {}
         self._maps: list[mmap.mmap] = []
@@ -115,9 +127,7 @@ class Guest:
         started = time.monotonic()
         guest = cls(spec, incoming=False, directory=directory, host=host)
         try:
-            line = guest._read_line(timeout, "READY")
-            if line != "READY":
-                raise GuestError(f"the guest did not become ready: {line}\n{guest.last_words()}")
+            guest.wait_ready(timeout)
         except BaseException:
             guest.close()
             raise
@@ -178,7 +188,7 @@ class Guest:
         for mapping in self._maps:
             with contextlib.suppress(BufferError):  # someone still holds an array of it
                 mapping.close()
-        drop_workspace(self.directory)
+        self._drop_directory()
 
     # -- monitor
 
@@ -219,6 +229,15 @@ class Guest:
         if verdict != "ok":
             raise GuestError(f"{line!r}: {answer}")
         return rest
+
+    def wait_ready(self, timeout: float) -> None:
+        """Wait for the guest's word that it has booted and filled its memory; once only.
+
+        :raises GuestError: it said something else, or nothing in time.
+        """
+        line = self._read_line(timeout, "READY")
+        if line != "READY":
+            raise GuestError(f"the guest did not become ready: {line}\n{self.last_words()}")
 
     def fill(
         self, *, mapped: int | None = None, zero: int | None = None, seed: int | None = None
@@ -330,9 +349,15 @@ class Guest:
 
     # -- start
 
+    def _make_directory(self, parent: Path | None) -> Path:
+        return make_workspace(parent)
+
+    def _drop_directory(self) -> None:
+        drop_workspace(self.directory)
+
     def _start(self, incoming: bool) -> None:
         with open(self.directory / "mailbox.raw", "wb") as mailbox:
-            mailbox.truncate((self.spec.fill_mb * 256 * 16 + (1 << 20)) & ~0xFFFFF | 1 << 20)
+            mailbox.truncate(self.spec.mailbox_bytes)
         argv = [*self.spec.qemu, *self._arguments(incoming)]
         if self.host is not None:
             argv = self.host.argv(argv)
@@ -364,14 +389,11 @@ class Guest:
 
     def _arguments(self, incoming: bool) -> list[str]:
         spec, here, image = self.spec, self.directory, guest_image()
-        append = (
-            f"{KERNEL_ARGUMENTS} ndm.fill={spec.fill_mb} ndm.mapped={spec.mapped}"
-            f" ndm.zero={spec.zero} ndm.seed={spec.seed} ndm.thp={int(spec.thp)}"
-        )
         arguments = [
             *("-accel", "tcg", "-cpu", spec.cpu, "-smp", str(spec.smp), "-m", f"{spec.ram_bytes}B"),
             *("-nodefaults", "-display", "none", "-no-reboot", "-name", "ndm-lab"),
-            *("-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", append),
+            *("-kernel", str(image.kernel), "-initrd", str(image.initramfs)),
+            *("-append", spec.kernel_arguments),
             *self._memory_arguments(),
             *("-chardev", f"socket,id=qmp,path={here}/qmp.sock,server=on,wait=off"),
             *("-mon", "chardev=qmp,mode=control"),

@@ -2,9 +2,9 @@
 """What the lab starts or makes is registered here and ends even when the test process is killed.
 
 A reaper, one small process for each test process, reads the register from a pipe. When the pipe
-closes, for whatever reason, it kills the processes, removes the namespaces and deletes the
-directories that are still registered. A parent-death signal would not do: the kernel sends it when
-the starting *thread* ends.
+closes, for whatever reason, it kills the processes, removes the namespaces with all that runs in
+them and deletes the directories that are still registered. A parent-death signal would not do: the
+kernel sends it when the starting *thread* ends.
 """
 
 import atexit
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,22 @@ def terminate(process: "subprocess.Popen[Any]", patience: float = 10) -> int:
     return end(process, [(signal.SIGTERM, patience)])
 
 
+def end_inmates(namespace: str, patience: float = 30) -> None:
+    """Kill all processes in a network namespace, also those that they start meanwhile."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        listed = subprocess.run(
+            ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False
+        )
+        pids = [int(pid) for pid in listed.stdout.split()]
+        if not pids:
+            return
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
 @contextlib.contextmanager
 def workspace(parent: Path | None = None) -> Iterator[Path]:
     """A directory with a short path (UNIX sockets allow 107 bytes), deleted at the end."""
@@ -139,6 +156,7 @@ def _reap(lines: Iterator[str]) -> None:
                 with contextlib.suppress(OSError):
                     os.kill(int(pid), signal.SIGKILL)
         elif kind == "netns":
+            end_inmates(name)
             subprocess.run(["ip", "netns", "delete", name], check=False)
         else:
             shutil.rmtree(name, ignore_errors=True)

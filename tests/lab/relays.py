@@ -201,18 +201,21 @@ class RelayPair:
         volumes: Mapping[str, Path] | None = None,
         saved: SavedMap | None = None,
         hosts: tuple[Host, Host] | None = None,
+        outgoing: Path | None = None,
         tls: tuple[TlsSettings, TlsSettings] | None = None,
         **options: object,
     ) -> None:
         """:param incoming: UNIX socket of the destination QEMU, which need not exist yet.
         :param volumes: path of each of the instance's volumes at the destination.
-        :param hosts: namespaces of source and destination; the test's own if None.
+        :param hosts: namespaces of source and destination; the test's own if None. `incoming` and
+            `outgoing` are paths there.
+        :param outgoing: UNIX socket for the source QEMU; one in ``directory`` if None.
         :param tls: settings of source and destination.
         :param options: of the configuration files, "group__name"; see nova_dmigrate.conf.
         """
         directory.mkdir(exist_ok=True)
         self.directory = directory
-        self.outgoing = directory / "outgoing"
+        self.outgoing = outgoing or directory / "outgoing"
         values = {name.replace("__", "."): value for name, value in options.items()}
         source_host, destination_host = hosts or (None, None)
         common = {
