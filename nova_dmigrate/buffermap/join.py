@@ -4,13 +4,15 @@
 Parts that were made one after the other may contradict each other, because memory goes from one
 use to another meanwhile. Such pages are left out: a miss costs time, a wrong page would cost more.
 
-Nothing here expands runs to single pages: one run of a hostile guest can be a terabyte of them.
+Nothing here expands runs to single pages, because one run of a hostile guest can be a terabyte of
+them; and where parts overlap, they are compared a stretch of guest memory at a time, because that
+takes ten times the memory of what is compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 from nova_dmigrate.buffermap import volume
 
 _HALF = np.uint64(32)
+_MOST_RUNS = 1 << 20  # that are compared at a time
 
 
 def join(parts: Sequence[tuple[volume.VolumeMap, ...]]) -> tuple[volume.VolumeMap, ...]:
@@ -46,9 +49,16 @@ def join(parts: Sequence[tuple[volume.VolumeMap, ...]]) -> tuple[volume.VolumeMa
         built = tuple(_concatenated(name, sizes[name], same) for name, same in pieces.items())
         if not volume.overlapping(built):
             return built
-    runs = _without_overlaps(_Runs.of(list(pieces.values())))
+        del built
+    resolved: list[list[volume.VolumeMap]] = [[] for _ in sizes]
+    every = [(number, each) for number, same in enumerate(pieces.values()) for each in same]
+    for runs in _resolve(every, 0, volume.MAX_PAGES):
+        for number, (name, size) in enumerate(sizes.items()):
+            mine = runs.of_volume(number, name, size)
+            if mine.page_count:
+                resolved[number].append(mine)
     return tuple(
-        runs.of_volume(number, name, size) for number, (name, size) in enumerate(sizes.items())
+        _concatenated(name, size, same) for (name, size), same in zip(sizes.items(), resolved)
     )
 
 
@@ -96,17 +106,18 @@ class _Runs:
     owner: volume.U32
 
     @classmethod
-    def of(cls, volumes: Sequence[Sequence[volume.VolumeMap]]) -> _Runs:
+    def of(cls, pieces: Sequence[tuple[int, volume.VolumeMap]], low: int, high: int) -> _Runs:
+        """What the pieces, with the numbers of their volumes, map from ``low`` to below ``high``,
+        within which each of their entries lies at least in part."""
         return cls.joined(
             [
                 cls(
-                    each.guest_pages,
-                    each.behind,
+                    np.maximum(each.guest_pages, np.uint32(low)),
+                    np.minimum(each.behind, np.uint32(high)),
                     each.volume_blocks - each.guest_pages,
                     np.full(each.guest_pages.size, number, np.uint32),
                 )
-                for number, pieces in enumerate(volumes)
-                for each in pieces
+                for number, each in pieces
             ]
         )
 
@@ -132,6 +143,42 @@ class _Runs:
         return volume.VolumeMap.from_runs(
             name, size, mine.first, mine.first + mine.distance, mine.behind - mine.first
         )
+
+
+def _resolve(
+    pieces: Sequence[tuple[int, volume.VolumeMap]], low: int, high: int
+) -> Iterator[_Runs]:
+    """What the pieces, with the numbers of their volumes, map from ``low`` to below ``high``
+    without contradiction, in ascending stretches."""
+    pieces = [(number, _within(each, low, high)) for number, each in pieces]
+    pieces = [(number, each) for number, each in pieces if each.guest_pages.size]
+    if not pieces:
+        return
+    if sum(each.guest_pages.size for _, each in pieces) > _MOST_RUNS and high - low > 1:
+        middle = (low + high) // 2
+        yield from _resolve(pieces, low, middle)
+        yield from _resolve(pieces, middle, high)
+    else:
+        yield _without_overlaps(_Runs.of(pieces, low, high))
+
+
+def _within(piece: volume.VolumeMap, low: int, high: int) -> volume.VolumeMap:
+    """The entries of which a part lies between two guest pages."""
+    # No casting: a search for anything but u32 would copy the whole array
+    edges = np.array([low, high], np.uint32)
+    first = int(np.searchsorted(piece.guest_pages, edges[0], side="right"))
+    last = int(np.searchsorted(piece.guest_pages, edges[1], side="left"))
+    if first and (1 if piece.lengths is None else int(piece.lengths[first - 1])) > low - int(
+        piece.guest_pages[first - 1]
+    ):
+        first -= 1
+    return volume.VolumeMap(
+        piece.volume_id,
+        piece.size,
+        piece.guest_pages[first:last],
+        piece.volume_blocks[first:last],
+        None if piece.lengths is None else piece.lengths[first:last],
+    )
 
 
 def _without_overlaps(runs: _Runs) -> _Runs:
