@@ -26,7 +26,7 @@ unit: setup     ## Run the unit suite
 integration: setup ## Run the integration suite: real QEMU
 	@tools/run_suite.sh integration $(TESTS)
 
-guests: setup   ## Run the tests with whole database guests: not part of "make test"
+guests: setup   ## Run the guests suite: whole database guests
 	@tools/run_suite.sh guests $(TESTS)
 
 style: setup    ## Check style, format, types, release notes

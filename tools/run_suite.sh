@@ -23,8 +23,8 @@ integration)
 guests)
     config=tests/guests/stestr.conf
     concurrency=2
-    test_timeout=600
-    suite_timeout=3900
+    test_timeout=300
+    suite_timeout=1500
     ;;
 *)
     echo "No such suite: $suite" >&2

@@ -4,7 +4,7 @@
 # and the last line is the count of all tests.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-suites=(unit integration)
+suites=(unit integration guests)
 failed=()
 times=()
 
@@ -28,6 +28,7 @@ done
 say "Summary: $(printf '%s; ' "${times[@]}")total $SECONDS s"
 if [ "${#failed[@]}" -gt 0 ]; then echo "Failed stages: ${failed[*]}"; fi
 status=0
-"$VENV/bin/python" tools/count_results.py "$STATE/unit.subunit" "$STATE/integration.subunit" || status=1
+results=("${suites[@]/#/$STATE/}")
+"$VENV/bin/python" tools/count_results.py "${results[@]/%/.subunit}" || status=1
 [ "${#failed[@]}" -eq 0 ] || status=1
 exit $status

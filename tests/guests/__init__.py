@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tests with whole database guests: minutes each, run by ``make guests``, not by ``make test``."""
+"""The guests suite: whole database guests, with the agent in them."""

@@ -5,7 +5,7 @@ with DatabaseGuest.boot(DatabaseSpec(disk=create_volume(path))) as guest:
     client = guest.agent()
     mapped = client.fetch_map(MapLimits())
     guest.stop()
-    share = guest.equal_share(mapped)
+    equal = guest.equal_pages(mapped, guest.ram)
 
 It is a `Guest`: migrations, monitor and memory are as there. The agent answers on the port that
 the real one has; a port of the lab's runs scripts in the guest.
@@ -13,7 +13,6 @@ the real one has; a port of the lab's runs scripts in the guest.
 
 import base64
 import dataclasses
-import os
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +21,8 @@ from numpy.typing import NDArray
 from nova_dmigrate.buffermap import BufferMap
 from nova_dmigrate.rpc import channel
 from nova_dmigrate.rpc.client import AgentClient, ClientSettings
-from tests.lab.database_image import database_image, make_initramfs
+from tests.lab.database_image import MARIADB, Release, database_image, make_initramfs
 from tests.lab.guest import KERNEL_ARGUMENTS, PAGE_SIZE, Guest, GuestError, GuestSpec
-from tests.lab.qmp import connect_unix
 
 #: As Nova gives it: the first 20 characters of the volume's id.
 SERIAL = "6f1d2c3b-4a59-4687-9"
@@ -36,15 +34,34 @@ BOOT_PATIENCE = 240.0
 
 @dataclasses.dataclass(frozen=True)
 class DatabaseSpec(GuestSpec):
-    """``layout``: what the database's file system is on, ``partition`` (ext4) or ``lvm`` (XFS).
+    """``release``: what runs in it.
+
+    ``layout``: what the database's file system is on, ``partition`` (ext4) or ``lvm`` (XFS); it is
+    made when the guest boots, unless it is ``kept``: a database is on the first partition already.
 
     ``hugepages``: how many of 2 MiB the guest reserves; the server's pool is in them if not 0.
+
+    ``options``: more of the server's, without dashes.
+
+    ``address``: of guest and server on the guests' network; None for neither.
     """
 
     ram_mb: int = 640
+    cpu: str = "Nehalem"  # the oldest that the NumPy of Debian's newest releases runs on
+    release: Release = MARIADB
     layout: str = "partition"
     pool_mb: int = 64
     hugepages: int = 0
+    options: tuple[str, ...] = ()
+    address: str | None = None
+
+    @property
+    def kernel_arguments(self) -> str:
+        return (
+            f"{KERNEL_ARGUMENTS} ndm.layout={self.layout} ndm.pool={self.pool_mb}M"
+            f" ndm.hugepages={self.hugepages} ndm.address={self.address or ''}"
+            f" ndm.options={','.join(self.options)}"
+        )
 
 
 def create_volume(path: Path) -> Path:
@@ -52,6 +69,17 @@ def create_volume(path: Path) -> Path:
     with open(path, "wb") as volume:
         volume.truncate(_VOLUME_MB << 20)
     return path
+
+
+def same_pages(
+    one: NDArray[np.uint8],
+    numbers: NDArray[np.uint32],
+    other: NDArray[np.uint8],
+    other_numbers: NDArray[np.uint32],
+) -> NDArray[np.bool_]:
+    """Whether pages of one array of them, (pages, 4096), equal pages of another."""
+    same = one[numbers.astype(np.int64)] == other[other_numbers.astype(np.int64)]
+    return np.asarray(same.all(axis=1))
 
 
 class DatabaseGuest(Guest):
@@ -87,43 +115,45 @@ class DatabaseGuest(Guest):
 
     def sql(self, statement: str, timeout: float = 120) -> str:
         """Run a statement in the guest as its root; tab-separated lines without headings."""
-        return self.run(f"mariadb -BN lab <<'END'\n{statement}\nEND\n", timeout)
+        return self.run(f"client -BN lab <<'END'\n{statement}\nEND\n", timeout)
 
-    def agent(self) -> AgentClient:
-        """The host's side of the agent, over the virtio-serial port."""
-        transport = channel.ChannelTransport(INSTANCE, lambda: os.dup(self._port.fileno()))
+    @property
+    def agent_path(self) -> Path:
+        """The UNIX socket of the agent's port. QEMU takes one connection at a time."""
+        return self.directory / "agent.sock"
+
+    def agent(self, attempts: int = 3) -> AgentClient:
+        """The host's side of the agent, over a connection of its own to the virtio-serial port.
+
+        :param attempts: how often a request is sent at most.
+        """
+        transport = channel.ChannelTransport(
+            INSTANCE, lambda: channel.open_port(str(self.agent_path))
+        )
         # Emulated processors are slow, and other tests run beside.
-        return AgentClient(INSTANCE, transport, ClientSettings(timeout=60, map_timeout=180))
+        settings = ClientSettings(timeout=60, map_timeout=180, attempts=attempts)
+        return AgentClient(INSTANCE, transport, settings)
 
-    def equal_share(self, built: BufferMap) -> float:
-        """Share of mapped guest pages that equal their block; the guest must be stopped."""
+    def equal_pages(self, built: BufferMap, memory: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Whether each mapped guest page equals its block; the guest must be stopped.
+
+        :param memory: of the guest, (pages, 4096).
+        """
         (volume,) = built.volumes
         guest, block = volume.pages()
-        return float(self._equal(guest, block).mean())
-
-    def _equal(self, guest: NDArray[np.uint32], block: NDArray[np.uint32]) -> NDArray[np.bool_]:
-        # All of RAM is below the hole: a guest page is a row of its RAMBlock.
         content = np.fromfile(self.spec.disk, np.uint8).reshape(-1, PAGE_SIZE)
-        return (self.ram[guest.astype(np.int64)] == content[block.astype(np.int64)]).all(axis=1)
-
-    def _start(self, incoming: bool) -> None:
-        super()._start(incoming)
-        # Held from the start: a request that is sent while the agent opens its port anew, because
-        # nobody was there, is lost.
-        self._port = connect_unix(self.directory / "agent.sock", 10)
-        self._sockets.append(self._port)
+        # All of RAM is below the hole: a guest page is a row of its RAMBlock.
+        return same_pages(memory, guest, content, block)
 
     def _arguments(self, incoming: bool) -> list[str]:
-        spec, here, made = self.spec, self.directory, database_image()
-        initramfs = make_initramfs(made, here / "initramfs.cpio")
-        append = (
-            f"{KERNEL_ARGUMENTS} ndm.layout={spec.layout} ndm.pool={spec.pool_mb}M"
-            f" ndm.hugepages={spec.hugepages}"
-        )
+        spec, here = self.spec, self.directory
+        made = database_image(spec.release)
+        initramfs = make_initramfs(spec.release, made, here / "initramfs.cpio")
         arguments = [
             *("-accel", "tcg", "-cpu", spec.cpu, "-smp", str(spec.smp), "-m", f"{spec.ram_bytes}B"),
             *("-nodefaults", "-display", "none", "-no-reboot", "-name", "ndm-database"),
-            *("-kernel", str(made.kernel), "-initrd", str(initramfs), "-append", append),
+            *("-kernel", str(made.kernel), "-initrd", str(initramfs)),
+            *("-append", spec.kernel_arguments),
             *self._memory_arguments(),
             *("-chardev", f"socket,id=qmp,path={here}/qmp.sock,server=on,wait=off"),
             *("-mon", "chardev=qmp,mode=control"),
@@ -133,7 +163,7 @@ class DatabaseGuest(Guest):
         for name, port in (("agent", channel.PORT_NAME), ("command", "lab.command")):
             arguments += [
                 *("-chardev", f"socket,id={name},path={here}/{name}.sock,server=on,wait=off"),
-                *("-device", f"virtserialport,chardev={name},name={port}"),
+                *("-device", f"virtserialport,id={name}-port,chardev={name},name={port}"),
             ]
         # Source and destination have both disks open: no image locks.
         for name, path, read_only, device in (

@@ -3,8 +3,8 @@
 # Process 1 of the database guest: makes the volume, starts server and agent, then does what the
 # test says on a port of its own. A line is a script in base64; the answer is "ok" or "failed" and its output in
 # base64. Parameters are on the kernel's command line.
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C.UTF-8
-export PYTHONPATH=/run/payload PYTHONDONTWRITEBYTECODE=1
+export BASH_ENV=/run/payload/guest.sh
+source $BASH_ENV
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /var/log
 mount -t tmpfs tmpfs /mnt
@@ -15,7 +15,6 @@ chown mysql:mysql /run/mysqld
 exec </dev/null >/dev/console 2>&1
 
 give_up() { echo "init: $*"; tail -n 20 /tmp/*.log; sync; poweroff -f || echo o >/proc/sysrq-trigger; sleep 60; }
-parameter() { sed -n "s/.*\bndm\.$1=\([^ ]*\).*/\1/p" /proc/cmdline; }
 
 for module in virtio_console dm-mod xfs; do modprobe "$module" || give_up "no $module"; done
 disk=/dev/vdb
@@ -38,37 +37,25 @@ lvm)
     device=/dev/mapper/lab-data
     mkfs.xfs -q -f -K $device || give_up mkfs.xfs
     ;;
+kept) device=${disk}1 ;;
 *) give_up "layout '$layout'" ;;
 esac
 mount $device /mnt/data || give_up mount
-cp -a /srv/seed/mysql /mnt/data/ || give_up copy
+if [ "$layout" != kept ]; then cp -a /srv/seed/mysql /mnt/data/ || give_up copy; fi
 sync
 
-options=()
-if [ "$(parameter hugepages)" != 0 ]; then
-    echo "$(parameter hugepages)" >/proc/sys/vm/nr_hugepages
-    options+=(--large-pages)
-    ulimit -l unlimited
+address=$(parameter address)
+if [ -n "$address" ]; then
+    modprobe virtio_net && busybox ip link set lo up && busybox ip link set eth0 up &&
+        busybox ip address add "$address/24" dev eth0 || give_up "no network"
 fi
-# As its own service would, so that the server is not process 1's child with its descriptors
-setsid /usr/sbin/mariadbd --no-defaults --user=mysql --datadir=/mnt/data/mysql \
-    --socket=/run/mysqld/mysqld.sock --pid-file=/run/mysqld/mysqld.pid --skip-networking \
-    --skip-log-bin --innodb-buffer-pool-size="$(parameter pool)" "${options[@]}" \
-    >/tmp/mariadbd.log 2>&1 &
-for _ in $(seq 1200); do
-    if mariadb-admin --socket=/run/mysqld/mysqld.sock ping >/dev/null 2>&1; then break; fi
-    sleep 0.2
-done
-for table in t1 t2; do
-    mariadb -e "SELECT COUNT(*), SUM(LENGTH(c)) FROM $table FORCE INDEX (PRIMARY); SELECT SUM(k) FROM $table FORCE INDEX (k)" lab >/dev/null ||
-        give_up "the database cannot be read"
-done
 
-for each in /sys/class/virtio-ports/*; do
-    ln -sf "/dev/${each##*/}" "/dev/virtio-ports/$(<"$each/name")"
-done
-setsid python3 -m nova_dmigrate.cmd.agent --config-file /run/payload/agent.conf serve \
-    >/tmp/agent.log 2>&1 &
+echo "$(parameter hugepages)" >/proc/sys/vm/nr_hugepages
+start_server || give_up "no server"
+# What is kept has a list of what to read by itself
+if [ "$layout" != kept ]; then read_tables || give_up "the database cannot be read"; fi
+link_ports
+start_agent
 
 exec 3<>/dev/virtio-ports/lab.command || give_up "no port for commands"
 echo READY >&3
