@@ -165,7 +165,8 @@ class LeaseState:
 class MapState:
     """A map that is being made (``building``), can be fetched (``ready``), or never (``failed``).
 
-    ``seconds``: what building took. ``size``: bytes of all chunks.
+    ``pages``: guest pages of all its parts. ``seconds``: what building took. ``size``: bytes of all
+    chunks.
     """
 
     map_id: str = checked(token())
