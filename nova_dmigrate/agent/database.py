@@ -27,7 +27,9 @@ DEFAULT_USER = "nova_dmigrate"
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _USER = re.compile(r"[A-Za-z0-9_]{1,32}")
 _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
-_VERSION = re.compile(r"(?:5\.5\.5-)?(\d+)\.(\d+)\.(\d+)")
+_VERSION = re.compile(r"(?:5\.5\.5-)?(\d+)\.(\d+)(?:\.(\d+))?")
+# A packet: length (3 bytes), number, then protocol version 10 and the server's name for itself
+_GREETING = re.compile(rb".{3}\0\x0a([^\0]{1,256})\0", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,13 +196,35 @@ def connect(login: Login) -> Database:
         raise
 
 
+def greet(login: Login) -> tuple[str, tuple[int, int, int]]:
+    """Flavour and version of a server, which it tells whoever connects, before any login.
+
+    :raises ServerError: if it cannot be reached, or tells something else.
+    """
+    try:
+        with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as connection:
+            connection.settimeout(login.timeout)
+            connection.connect(login.socket)
+            greeting = connection.recv(4096)
+    except OSError as error:
+        raise exception.ServerError(
+            server=login.socket, reason=_sentence(error), code="gone"
+        ) from error
+    match = _GREETING.match(greeting)
+    if match is None:
+        raise exception.ServerError(
+            server=login.socket, reason="it does not greet as MySQL does", code="failed"
+        )
+    return parse_version(match[1].decode("utf-8", "replace"))
+
+
 def parse_version(text: str) -> tuple[str, tuple[int, int, int]]:
     """Flavour and version from what a server calls itself, e.g. ``5.5.5-10.11.6-MariaDB-0+deb``.
 
     MariaDB's "5.5.5-" in front is there for old replicas.
     """
     match = _VERSION.match(text)
-    version = (int(match[1]), int(match[2]), int(match[3])) if match else (0, 0, 0)
+    version = (int(match[1]), int(match[2]), int(match[3] or 0)) if match else (0, 0, 0)
     return ("mariadb" if "mariadb" in text.lower() else "mysql"), version
 
 

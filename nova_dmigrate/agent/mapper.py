@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import errno
 import logging
 import os
 import time
@@ -83,7 +84,7 @@ class ServerMap:
         began = time.monotonic()
         server = self._server
         notes = _Notes()
-        spaces = tablespaces.discover(server)
+        spaces = tablespaces.discover(server, notes.unreadable)
         page_size = _common_page_size(spaces)
         table = location.PlaceTable(
             _Locator(server, self._settings, notes).locate(spaces, page_size)
@@ -130,6 +131,12 @@ class _Notes:
     def storage(self, error: exception.StorageError, path: str) -> None:
         code = str(error.kwargs.get("code", "unsupported-device"))
         self._paths[code, str(error.kwargs.get("reason"))].append(path)
+
+    def unreadable(self, path: str, error: OSError) -> None:
+        reason = error.strerror or str(error)
+        if error.errno in (errno.EACCES, errno.EPERM):
+            reason += " (the agent needs CAP_DAC_READ_SEARCH)"
+        self._paths["unreadable", reason].append(path)
 
     def buffered(self, path: str) -> None:
         self._buffered.append(path)

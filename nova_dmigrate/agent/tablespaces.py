@@ -18,17 +18,15 @@ compression leaves no mark in the flags; it shows as holes inside of pages (see 
 from __future__ import annotations
 
 import dataclasses
-import logging
+import errno
 import os
 import posixpath
 import re
 import stat
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 from nova_dmigrate.agent import processes
-
-LOG = logging.getLogger(__name__)
 
 DEFAULT_PAGE_SIZE = 16384
 MAX_PAGE_SIZE = 65536
@@ -52,6 +50,8 @@ _OTHER_NAMES = re.compile(
 _TEMPORARY_IDS = (0xFFFFFFFE, 0xFFFFFFFD)
 _MAX_DEPTH = 3
 _SAMPLED_PAGES = 8
+
+Unreadable = Callable[[str, OSError], None]  # the path as the server sees it
 
 _Key = tuple[int, int]  # device and inode
 
@@ -121,18 +121,26 @@ def parse_first_page(page: bytes) -> FirstPage | None:
     return FirstPage(space, 512 << shift, full_crc32, excluded)
 
 
-def discover(server: processes.ServerProcess) -> list[Tablespace]:
+def discover(server: processes.ServerProcess, unreadable: Unreadable) -> list[Tablespace]:
     """The tablespaces' files that can be found now, each once, sorted by space id and page.
 
     Files that come or go meanwhile are found or not.
+
+    :param unreadable: called for each directory, or file that may be one of them, that is there
+        and cannot be read.
     """
     found: dict[_Key, Tablespace] = {}
     parts: dict[_Key, _Candidate] = {}
     page_size = DEFAULT_PAGE_SIZE
-    for candidate in _candidates(server):
+    for candidate in _candidates(server, unreadable):
         if candidate.key in found or candidate.key in parts:
             continue
-        space = _examine(candidate)
+        try:
+            space = _examine(candidate)
+        except OSError as error:
+            if error.errno != errno.ENOENT:
+                unreadable(candidate.path, error)
+            continue
         if space is None:
             parts[candidate.key] = candidate
         else:
@@ -140,7 +148,10 @@ def discover(server: processes.ServerProcess) -> list[Tablespace]:
             page_size = space.page_size
     # By length of the name first, so that ibdata10 continues what ibdata9 has continued.
     for candidate in sorted(parts.values(), key=lambda part: (len(part.path), part.path)):
-        part = _continuation(candidate, page_size, found.values())
+        try:
+            part = _continuation(candidate, page_size, found.values())
+        except OSError:
+            continue  # gone since it was examined
         part = part or _unwritten_temporary(candidate, page_size, found.values())
         if part is not None:
             found[candidate.key] = part
@@ -158,10 +169,10 @@ class _Candidate:
     direct: bool | None
 
 
-def _candidates(server: processes.ServerProcess) -> Iterator[_Candidate]:
+def _candidates(server: processes.ServerProcess, unreadable: Unreadable) -> Iterator[_Candidate]:
     """The server's open files first, which know about O_DIRECT, then those in its directories."""
     yield from _open_files(server)
-    yield from _walk(server, server.datadir, 0, set())
+    yield from _walk(server, server.datadir, 0, set(), unreadable)
 
 
 def _open_files(server: processes.ServerProcess) -> Iterator[_Candidate]:
@@ -189,7 +200,11 @@ def _open_files(server: processes.ServerProcess) -> Iterator[_Candidate]:
 
 
 def _walk(
-    server: processes.ServerProcess, path: str, depth: int, seen: set[_Key]
+    server: processes.ServerProcess,
+    path: str,
+    depth: int,
+    seen: set[_Key],
+    unreadable: Unreadable,
 ) -> Iterator[_Candidate]:
     """The files below ``path`` (the server's) that by their names may be tablespaces.
 
@@ -203,7 +218,8 @@ def _walk(
         seen.add((status.st_dev, status.st_ino))
         entries = sorted(os.scandir(location), key=lambda entry: entry.name)
     except OSError as error:
-        LOG.debug("Directory %s cannot be read: %s", path, error)
+        if error.errno != errno.ENOENT:
+            unreadable(path, error)
         return
     for entry in entries:
         child = posixpath.join(path, entry.name)
@@ -217,7 +233,7 @@ def _walk(
                 continue
             if stat.S_ISDIR(status.st_mode):
                 if depth + 1 < _MAX_DEPTH:
-                    yield from _walk(server, child, depth + 1, seen)
+                    yield from _walk(server, child, depth + 1, seen, unreadable)
                 continue
             if not stat.S_ISREG(status.st_mode) or not _NAMES.fullmatch(entry.name):
                 continue
@@ -227,7 +243,8 @@ def _walk(
                 target = server.path(child)
                 status = os.stat(target)
         except OSError as error:
-            LOG.debug("File %s cannot be read: %s", child, error)
+            if error.errno != errno.ENOENT:
+                unreadable(child, error)
             continue
         yield _Candidate(child, target, (status.st_dev, status.st_ino), status.st_size, None)
 
@@ -318,16 +335,9 @@ def _is_direct(path: str) -> bool:
 
 
 def _read(candidate: _Candidate, offset: int, length: int) -> bytes:
-    """A piece of the file, shorter at its end, empty if it cannot be read."""
-    try:
-        descriptor = os.open(candidate.location, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        LOG.debug("File %s cannot be opened: %s", candidate.path, error)
-        return b""
+    """A piece of the file, shorter at its end."""
+    descriptor = os.open(candidate.location, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         return os.pread(descriptor, length, offset)
-    except OSError as error:
-        LOG.debug("File %s cannot be read: %s", candidate.path, error)
-        return b""
     finally:
         os.close(descriptor)

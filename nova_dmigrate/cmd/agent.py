@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def _add_commands(commands: Any) -> None:
     commands.add_parser("restore", help="put back settings that a dead agent has left changed")
     grants = commands.add_parser("grants", help="print the statements that make the SQL user")
     grants.add_argument("--flavour", choices=["mysql", "mariadb"], help="else the running server's")
-    grants.add_argument("--version", default="8.0", help="of that flavour, e.g. 5.7")
+    grants.add_argument("--version", default="8.0", help="of --flavour, e.g. 5.7")
 
 
 def make_config(arguments: list[str], files: list[str] | None = None) -> cfg.ConfigOpts:
@@ -192,10 +193,8 @@ def _check(settings: service.AgentSettings, command: Any) -> int:
             )
         if mapped is not None:
             print(f"{mapped:.0%} of the guest's memory can be read from its volumes")
-        for each in found:
-            print(f"{_MARKS[each.severity]}: {each.message} [{each.code}]")
-    problems = any(each.severity is Severity.PROBLEM for each in found)
-    return _TROUBLE if problems else _WELL
+        _print_findings(found)
+    return _status(found)
 
 
 def _map(settings: service.AgentSettings, command: Any) -> int:
@@ -214,13 +213,12 @@ def _map(settings: service.AgentSettings, command: Any) -> int:
                 "findings": [_as_dict(each) for each in built.findings],
             }
         )
-        return _WELL
+        return _status(built.findings)
     print(f"{pages} guest pages ({pages * PAGE_SIZE / _MIB:.0f} MiB) are mapped")
     for name, count in built.pages.items():
         print(f"volume {name}: {count} guest pages")
-    for each in built.findings:
-        print(f"{_MARKS[each.severity]}: {each.message} [{each.code}]")
-    return _WELL
+    _print_findings(built.findings)
+    return _status(built.findings)
 
 
 def _restore(settings: service.AgentSettings, command: Any) -> int:
@@ -233,22 +231,37 @@ def _restore(settings: service.AgentSettings, command: Any) -> int:
 
 
 def _grants(settings: service.AgentSettings, command: Any) -> int:
-    flavour, text = command.flavour, command.version
+    flavour, number = command.flavour, database.parse_version(command.version)[1]
     if flavour is None:
-        for login in service.Servers(settings).logins():
-            try:
-                with database.connect(login) as server:
-                    flavour, text = server.flavour, ".".join(map(str, server.version))
-                    break
-            except exception.ServerError:
-                continue
-    if flavour is None:
-        print("No server tells its version: name it with --flavour and --version", file=sys.stderr)
-        return _TROUBLE
-    _, parsed = database.parse_version(text + ".0" * (2 - text.count(".")))
-    for statement in database.grants(flavour, parsed, settings.login.user):
+        flavour, number = _ask_version(service.Servers(settings))
+    for statement in database.grants(flavour, number, settings.login.user):
         print(statement + ";")
     return _WELL
+
+
+def _ask_version(servers: service.Servers) -> tuple[str, tuple[int, int, int]]:
+    """Flavour and version of the first server that tells them, to whoever connects."""
+    reasons = []
+    for login in servers.logins():
+        try:
+            return database.greet(login)
+        except exception.ServerError as error:
+            reasons.append(str(error))
+    raise exception.AgentError(
+        reason=f"no server tells its version ({'; '.join(reasons) or 'none has a socket'}): "
+        "name it with --flavour and --version",
+        code="no-version",
+    )
+
+
+def _status(found: Iterable[Finding]) -> int:
+    problems = any(each.severity is Severity.PROBLEM for each in found)
+    return _TROUBLE if problems else _WELL
+
+
+def _print_findings(found: Iterable[Finding]) -> None:
+    for each in found:
+        print(f"{_MARKS[each.severity]}: {each.message} [{each.code}]")
 
 
 def _read_password(name: str) -> str:

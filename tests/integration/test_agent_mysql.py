@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent as a client of genuine servers: the oldest that it knows, and the newest."""
+"""The agent as a client of genuine servers: from the oldest that it knows to the newest."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -69,6 +71,29 @@ class AnyServer(base.TestCase):
         )
         self.assertEqual("privilege", error.kwargs["code"])
 
+    def test_the_grants_are_told_before_the_user_exists(self) -> None:
+        directory = self.make_directory()
+        configuration = directory / "agent.conf"
+        configuration.write_text(
+            f"[agent]\nsocket = {self.socket}\nsql_user = not_yet\nstate_directory = {directory}\n"
+        )
+        printed = subprocess.run(
+            [sys.executable, "-m", "nova_dmigrate.cmd.agent"]
+            + [f"--config-file={configuration}", "grants"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=Path(__file__).parents[2],
+        )
+        self.assertEqual(0, printed.returncode, printed.stderr)
+        statements = database.grants(self.FLAVOUR, self.VERSION, "not_yet")
+        self.assertEqual([f"{each};" for each in statements], printed.stdout.splitlines())
+        mysql56.execute(self.socket, *statements)
+        self.addCleanup(mysql56.execute, self.socket, "DROP USER 'not_yet'@'localhost'")
+        login = database.Login(str(self.socket), "not_yet", "PASSWORD")
+        with database.connect(login) as opened:
+            self.assertTrue(opened.may_set_globals())
+
     def test_a_wrong_password_is_told(self) -> None:
         login = database.Login(str(self.socket), password="wrong")
         error = self.assertRaises(exception.ServerError, database.connect, login)
@@ -106,6 +131,33 @@ def in_chroot(make: Callable[[Path, loop.LoopVolume], databases.Server]) -> Iter
         yield server.socket
 
 
+class MySQL57Test(AnyServer):
+    FLAVOUR = "mysql"
+    VERSION = (5, 7)
+
+    @classmethod
+    def running(cls) -> AbstractContextManager[Path]:
+        return in_chroot(chroots.MySQL57)
+
+
+class MySQL80Test(AnyServer):
+    FLAVOUR = "mysql"
+    VERSION = (8, 0)
+
+    @classmethod
+    def running(cls) -> AbstractContextManager[Path]:
+        return in_chroot(chroots.MySQL80)
+
+
+class MySQL84Test(AnyServer):
+    FLAVOUR = "mysql"
+    VERSION = (8, 4)
+
+    @classmethod
+    def running(cls) -> AbstractContextManager[Path]:
+        return in_chroot(chroots.MySQL84)
+
+
 class MySQL9Test(AnyServer):
     FLAVOUR = "mysql"
     VERSION = (9,)
@@ -113,6 +165,15 @@ class MySQL9Test(AnyServer):
     @classmethod
     def running(cls) -> AbstractContextManager[Path]:
         return in_chroot(chroots.MySQL9)
+
+
+class MariaDB105Test(AnyServer):
+    FLAVOUR = "mariadb"
+    VERSION = (10, 5)
+
+    @classmethod
+    def running(cls) -> AbstractContextManager[Path]:
+        return in_chroot(chroots.MariaDB105)
 
 
 class MariaDB11Test(AnyServer):

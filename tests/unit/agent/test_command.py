@@ -37,6 +37,7 @@ class CommandTest(base.TestCase):
         self.file.write_text(f"[agent]\nstate_directory = {directory / 'state'}\n")
         self.findings: tuple[Finding, ...] = (WELL,)
         self.built: Any = make_map()
+        self.of_the_map = Finding("a-note", Severity.NOTE, "something")
         self.patch("nova_dmigrate.agent.describe.inspect", self.inspect)
         self.patch("nova_dmigrate.agent.service.Servers.build_map", lambda _: self.build())
         self.patch("nova_dmigrate.cmd.agent._set_up_logging", lambda *_, **__: None)
@@ -50,8 +51,7 @@ class CommandTest(base.TestCase):
     def build(self) -> Any:
         if isinstance(self.built, Exception):
             raise self.built
-        note = Finding("a-note", Severity.NOTE, "something")
-        return maps.GuestMap([FakeServerMap([self.built], [note])])
+        return maps.GuestMap([FakeServerMap([self.built], [self.of_the_map])])
 
     def run_command(self, *arguments: str) -> tuple[int, str]:
         printed = io.StringIO()
@@ -87,6 +87,19 @@ class CommandTest(base.TestCase):
         self.assertEqual(512, BufferMap.load(file, MapLimits()).page_count)
         told = json.loads(self.run_command("map", "--json")[1])
         self.assertEqual((512, {"a-volume": 512}), (told["pages"], told["volumes"]))
+
+    def test_map_fails_with_the_reason_when_there_is_a_problem(self) -> None:
+        self.of_the_map = Finding("nothing-mapped", Severity.PROBLEM, "nothing can be read")
+        status, text = self.run_command("map")
+        self.assertEqual(1, status)
+        self.assertIn("PROBLEM: nothing can be read [nothing-mapped]", text)
+        self.assertEqual(1, self.run_command("map", "--json")[0])
+
+    def test_grants_without_a_server_tell_why(self) -> None:
+        self.patch("nova_dmigrate.agent.service.Servers.logins", lambda _: [])
+        status, text = self.run_command("grants")
+        self.assertEqual(1, status)
+        self.assertIn("no server tells its version (none has a socket): name it with", text)
 
     def test_grants_are_printed_for_a_named_version(self) -> None:
         status, text = self.run_command("grants", "--flavour", "mysql", "--version", "5.7")

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a database server can be said without one."""
 
+import socket
+import threading
+
 import pymysql
 
 from nova_dmigrate import exception
@@ -53,6 +56,37 @@ def open_database(answers, version: str = "8.0.36") -> database.Database:  # typ
     return database.Database(database.Login("/run/x.sock"), Connection(answers, version))
 
 
+class GreetingTest(base.TestCase):
+    """What listens at a socket need not be a database server."""
+
+    def greet(self, said: bytes) -> tuple[str, tuple[int, int, int]]:
+        path = str(self.make_directory() / "server.sock")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+            listener.bind(path)
+            listener.listen(1)
+
+            def answer() -> None:
+                with listener.accept()[0] as connection:
+                    connection.sendall(said)
+
+            thread = threading.Thread(target=answer)
+            thread.start()
+            self.addCleanup(thread.join)
+            return database.greet(database.Login(path))
+
+    def test_a_server_tells_what_it_is_before_any_login(self) -> None:
+        said = b"\x4a\0\0\0\x0a8.0.36-0ubuntu\0rest"
+        self.assertEqual(("mysql", (8, 0, 36)), self.greet(said))
+
+    def test_anything_else_is_an_error(self) -> None:
+        for said in (b"", b"220 ESMTP", b"\x4a\0\0\0\x0a", b"\x10\0\0\0\xff\x10\x04"):
+            error = self.assertRaises(exception.ServerError, self.greet, said)
+            self.assertIn("does not greet", str(error))
+        login = database.Login("/nonexistent/server.sock")
+        error = self.assertRaises(exception.ServerError, database.greet, login)
+        self.assertEqual("gone", error.kwargs["code"])
+
+
 class VersionTest(base.TestCase):
     def test_flavour_and_version_are_read_from_what_servers_call_themselves(self) -> None:
         for text, expected in {
@@ -64,6 +98,7 @@ class VersionTest(base.TestCase):
             "10.5.22-MariaDB": ("mariadb", (10, 5, 22)),
             "5.5.5-10.11.6-MariaDB-0+deb12u1": ("mariadb", (10, 11, 6)),
             "11.8.2-MariaDB-log": ("mariadb", (11, 8, 2)),
+            "5.7": ("mysql", (5, 7, 0)),
             "nonsense": ("mysql", (0, 0, 0)),
         }.items():
             self.assertEqual(expected, database.parse_version(text), text)

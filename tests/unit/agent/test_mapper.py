@@ -143,7 +143,7 @@ class MapperTest(base.TestCase):
             raise exception.StorageError(path="md0", reason="it is a RAID", code="raid")
 
         replaced = {
-            (tablespaces, "discover"): lambda server: self.spaces,
+            (tablespaces, "discover"): lambda server, unreadable: self.spaces,
             (filesystem, "read_mounts"): lambda pid: {
                 DEVICE: filesystem.Mount(self.kind, frozenset())
             },

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import dataclasses
+import errno
 import os
 
 from nova_dmigrate import exception
@@ -93,9 +94,9 @@ class DiscoverTest(base.TestCase):
 
     def discover(self):
         below = str(self.datadir.parent)
-        return [
-            space for space in tablespaces.discover(self.server) if space.path.startswith(below)
-        ]
+        self.unreadable = {}
+        found = tablespaces.discover(self.server, self.unreadable.__setitem__)
+        return [space for space in found if space.path.startswith(below)]
 
     def found(self):
         return {
@@ -107,6 +108,18 @@ class DiscoverTest(base.TestCase):
             )
             for space in self.discover()
         }
+
+    def test_what_is_there_and_cannot_be_read_is_told(self):
+        self.write("db/t.ibd", innodb.first_page(5, CRC))
+        (self.datadir / "db" / "circle.ibd").symlink_to("circle.ibd")
+        (self.datadir / "db" / "gone.ibd").symlink_to("nothing.ibd")
+        self.assertEqual(1, len(self.discover()))
+        below = {
+            os.path.relpath(path, self.datadir): error.errno
+            for path, error in self.unreadable.items()
+            if path.startswith(str(self.datadir))
+        }
+        self.assertEqual({"db/circle.ibd": errno.ELOOP}, below)
 
     def test_tablespaces_of_all_kinds_are_found(self):
         blank = bytes(16384)
@@ -201,4 +214,4 @@ class DiscoverTest(base.TestCase):
 
     def test_a_server_that_has_ended_is_said_to_have_ended(self):
         gone = dataclasses.replace(self.server, pid=2**22 + 1)
-        self.assertRaises(exception.ServerNotFound, tablespaces.discover, gone)
+        self.assertRaises(exception.ServerNotFound, tablespaces.discover, gone, self.fail)
