@@ -4,7 +4,8 @@
 Knows nothing of how migrations are made or measured. Only ``plots`` needs matplotlib.
 """
 
+from nova_dmigrate.report.comparison import format_comparison
 from nova_dmigrate.report.table import format_table
 from nova_dmigrate.report.write import ReportFiles, write_report
 
-__all__ = ["ReportFiles", "format_table", "write_report"]
+__all__ = ["ReportFiles", "format_comparison", "format_table", "write_report"]

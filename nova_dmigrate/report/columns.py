@@ -50,7 +50,7 @@ def note(run: Run) -> str:
 _ALL = (
     Column(("total", "time", "s"), "From the request to the end.", _number("total_s", ".1f")),
     Column(
-        ("down", "time", "ms"),
+        ("downtime", "ms"),
         "For so long no client was served, or, where that was not measured, the guest stood still.",
         _number("downtime_ms", ".0f"),
     ),
@@ -87,7 +87,7 @@ _ALL = (
         _number("efficiency", ".2f"),
     ),
     Column(
-        ("speed-", "up"),
+        ("speed-up",),
         "Total time of pre-copy divided by that of this run.",
         _number("speedup_vs_precopy", ".2f"),
     ),

@@ -2,10 +2,12 @@
 """What the runs say about DMigrate, in sentences: what it gains, and where it does not win."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from nova_dmigrate.report.runs import DMIGRATE, PRE_COPY, Group, Run, grouped
+from nova_dmigrate.report.runs import DMIGRATE, PRE_COPY, Group, Run, checked, grouped
 
+GAINS, LOSSES = "What DMigrate gains", "Where DMigrate does not win"
 #: Within this share two times or throughputs count as equal: runs differ by as much on their own.
 _EQUAL = 0.02
 #: A downtime is as good as pre-copy's up to 10 % and 50 ms more: one dirty page more or less.
@@ -35,6 +37,19 @@ def compare(runs: Sequence[Run]) -> Comparison:
         gains += [f"{group.title}: {text}" for text in _gains(run, others)]
         losses += [f"{group.title}: {text}" for text in _losses(run, group, others)]
     return Comparison(tuple(gains), tuple(losses))
+
+
+def format_comparison(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The same as text, without a last line break; empty if there is nothing to compare.
+
+    :raises ReportError: a run is none.
+    """
+    said = compare(checked(runs))
+    lines: list[str] = []
+    for title, sentences in ((GAINS, said.gains), (LOSSES, said.losses)):
+        if sentences:
+            lines += [f"{title}:", *(f"  {sentence}" for sentence in sentences)]
+    return "\n".join(lines)
 
 
 def _gains(run: Run, others: Sequence[Run]) -> list[str]:

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from nova_dmigrate.report.columns import Column, columns_of, note
-from nova_dmigrate.report.comparison import Comparison
+from nova_dmigrate.report.comparison import GAINS, LOSSES, Comparison
 from nova_dmigrate.report.picture import Picture
 from nova_dmigrate.report.runs import DMIGRATE, Group, Run, grouped
 
@@ -55,8 +55,8 @@ def page(
         f"<h1>{_text(title)}</h1>",
         *(_section(each) for each in sections),
         *_table(runs),
-        _section(Section("What DMigrate gains", comparison.gains)),
-        _section(Section("Where DMigrate does not win", comparison.losses)),
+        _section(Section(GAINS, comparison.gains)),
+        _section(Section(LOSSES, comparison.losses)),
         *(_figure(picture) for picture in pictures),
         *_machine(machine),
     ]

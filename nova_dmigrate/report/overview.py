@@ -13,8 +13,8 @@ from nova_dmigrate.report import palette
 from nova_dmigrate.report.runs import DMIGRATE, Group, Run
 
 _GB = 1e9
-#: Room beyond the longest bar, as a share of it, for the number at its end.
-_ROOM = 0.22
+#: Room beyond the longest bar, as a share of it, for the numbers at its end.
+_ROOM = 0.3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _title(run: Run) -> str:
         if run[f"{name}_mb_s"] is not None:
             parts.append(f"{name} {run[f'{name}_mb_s']:g} MB/s")
     if run["pool_share"] is not None:
-        parts.append(f"pool {run['pool_share']:.0%} of RAM")
+        parts.append(f"pool {100 * run['pool_share']:.0f} % of RAM")
     return ", ".join(parts)
 
 

@@ -25,7 +25,11 @@ _MB = 1e6
 _MIN_STEP, _STEPS = 0.25, 240
 #: Inches of an entry of the legend.
 _LEGEND_WIDTH = 1.7
-TITLES = {"paths": "bytes by path", "tps": "database throughput", "latency_ms": "database latency"}
+TITLES = {
+    "paths": "throughput by path",
+    "tps": "database throughput",
+    "latency_ms": "database latency",
+}
 _UNITS = {"paths": "MB/s", "tps": "transactions/s", "latency_ms": "ms"}
 
 Floats = NDArray[np.float64]

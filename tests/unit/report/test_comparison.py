@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is said of DMigrate: neither more nor less than the runs show."""
 
+from nova_dmigrate.report import format_comparison
 from nova_dmigrate.report.comparison import Comparison, compare
 from nova_dmigrate.report.runs import checked
 from tests import base
@@ -61,3 +62,12 @@ class ComparisonTest(base.TestCase):
         bare = {"scenario": "x", "completed": True}
         said = compared({**bare, "mode": "pre-copy"}, {**bare, "mode": "dmigrate"})
         self.assertEqual(Comparison((), ()), said)
+
+    def test_text_has_a_heading_where_there_is_something_to_say(self) -> None:
+        runs = [make_run("pre-copy"), make_run("multifd-zstd", total_s=10.0), make_run()]
+        lines = format_comparison(runs).splitlines()
+        self.assertEqual("What DMigrate gains:", lines[0])
+        self.assertIn("  oltp_read_write, mysql 9.7", lines[1])
+        self.assertEqual("Where DMigrate does not win:", lines[2])
+        self.assertIn("takes 1.40 times as long as multifd-zstd", lines[3])
+        self.assertEqual("", format_comparison([]))

@@ -88,7 +88,7 @@ class GroupTest(base.TestCase):
             [group.names() for group in groups],
         )
         self.assertEqual(
-            "a, mysql 9.7, network 100 MB/s, volume 50 MB/s, pool 75% of RAM", groups[1].title
+            "a, mysql 9.7, network 100 MB/s, volume 50 MB/s, pool 75 % of RAM", groups[1].title
         )
 
     def test_runs_of_one_mode_are_numbered(self) -> None:

@@ -33,7 +33,7 @@ class TableTest(base.TestCase):
 
     def test_scenarios_have_blocks_with_titles(self) -> None:
         text = format_table([make_run(), make_run(scenario="tpc-c")])
-        titles = [line for line in text.splitlines() if "pool 75%" in line]
+        titles = [line for line in text.splitlines() if "pool 75 %" in line]
         self.assertEqual(["oltp_read_write,", "tpc-c,"], [line.split()[0] for line in titles])
 
     def test_what_no_run_has_gets_no_column(self) -> None:
