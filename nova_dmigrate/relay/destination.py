@@ -311,6 +311,7 @@ class DestinationRelay:
             "wire_bytes": sum(connection.bytes_received for connection in self._wire.data),
             "qemu_bytes": self._outlet.bytes,
             "volume_bytes": prefetch.bytes if prefetch else 0,
+            "volume_bandwidth": self._bucket.rate,
             "volume_reads": prefetch.reads if prefetch else 0,
             "volume_errors": prefetch.errors if prefetch else 0,
             "hits": table.hits,

@@ -24,6 +24,11 @@ class TokenBucket:
         self._passed = self._booked = 0.0
         self._since = time.monotonic()
 
+    @property
+    def rate(self) -> float:
+        """Bytes per second; 0 means no limit."""
+        return self._rate
+
     def limit(self, rate: float) -> None:
         """Let ``rate`` bytes a second pass from now on; 0 means no limit."""
         with self._changed:

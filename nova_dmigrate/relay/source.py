@@ -374,6 +374,7 @@ class SourceRelay:
             "mapped_pages": forwarder.mapped_pages,
             "guest_bytes": self._intake.bytes if self._intake else 0,
             "wire_bytes": sum(connection.bytes_sent for connection in self._wire.data),
+            "network_bandwidth": self._bucket.rate,
             "wire_rate": round(self._outbox.rate),
             "volume_bytes": forwarder.peer.volume_bytes,
             "volume_rate": round(forwarder.peer.volume_rate),

@@ -9,6 +9,8 @@ the guest is still held to its agent's queues: it cannot read the queue in which
 answers.
 
 The limits keep a guest from filling the broker: connections, queues, and bytes in each queue.
+
+The services of the hosts share a virtual host, which no guest's user can enter.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ MESSAGE_TTL = 60_000  # milliseconds
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _AGENT_QUEUES = r"dmigrate-agent(\..+)?|dmigrate-agent_fanout(_.+)?"
 _REPLY_QUEUES = r"reply_[0-9a-f]{32}"
+_SERVICE_QUEUES = r"dmigrate-host(\..+)?|dmigrate-host_fanout(_.+)?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +53,15 @@ HOST = Permissions(
     configure=rf"^(dmigrate|{_REPLY_QUEUES})$",
     write=rf"^(dmigrate|{_REPLY_QUEUES})$",
     read=rf"^({_REPLY_QUEUES})$",
+)
+
+
+#: Virtual host of the host services, and what their user may do in it: to serve and to ask.
+SERVICES = "nova-dmigrate"
+SERVICE = Permissions(
+    configure=rf"^(dmigrate|{_SERVICE_QUEUES}|{_REPLY_QUEUES})$",
+    write=rf"^(amq\.default|dmigrate|{_SERVICE_QUEUES}|{_REPLY_QUEUES})$",
+    read=rf"^(dmigrate|{_SERVICE_QUEUES}|{_REPLY_QUEUES})$",
 )
 
 
@@ -108,6 +120,25 @@ def definitions(instance: str, host_user: str) -> dict[str, list[dict[str, Any]]
                 "definition": _bounds(),
                 "priority": 0,
             }
+        ],
+    }
+
+
+def service_commands(host_user: str) -> list[list[str]]:
+    """Arguments of rabbitmqctl, one call each, that let host services be asked."""
+    permissions = (SERVICE.configure, SERVICE.write, SERVICE.read)
+    return [
+        ["add_vhost", SERVICES],
+        ["set_permissions", "-p", SERVICES, host_user, *permissions],
+    ]
+
+
+def service_definitions(host_user: str) -> dict[str, list[dict[str, Any]]]:
+    """The same as RabbitMQ's definitions (JSON)."""
+    return {
+        "vhosts": [{"name": SERVICES}],
+        "permissions": [
+            {"vhost": SERVICES, "user": host_user, **dataclasses.asdict(SERVICE)},
         ],
     }
 

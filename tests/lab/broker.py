@@ -30,7 +30,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Broker:
-    """RabbitMQ with the virtual hosts and users of some instances.
+    """RabbitMQ with the virtual hosts and users of some instances, and that of host services.
 
     Every user's password is its name. `start` again after `kill` finds what was durable.
     """
@@ -51,6 +51,10 @@ class Broker:
 
     def host_url(self, instance: str) -> str:
         return self.url(instance, HOST_USER)
+
+    def services_url(self) -> str:
+        """Transport URL of the host services' virtual host."""
+        return f"rabbit://{HOST_USER}:{HOST_USER}@127.0.0.1:{self.port}/{isolation.SERVICES}"
 
     def start(self) -> None:
         if self._epmd is None:
@@ -165,9 +169,12 @@ class Broker:
 
     def _write_configuration(self, instances: list[str]) -> None:
         definitions: dict[str, list[dict[str, Any]]] = {"users": [_user(HOST_USER)]}
+        parts = [isolation.service_definitions(HOST_USER)]
         for instance in instances:
             definitions["users"].append(_user(isolation.guest_user(instance)))
-            for kind, entries in isolation.definitions(instance, HOST_USER).items():
+            parts.append(isolation.definitions(instance, HOST_USER))
+        for part in parts:
+            for kind, entries in part.items():
                 definitions.setdefault(kind, []).extend(entries)
         (self._directory / "definitions.json").write_text(json.dumps(definitions))
         (self._directory / "environment").touch()

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nova-dmigrate-host: the service of a compute host, which runs the relays of migrations.
+
+SIGTERM: no new migrations, and the running ones get ``[host]drain_timeout`` seconds; then, or at
+a second signal, the service ends. Relays that still run go on, and the next service takes them
+over.
+
+Exit status: 0 stopped, 2 wrong configuration.
+"""
+
+import grp
+import logging
+import pwd
+import queue
+import signal
+import socket
+import sys
+from pathlib import Path
+
+from oslo_config import cfg
+from oslo_log import log
+
+from nova_dmigrate import conf, exception, version
+from nova_dmigrate.host.capacity import Limits, Rates, shortage
+from nova_dmigrate.host.service import HostService, ServiceSettings
+from nova_dmigrate.host.sessions import Sessions, SessionSettings
+from nova_dmigrate.host.store import Store
+from nova_dmigrate.rpc.dispatcher import Dispatcher
+from nova_dmigrate.rpc.host_messages import HOST
+
+LOG = log.getLogger(__name__)
+
+PROGRAM = "nova-dmigrate-host"
+_WELL, _WRONG_CONFIGURATION = 0, 2
+_MIB = 1 << 20
+#: Requests at the same time: some wait for a relay or an agent.
+_THREADS = 16
+_ANY_ADDRESS = ("0.0.0.0", "::")
+
+
+def limits_from(config: cfg.ConfigOpts) -> Limits:
+    """What relays may take together, in bytes and bytes a second.
+
+    :raises ConfigurationError: there is no room for a single migration.
+    """
+    host, relay = config.host, config.relay
+    limits = Limits(
+        max_relays=host.max_relays,
+        memory=host.memory_limit * _MIB,
+        relay_memory={
+            "source": relay.window_size * _MIB,
+            "destination": 2 * relay.read_ahead * _MIB,
+        },
+        host=Rates(host.network_bandwidth * _MIB, host.volume_bandwidth * _MIB),
+        relay=Rates(relay.network_bandwidth * _MIB, config.volume.bandwidth * _MIB),
+    )
+    for role in ("source", "destination"):
+        lack = shortage(limits, (), role)
+        if lack is not None:
+            raise exception.ConfigurationError(
+                reason=f"[host]memory_limit leaves no room for a migration: {lack}"
+            )
+    return limits
+
+
+def session_settings_from(config: cfg.ConfigOpts, name: str) -> SessionSettings:
+    """:raises ConfigurationError: QEMU's user or group does not exist, or limits exclude all."""
+    host = config.host
+    return SessionSettings(
+        command=relay_command(config),
+        limits=limits_from(config),
+        address=name,
+        queue_timeout=host.queue_timeout,
+        max_lease=host.max_lease,
+        summary_days=host.summary_days,
+        owner=_owner(host.qemu_user, host.qemu_group),
+    )
+
+
+def service_settings_from(config: cfg.ConfigOpts, name: str) -> ServiceSettings:
+    """What the service says of its host, and allows on it."""
+    host, address = config.host, str(config.wire.listen_address)
+    return ServiceSettings(
+        name=name,
+        migration_address=None if address in _ANY_ADDRESS else address,
+        tls=config.wire.tls,
+        max_relays=host.max_relays,
+        volume_directories=tuple(host.volume_directories),
+        channel_directories=tuple(host.channel_directories),
+    )
+
+
+def relay_command(config: cfg.ConfigOpts) -> list[str]:
+    """What starts a relay with the same interpreter and configuration as this service."""
+    command = [sys.executable, "-m", "nova_dmigrate.cmd.relay"]
+    for path in config.config_file or ():
+        command += ["--config-file", str(Path(path).absolute())]
+    for path in config.config_dir or ():
+        command += ["--config-dir", str(Path(path).absolute())]
+    return command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the service until it is told to stop; returns the exit status."""
+    config = cfg.ConfigOpts()
+    conf.register_opts(config)
+    log.register_options(config)
+    try:
+        config(
+            sys.argv[1:] if arguments is None else arguments,
+            project="nova-dmigrate",
+            prog=PROGRAM,
+            version=version.version_string(),
+        )
+        if not (config.log_file or config.log_dir or config.use_journal):
+            config.set_override("use_stderr", True)
+        log.setup(config, "nova-dmigrate")
+        name = config.host.name or socket.gethostname()
+        settings = session_settings_from(config, name)
+        store = Store(Path(config.host.state_directory), Path(config.host.socket_directory))
+    except (cfg.Error, exception.ConfigurationError) as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return _WRONG_CONFIGURATION
+    _serve(config, name, Sessions(settings, store), store)
+    return _WELL
+
+
+def _serve(config: cfg.ConfigOpts, name: str, sessions: Sessions, store: Store) -> None:
+    # Relays do without oslo.messaging, and so does whoever reads this module's settings
+    from nova_dmigrate.rpc import broker
+
+    # Of the ways to tell another thread, this one is safe in a signal's handler
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: signals.put(number))
+    broker.set_defaults(config, threads=_THREADS)
+    # At DEBUG they tell of every byte
+    for chatty in ("amqp", "oslo.messaging", "oslo_messaging"):
+        logging.getLogger(chatty).setLevel(logging.INFO)
+    service = HostService(service_settings_from(config, name), sessions, store)
+    server = broker.BrokerServer(name, Dispatcher(service, HOST), config)
+    sessions.start()
+    server.start()
+    LOG.info("%s %s for host %s", PROGRAM, version.version_string(), name)
+    signals.get()
+    LOG.info("Stopping: %d relays run", sessions.running)
+    sessions.drain()
+    if not sessions.wait_until_idle(config.host.drain_timeout, lambda: not signals.empty()):
+        LOG.warning("%d relays go on without this service", sessions.running)
+    server.stop()
+    sessions.stop()
+    store.close()
+
+
+def _owner(user: str, group: str) -> tuple[int, int]:
+    try:
+        return (
+            pwd.getpwnam(user).pw_uid if user else -1,
+            grp.getgrnam(group).gr_gid if group else -1,
+        )
+    except KeyError as error:
+        raise exception.ConfigurationError(
+            reason=f"[host]qemu_user or qemu_group: {error.args[0]}"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the service that runs a host's relays."""
+
+from __future__ import annotations
+
+from oslo_config import cfg
+
+GROUP = cfg.OptGroup(
+    "host",
+    title="Host service options",
+    help="""
+The host service, one on each compute host, starts the relays of the migrations
+that leave and reach this host, when whoever migrates asks for them over the
+message broker (``[DEFAULT]/transport_url``).
+""",
+)
+
+IDENTITY = [
+    cfg.StrOpt(
+        "name",
+        default="",
+        help="""
+Name of this host, by which others ask its service. With TLS it must be in this
+host's certificate. Empty takes the operating system's host name.
+""",
+    ),
+]
+
+LIMITS = [
+    cfg.IntOpt(
+        "max_relays",
+        default=4,
+        min=1,
+        max=1024,
+        help="""
+How many migrations may leave this host through relays at the same time, and how
+many may reach it. Further ones wait in a queue.
+
+Both directions are counted apart, so that two hosts that migrate to each other
+never wait for each other.
+""",
+    ),
+    cfg.IntOpt(
+        "memory_limit",
+        default=0,
+        min=0,
+        max=1048576,
+        help="""
+Memory, in MiB, that all relays of this host may take together; further ones
+wait in the queue. 0 means no limit.
+
+A relay counts with what its buffers may take at most: ``[relay]/window_size``
+at the source, twice ``[relay]/read_ahead`` at the destination. Room for one
+source relay is always left free of destination relays.
+""",
+    ),
+    cfg.FloatOpt(
+        "network_bandwidth",
+        default=0,
+        min=0,
+        max=131072,
+        help="""
+The most that all relays of this host send over the network together, in MiB/s.
+0 means no cap.
+
+Running relays have equal shares. What one cannot use, because its own cap is
+lower, goes to the others; the shares change when a relay starts or ends.
+""",
+    ),
+    cfg.FloatOpt(
+        "volume_bandwidth",
+        default=0,
+        min=0,
+        max=131072,
+        help="""
+The most that all relays of this host read from volumes together, in MiB/s. 0
+means no cap. Shared as ``network_bandwidth`` is.
+""",
+    ),
+    cfg.FloatOpt(
+        "queue_timeout",
+        default=300,
+        min=0,
+        max=3600,
+        help="""
+Seconds that a relay waits in the queue at most, even if whoever asked for it
+would wait longer.
+""",
+    ),
+    cfg.FloatOpt(
+        "max_lease",
+        default=60,
+        min=1,
+        max=3600,
+        help="""
+Seconds after which a relay is ended, and what belongs to it removed, when
+nobody has asked for it, even if whoever started it wanted to ask less often.
+""",
+    ),
+    cfg.FloatOpt(
+        "drain_timeout",
+        default=30,
+        min=0,
+        max=3600,
+        help="""
+Seconds for which the service, when it is told to stop, waits for running
+migrations, while it takes no new ones.
+
+Relays that still run then go on without it, and its successor takes them over.
+""",
+    ),
+]
+
+PERMISSIONS = [
+    cfg.ListOpt(
+        "volume_directories",
+        default=[],
+        help="""
+Where volumes may lie that relays read: directories for files, and paths of block
+devices, in which ``*`` stands for any text, as in ``/dev/mapper/vg-volume*``.
+
+Empty allows whatever the relays may open. A relay is told only of the volumes
+of its instance in any case; this list holds even if whoever migrates is wrong.
+""",
+    ),
+    cfg.ListOpt(
+        "channel_directories",
+        default=["/var/lib/libvirt/qemu/channel", "/run/libvirt/qemu/channel"],
+        help="""
+Directories below which the sockets of virtio-serial ports lie over which agents
+may be asked on behalf of other hosts.
+""",
+    ),
+    cfg.StrOpt(
+        "qemu_user",
+        default="",
+        help="""
+User that the sockets for QEMU, and the directory of each migration's socket, are
+given to, e.g. ``libvirt-qemu``. Empty leaves them to the user of this service,
+which does where QEMU runs as root.
+""",
+    ),
+    cfg.StrOpt(
+        "qemu_group",
+        default="",
+        help="""
+Group that these are given to, e.g. ``kvm`` or ``qemu``.
+""",
+    ),
+]
+
+FILES = [
+    cfg.StrOpt(
+        "state_directory",
+        default="/var/lib/nova-dmigrate",
+        help="""
+Directory in which the service notes what it has started, so that its successor
+knows, and where summaries of migrations are kept.
+""",
+    ),
+    cfg.StrOpt(
+        "socket_directory",
+        default="/run/nova-dmigrate",
+        help="""
+Directory of the sockets for QEMU. It should be the same on all hosts, because
+libvirt has source and destination use the same path.
+""",
+    ),
+    cfg.IntOpt(
+        "summary_days",
+        default=30,
+        min=1,
+        max=36500,
+        help="""
+Days for which summaries of migrations are kept.
+""",
+    ),
+]
+
+OPTIONS: list[cfg.Opt] = [*IDENTITY, *LIMITS, *PERMISSIONS, *FILES]

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many relays a host has room for, and what share of its bandwidth each has."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second; 0 for no cap."""
+
+    network: float = 0.0
+    volume: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the relays of a host may take together.
+
+    :ivar max_relays: of each role.
+    :ivar memory: bytes; 0 for no limit. :ivar relay_memory: what one relay takes, by role.
+    :ivar host: of all relays together. :ivar relay: of each of them.
+    """
+
+    max_relays: int = 4
+    memory: int = 0
+    relay_memory: Mapping[str, int] = field(default_factory=lambda: {"source": 0, "destination": 0})
+    host: Rates = Rates()
+    relay: Rates = Rates()
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A relay that runs, and the caps of its own migration."""
+
+    session_id: str
+    role: str
+    caps: Rates
+
+
+def shortage(limits: Limits, running: Sequence[str], role: str) -> str | None:
+    """What keeps one more relay of ``role`` from starting; None if there is room.
+
+    A migration starts its destination relay first, and holds it while its source relay waits. So
+    destinations must never take all that a source needs: hosts that migrate to each other would
+    wait for each other.
+
+    :param running: roles of the relays that run.
+    """
+    count = running.count(role)
+    if count >= limits.max_relays:
+        return f"{count} {role} relays run"
+    if limits.memory:
+        taken = sum(limits.relay_memory[each] for each in (*running, role))
+        if role == "destination" and "source" not in running:
+            taken += limits.relay_memory["source"]
+        if taken > limits.memory:
+            return f"the relays would take {taken >> 20} MiB of memory"
+    return None
+
+
+def shares(limits: Limits, claims: Sequence[Claim]) -> dict[str, Rates]:
+    """The caps of the running relays, by session: the network's of sources, the volumes' of
+    destinations.
+    """
+    result = {}
+    for role, kind in (("source", "network"), ("destination", "volume")):
+        claiming = [claim for claim in claims if claim.role == role]
+        own = getattr(limits.relay, kind)
+        caps = [_lower(getattr(claim.caps, kind), own) for claim in claiming]
+        fair = fair_shares(getattr(limits.host, kind), caps)
+        for claim, share in zip(claiming, fair, strict=True):
+            result[claim.session_id] = Rates(**{kind: share})
+    return result
+
+
+def fair_shares(total: float, caps: Sequence[float]) -> list[float]:
+    """``total`` shared equally, where nobody gets more than its cap and the others get the rest.
+
+    0 means no cap, in what is given and in what is returned.
+    """
+    if not total:
+        return list(caps)
+    result = [0.0] * len(caps)
+    left = total
+    order = sorted(range(len(caps)), key=lambda index: caps[index] or float("inf"))
+    for done, index in enumerate(order):
+        equal = left / (len(order) - done)
+        result[index] = _lower(caps[index], equal)
+        left -= result[index]
+    return result
+
+
+def _lower(one: float, other: float) -> float:
+    return min(one, other) if one and other else one or other

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of this host a requester may have opened: volumes, sockets of QEMU, ports of guests."""
+
+import fnmatch
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+
+from nova_dmigrate import exception
+
+
+def volume_location(location: str, allowed: Sequence[str]) -> str:
+    """Where a volume really lies, if it may be read.
+
+    :param allowed: directories of files, paths of block devices with ``*``; empty allows all.
+    :raises RequestRefused: it may not.
+    """
+    real = os.path.realpath(location)
+    if allowed and not any(
+        _is_below(real, entry) or _is_device(location, real, entry) for entry in allowed
+    ):
+        raise exception.RequestRefused(
+            reason=f"volumes at {location} are not read on this host", code="volume-not-allowed"
+        )
+    return real
+
+
+def socket_directory(socket: str, directory: Path) -> str | None:
+    """The directory of a socket for QEMU, if that is the session's own.
+
+    :param directory: the host's, in which or in a directory of which sockets may be.
+    :raises RequestRefused: it may not be there.
+    """
+    parent, name = os.path.split(os.path.normpath(socket))
+    own = Path(parent)
+    # The relays' own sockets are there as well
+    if socket == f"{parent}/{name}" and not name.endswith(".control"):
+        if own == directory:
+            return None
+        if own.parent == directory and not own.is_symlink():
+            return parent
+    raise exception.RequestRefused(
+        reason=f"sockets for QEMU are in {directory}, not at {socket}", code="socket-not-allowed"
+    )
+
+
+def channel(path: str, allowed: Sequence[str]) -> str:
+    """The real path of the socket of a guest's port, if it may be used.
+
+    :raises RequestRefused: it may not, or is not there.
+    """
+    real = os.path.realpath(path)
+    if not any(_is_below(real, entry) for entry in allowed):
+        raise exception.RequestRefused(
+            reason=f"{path} is not where the ports of guests are", code="channel-not-allowed"
+        )
+    try:
+        is_socket = stat.S_ISSOCK(os.stat(real).st_mode)
+    except OSError as error:
+        raise exception.RequestRefused(
+            reason=f"the guest's port is not there: {error}", code="agent-unreachable"
+        ) from error
+    if not is_socket:
+        raise exception.RequestRefused(reason=f"{path} is no socket", code="channel-not-allowed")
+    return real
+
+
+def _is_below(real: str, entry: str) -> bool:
+    directory = os.path.realpath(entry)
+    return os.path.commonpath([real, directory]) == directory
+
+
+def _is_device(location: str, real: str, entry: str) -> bool:
+    path = os.path.normpath(location)
+    # "*" does not stand for further directories
+    if path.count("/") != entry.count("/") or not fnmatch.fnmatchcase(path, entry):
+        return False
+    try:
+        return real.startswith("/dev/") and stat.S_ISBLK(os.stat(real).st_mode)
+    except OSError:
+        return False
