@@ -26,19 +26,20 @@ ROOT = Path(__file__).parents[2]
 #: One path on both hosts: the source relay's socket on one, QEMU's on the other.
 MIGRATION_SOCKET = Path("/run/guests/migration.sock")
 
-# A process that is killed while it has a lab with a guest.
+# A process that is killed while it has a lab with a guest, and another network.
 DOOMED = """
 import sys, time
 from pathlib import Path
-from tests.lab import GuestSpec, create_disk, processes
+from tests.lab import GuestSpec, HostPair, create_disk, processes
 from tests.lab.domains import Domain
 from tests.lab.libvirt_hosts import LibvirtHosts
 directory = Path(sys.argv[1])
-with LibvirtHosts(directory) as hosts:
+with LibvirtHosts(directory) as hosts, HostPair() as (other, _):
     spec = GuestSpec(create_disk(directory / "disk.raw", 16), ram_mb=128, fill_mb=16)
     with Domain(hosts, spec) as domain:
         domain.start(hosts.a)
-        print(processes.register._reaper.pid, hosts.a.namespace, hosts.b.namespace, flush=True)
+        namespaces = [host.namespace for host in (hosts.a, hosts.b, other)]
+        print(processes.register._reaper.pid, *namespaces, flush=True)
         time.sleep(600)
 """
 # What hosts shall reach: says hello to each client.

@@ -25,6 +25,7 @@ from tests.lab.processes import end_inmates, register, start_time
 # One directory for each lab, that says who its process is and where its own directory.
 _RECORDS = Path("/run")
 _RECORD_PREFIX = "nova-dmigrate-lab-"
+_NAMESPACES = Path("/run/netns")
 
 
 class LibvirtHosts:
@@ -89,7 +90,9 @@ class LibvirtHosts:
 
     @staticmethod
     def sweep() -> list[str]:
-        """Remove the remains of labs whose process has ended; their names."""
+        """Remove the remains of labs whose process has ended, with the other networks that it had;
+        the labs' names.
+        """
         found = []
         for record in _RECORDS.glob(f"{_RECORD_PREFIX}*"):
             try:
@@ -101,7 +104,10 @@ class LibvirtHosts:
                 continue
             directory = Path(name)
             found.append(directory.name)
-            for namespace in (f"{directory.name}a", f"{directory.name}b"):
+            namespaces = {f"{directory.name}a", f"{directory.name}b"}
+            if start_time(int(pid)) is None:  # no other process has it now
+                namespaces.update(each.name for each in _NAMESPACES.glob(f"ndm{pid}[a-z]*"))
+            for namespace in namespaces:
                 end_inmates(namespace)
                 argv = ["ip", "netns", "delete", namespace]
                 subprocess.run(argv, capture_output=True, check=False)
