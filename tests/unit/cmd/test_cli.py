@@ -42,8 +42,8 @@ from nova_dmigrate.migration.progress import Progress
 from tests.unit.migration.summaries import RELAYED
 
 def migrate(request, config, on_progress):
-    on_progress(Progress("migrating"))
     try:
+        on_progress(Progress("migrating"))
         threading.Event().wait(60)
     except KeyboardInterrupt:
         return dataclasses.replace(RELAYED, state="cancelled", error="interrupted")
