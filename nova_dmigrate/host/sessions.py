@@ -498,9 +498,9 @@ class Sessions:
         path = Path(record.directory)
         path.mkdir(mode=0o700, exist_ok=True)
         if self._settings.owner != (-1, -1):
-            self._give_to_qemu(path)
             # What is made there belongs to QEMU's group, whoever makes it
             path.chmod(0o2770)
+            self._give_to_qemu(path)
 
     def _give_to_qemu(self, path: Path) -> None:
         if self._settings.owner != (-1, -1):

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a requester may have opened on this host."""
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nova_dmigrate import exception
+from nova_dmigrate.host import permissions
+from tests import base
+
+
+class PermissionsTest(base.TestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.here = self.make_directory().resolve()
+        self.allowed = self.here / "allowed"
+        self.allowed.mkdir()
+
+    def assert_refused(self, code: str, ask: Callable[..., Any], *arguments: Any) -> None:
+        error = self.assertRaises(exception.RequestRefused, ask, *arguments)
+        self.assertEqual(code, error.kwargs["code"])
+
+    def test_without_a_list_every_volume_may_be_read(self) -> None:
+        (self.here / "link").symlink_to(self.here / "file")
+        found = permissions.volume_location(str(self.here / "link"), ())
+        self.assertEqual(str(self.here / "file"), found)
+
+    def test_volumes_lie_where_they_really_are(self) -> None:
+        entries = (str(self.allowed), "/dev/vg-*")
+        inside = self.allowed / "a" / "volume"
+        self.assertEqual(str(inside), permissions.volume_location(str(inside), entries))
+        (self.allowed / "link").symlink_to(self.here / "outside")
+        for path in (
+            self.here / "outside",
+            self.allowed / "link",
+            self.allowed / ".." / "outside",
+            Path(f"{self.allowed}-2"),
+            # No block device, though it has the name of one
+            Path("/dev/vg-none"),
+            Path("/dev/null"),
+        ):
+            self.assert_refused(
+                "volume-not-allowed", permissions.volume_location, str(path), entries
+            )
+
+    def test_an_allowed_directory_may_be_a_link(self) -> None:
+        (self.here / "other").symlink_to(self.allowed)
+        found = permissions.volume_location(
+            str(self.here / "other" / "v"), (str(self.here / "other"),)
+        )
+        self.assertEqual(str(self.allowed / "v"), found)
+
+    def test_a_star_does_not_stand_for_directories(self) -> None:
+        os.symlink("/dev/null", self.here / "x")
+        self.assert_refused(
+            "volume-not-allowed", permissions.volume_location, str(self.here / "x"), ("/*",)
+        )
+
+    def test_sockets_are_in_the_hosts_directory_or_one_of_their_own(self) -> None:
+        self.assertIsNone(permissions.socket_directory(f"{self.here}/q", self.here))
+        found = permissions.socket_directory(f"{self.here}/new/q", self.here)
+        self.assertEqual(f"{self.here}/new", found)
+
+    def test_ports_are_sockets_in_their_directories(self) -> None:
+        port = self.allowed / "port"
+        self.addCleanup(self._listen(port).close)
+        self.addCleanup(self._listen(self.here / "port").close)
+        (self.allowed / "link").symlink_to(self.here / "port")
+        (self.allowed / "file").touch()
+        entries = ("/var/empty", str(self.allowed))
+        self.assertEqual(str(port), permissions.channel(str(port), entries))
+        for name in ("link", "file"):
+            self.assert_refused(
+                "channel-not-allowed", permissions.channel, str(self.allowed / name), entries
+            )
+        self.assert_refused(
+            "agent-unreachable", permissions.channel, str(self.allowed / "gone"), entries
+        )
+
+    def _listen(self, path: Path) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        return listener
