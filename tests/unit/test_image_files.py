@@ -61,7 +61,9 @@ class ElementTest(base.TestCase):
 
     def test_the_unit_of_the_package_is_the_one_that_is_installed(self) -> None:
         setup = (ROOT / "setup.cfg").read_text()
-        self.assertIn("share/nova-dmigrate = etc/systemd/nova-dmigrate-agent.service", setup)
+        self.assertRegex(
+            setup, r"share/nova-dmigrate =\s+etc/systemd/nova-dmigrate-agent\.service\n"
+        )
         script = (ELEMENT / "install.d" / "60-nova-dmigrate-agent").read_text()
         self.assertIn("$venv/share/nova-dmigrate/$unit", script)
         # The drop-in replaces the only command of the unit
