@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One domain as libvirt lets it be migrated: the only module that calls libvirt.
 
-libvirt-python blocks in a migration until it is over, so that runs in a thread of its own; libvirt
-answers other questions about the domain meanwhile.
+libvirt-python blocks in a migration until it is over, so that runs in a thread of its own, and on a
+connection of its own: on a shared one, questions and the abort wait for seconds behind it.
 """
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -48,6 +49,7 @@ class LibvirtGuest:
 
     def __init__(self, connect: str, name: str) -> None:
         self._instance = name
+        self._connect = connect
         _start_event_loop()
         try:
             self._connection = libvirt.open(connect)
@@ -153,7 +155,7 @@ class LibvirtGuest:
 
     def migrate(self, order: "Order") -> "RunningMigration":
         """Begin a migration."""
-        return RunningMigration(self._domain, order)
+        return RunningMigration(self._connect, self.facts.uuid, order)
 
     def _look_up(self, name: str) -> Any:
         try:
@@ -205,8 +207,9 @@ class Order:
 class RunningMigration:
     """A migration that libvirt carries out, in a thread."""
 
-    def __init__(self, domain: Any, order: Order) -> None:
-        self._domain = domain
+    def __init__(self, connect: str, uuid: str, order: Order) -> None:
+        self._connect = connect
+        self._uuid = uuid
         self._order = order
         self._error: str | None = None
         self.began = time.monotonic()
@@ -226,8 +229,12 @@ class RunningMigration:
 
     def _run(self) -> None:
         try:
-            parameters, flags = self._order.arguments(bool(self._domain.isPersistent()))
-            self._domain.migrateToURI3(self._order.destination, parameters, flags)
+            connection = libvirt.open(self._connect)
+            with contextlib.closing(connection):
+                connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
+                domain = connection.lookupByUUIDString(self._uuid)
+                parameters, flags = self._order.arguments(bool(domain.isPersistent()))
+                domain.migrateToURI3(self._order.destination, parameters, flags)
         except libvirt.libvirtError as error:
             self._error = str(error)
         self.ended = time.monotonic()
