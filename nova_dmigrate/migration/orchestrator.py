@@ -140,7 +140,7 @@ class Migration:
         preflight.examine(guest.facts, request)
         source, destination = self._ask_hosts()
         preflight.hosts_agree(guest.facts, source, destination)
-        socket = Path(source.socket_directory) / f"{self._id}.sock"
+        socket = Path(source.socket_directory) / self._id / "qemu"
         volumes = preflight.volumes_of(guest.facts, destination.drivers)
         with contextlib.ExitStack() as stack:
             agent = stack.enter_context(self._peers.agent(self._peers.source))
