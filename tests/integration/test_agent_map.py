@@ -62,9 +62,7 @@ class DatabaseTestCase(base.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        reason = databases.available()
-        if reason is not None:
-            raise cls.skipException(reason)
+        base.require(databases.available())
         with contextlib.ExitStack() as stack:
             cls.server, cls.volume = stack.enter_context(cls.running())
             cls.fill()
@@ -377,9 +375,7 @@ class TestStorage(base.TestCase):
 
     def setUp(self) -> None:
         super().setUp()
-        reason = databases.available()
-        if reason is not None:
-            self.skipTest(reason)
+        base.require(databases.available())
 
     def check(self, volume: loop.LoopVolume) -> None:
         """A file with all that a file can have: holes, room that was never written, extents."""

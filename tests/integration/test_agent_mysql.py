@@ -27,8 +27,7 @@ class AnyServer(base.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        if databases.available() is not None:
-            raise cls.skipException(databases.available())
+        base.require(databases.available())
         with contextlib.ExitStack() as stack:
             cls.socket = stack.enter_context(cls.running())
             statements = database.grants(cls.FLAVOUR, cls.VERSION)
@@ -120,8 +119,8 @@ class MySQL56Test(AnyServer):
     @classmethod
     def running(cls) -> AbstractContextManager[Path]:
         server = mysql56.fetch()
-        if server is None:
-            raise cls.skipException("MySQL 5.6 cannot be fetched: no npm, or no network")
+        base.require(None if server else "MySQL 5.6 cannot be fetched: no npm, or no network")
+        assert server is not None
         return mysql56.running(server)
 
 

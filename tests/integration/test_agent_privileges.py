@@ -59,9 +59,7 @@ class TestPrivileges(base.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        reason = databases.available()
-        if reason is not None:
-            raise cls.skipException(reason)
+        base.require(databases.available())
         with contextlib.ExitStack() as stack:
             cls.server, cls.volume = stack.enter_context(databases.mariadb())
             cls.server.fill(tables=1, rows=50000)

@@ -4,11 +4,9 @@
 import contextlib
 import json
 import logging
-import shutil
 import subprocess
 import sys
 import time
-import unittest
 import uuid
 import warnings
 from collections.abc import Callable
@@ -23,7 +21,7 @@ from nova_dmigrate.buffermap import MapLimits
 from nova_dmigrate.rpc import client, isolation, messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 from tests import base
-from tests.lab import databases, processes
+from tests.lab import databases, processes, tls_broker
 from tests.lab.broker import HOST_USER, Broker
 
 with warnings.catch_warnings():
@@ -85,8 +83,6 @@ class Agent:
         return processes.terminate(self.process, 30)
 
 
-@unittest.skipIf(databases.available() is not None, databases.available() or "")
-@unittest.skipIf(shutil.which("rabbitmqctl", path="/usr/sbin:/usr/bin") is None, "no RabbitMQ")
 class AgentRpcTest(base.TestCase):
     resources: ClassVar[contextlib.ExitStack]
     broker: ClassVar[Broker]
@@ -96,6 +92,7 @@ class AgentRpcTest(base.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
+        base.require(databases.available() or tls_broker.available())
         with contextlib.ExitStack() as stack:
             directory = stack.enter_context(processes.workspace())
             cls.server, volume = stack.enter_context(
@@ -317,7 +314,6 @@ class Handler:
         return messages.Pong("1", messages.VERSION, "one")
 
 
-@unittest.skipIf(shutil.which("rabbitmqctl", path="/usr/sbin:/usr/bin") is None, "no RabbitMQ")
 class IsolationTest(base.TestCase):
     """What a guest can do at the broker, with the permissions of the documentation."""
 
@@ -326,6 +322,7 @@ class IsolationTest(base.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
+        base.require(tls_broker.available())
         cls.broker = Broker([ONE, OTHER]).__enter__()
 
     @classmethod

@@ -15,8 +15,7 @@ from typing import ClassVar
 from nova_dmigrate import exception
 from nova_dmigrate.rpc import client, messages
 from tests import base
-from tests.lab import processes
-from tests.lab.tls_broker import TlsBroker
+from tests.lab import processes, tls_broker
 from tests.unit.relay.wire.certificates import Authority
 
 with warnings.catch_warnings():
@@ -37,19 +36,20 @@ class TlsTest(base.TestCase):
     directory: ClassVar[Path]
     brokers: ClassVar[Authority]
     clients: ClassVar[Authority]
-    broker: ClassVar[TlsBroker]
+    broker: ClassVar[tls_broker.TlsBroker]
     _stack: ClassVar[contextlib.ExitStack]
 
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
+        base.require(tls_broker.available())
         with contextlib.ExitStack() as stack:
             cls.directory = stack.enter_context(processes.workspace())
             os.chmod(cls.directory, 0o755)
             cls.brokers = Authority(cls.directory, "brokers")
             cls.clients = Authority(cls.directory, "clients")
             certificate, key = cls.brokers.issue("127.0.0.1")
-            cls.broker = TlsBroker([ONE], certificate, key, cls.clients.certificate)
+            cls.broker = tls_broker.TlsBroker([ONE], certificate, key, cls.clients.certificate)
             stack.enter_context(cls.broker)
             cls._stack = stack.pop_all()
 

@@ -52,8 +52,7 @@ chroot "$root" sh -c "$3"
 class TestElement(base.TestCase):
     def setUp(self) -> None:
         super().setUp()
-        if os.geteuid() != 0:
-            self.skipTest("needs root")
+        base.require(None if os.geteuid() == 0 else "needs root")
 
     def build(self, command: str, **environment: str) -> "subprocess.CompletedProcess[str]":
         """Run all hooks, and ``command`` in what they have made."""
@@ -151,8 +150,8 @@ class TestElement(base.TestCase):
         self.assertIn("openrc is not supported", done.stderr)
 
     def test_diskimage_builder_resolves_it(self) -> None:
-        if importlib.util.find_spec("diskimage_builder") is None:
-            self.skipTest("diskimage-builder is not installed")
+        installed = importlib.util.find_spec("diskimage_builder")
+        base.require(None if installed else "diskimage-builder is not installed")
         from diskimage_builder import element_dependencies, paths
 
         found = element_dependencies.get_elements(
@@ -165,11 +164,10 @@ class TestElement(base.TestCase):
 
 class TestCloudConfig(base.TestCase):
     def test_it_fits_the_schema_of_cloud_init(self) -> None:
-        if importlib.util.find_spec("jsonschema") is None:
-            self.skipTest("jsonschema is not installed")
+        installed = importlib.util.find_spec("jsonschema")
+        base.require(None if installed else "jsonschema is not installed")
         schema = self.schema()
-        if schema is None:
-            self.skipTest("cloud-init's package cannot be had")
+        base.require(None if schema else "cloud-init's package cannot be had")
         import jsonschema
 
         validator = jsonschema.Draft4Validator(schema)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A private RabbitMQ that takes nothing but TLS, from who shows a certificate."""
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +19,12 @@ ssl_options.fail_if_no_peer_cert = true
 ssl_options.versions.1 = tlsv1.3
 ssl_options.versions.2 = tlsv1.2
 """
+
+
+def available() -> str | None:
+    """Why no broker can run on this machine, None if one can."""
+    found = shutil.which("rabbitmqctl", path="/usr/sbin:/usr/bin")
+    return None if found else "RabbitMQ is not installed"
 
 
 class TlsBroker(Broker):

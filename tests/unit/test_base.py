@@ -19,7 +19,7 @@ base.GRACE = 1
 class SuiteTest(base.TestCase):
     """Runs small suites in processes of their own, as stestr's workers do."""
 
-    def run_suite(self, body: str, timeout: str = "0") -> tuple[Path, str]:
+    def run_suite(self, body: str, timeout: str = "0", ci: str = "") -> tuple[Path, str]:
         """Run a module's tests; return the file of subunit results, and what stderr said."""
         directory = self.make_directory()
         (directory / "test_sample.py").write_text(HEAD + textwrap.dedent(body))
@@ -30,7 +30,12 @@ class SuiteTest(base.TestCase):
                 stdout=output,
                 stderr=subprocess.PIPE,
                 cwd=ROOT,
-                env={"PYTHONPATH": str(ROOT), "OS_TEST_TIMEOUT": timeout, "PATH": "/usr/bin"},
+                env={
+                    "PYTHONPATH": str(ROOT),
+                    "OS_TEST_TIMEOUT": timeout,
+                    "PATH": "/usr/bin",
+                    "CI": ci,
+                },
                 text=True,
                 check=False,
             )
@@ -130,6 +135,28 @@ class TimeoutTest(SuiteTest):
         )
         self.assertIn("in test_hangs", stderr)
         self.assertEqual("0 passed, 1 failed, 0 skipped", self.count(results)[1][-1])
+
+
+class RequireTest(SuiteTest):
+    SUITE = """
+        class Sample(base.TestCase):
+            def test_there(self): base.require(None)
+            def test_missing(self): base.require("so")
+        class Whole(base.TestCase):
+            @classmethod
+            def setUpClass(cls):
+                super().setUpClass()
+                base.require("so")
+            def test_missing(self): pass
+    """
+
+    def test_what_is_missing_skips_a_test_or_a_class(self) -> None:
+        status, lines = self.count(self.run_suite(self.SUITE)[0])
+        self.assertEqual((0, "1 passed, 0 failed, 2 skipped"), (status, lines[-1]))
+
+    def test_in_ci_what_is_missing_is_a_failure(self) -> None:
+        status, lines = self.count(self.run_suite(self.SUITE, ci="true")[0])
+        self.assertEqual((1, "1 passed, 2 failed, 0 skipped"), (status, lines[-1]))
 
 
 class LogTest(SuiteTest):
