@@ -96,7 +96,9 @@ class OptionTest(base.TestCase):
 class SampleTest(base.TestCase):
     def test_the_generator_finds_every_group_once(self) -> None:
         groups = [group.name for group, _ in opts.list_opts()]
-        self.assertEqual(["relay", "volume", "wire", "buffer_map", "host", "agent", "migration"], groups)
+        self.assertEqual(
+            ["relay", "volume", "wire", "buffer_map", "host", "agent", "migration"], groups
+        )
 
     @unittest.skipIf(sys.version_info < (3, 10), "the generator cannot find its own version there")
     def test_the_sample_file_is_what_the_options_give(self) -> None:
