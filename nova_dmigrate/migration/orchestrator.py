@@ -8,6 +8,7 @@ back in any case, or goes by itself when its lease ends.
 """
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nova_dmigrate import exception
-from nova_dmigrate.buffermap import PAGE_SIZE, BufferMap
+from nova_dmigrate.buffermap import PAGE_SIZE, BufferMap, MapLimits
 from nova_dmigrate.migration import preflight
 from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.libvirt_guest import Job, LibvirtGuest, Order, RunningMigration
@@ -220,7 +221,7 @@ class Migration:
                 database.prepare(settings.dirty_share, settings.prepare_time)
                 database.keep()
             self._phases.enter("mapping")
-            self._map = agent.fetch_map(settings.map_limits)
+            self._map = agent.fetch_map(self._map_limits())
         except exception.AgentUnreachable as error:
             raise because(Reason.AGENT_UNREACHABLE, self._instance, error=error) from error
         except exception.AgentRefused as error:
@@ -236,6 +237,12 @@ class Migration:
             raise because(Reason.MEMORY_LAYOUT, self._instance, error=error) from error
         self._map.save(files.buffer_map)
         files.memory_layout.write_text(layout)
+
+    def _map_limits(self) -> MapLimits:
+        """No page of the guest is mapped twice: a map with more is not worth reading."""
+        limits = self._settings.map_limits
+        pages = self._guest.facts.memory // PAGE_SIZE
+        return dataclasses.replace(limits, max_pages=min(limits.max_pages, pages))
 
     def _migrate_relayed(self, sessions: RelaySessions, socket: Path) -> str | None:
         request = self._request
