@@ -73,8 +73,13 @@ class Descriptors:
         A frame without a descriptor is none.
         """
         dirty = np.zeros(addresses.size, np.bool_)
+        if not addresses.size:
+            return dirty
+        low, high = int(addresses[0]), int(addresses[-1])
         for array in self._arrays:
             behind = array.frames + array.count * self._page_size
+            if behind <= low or array.frames > high:
+                continue
             first, last = np.searchsorted(addresses, np.array([array.frames, behind], np.uint64))
             numbers = (addresses[first:last] - np.uint64(array.frames)) // np.uint64(
                 self._page_size
