@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A database guest at work on one of two hosts, with its clients: what is migrated and measured."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from nova_dmigrate import exception
+from nova_dmigrate.buffermap import MapLimits
+from tests.lab.attached import AttachedDatabase
+from tests.lab.database_guest import DatabaseSpec
+from tests.lab.database_image import Release
+from tests.lab.demo.clients import Server
+from tests.lab.demo.ledger import Ledger
+from tests.lab.demo.load import Load, sysbench
+from tests.lab.demo.probe import Probe
+from tests.lab.demo.services import MigrationServices
+from tests.lab.demo.volume import create_volume, rows_for
+from tests.lab.domains import Domain
+from tests.lab.guest import PAGE_SIZE
+from tests.lab.guest_network import GuestNetwork, guest_address
+from tests.lab.libvirt_hosts import LibvirtHosts
+from tests.lab.relays import wait_until
+
+#: A guest this small has no room for what else a server spends.
+_LEAN = {"mysql": ("performance-schema=OFF", "innodb-log-buffer-size=16M"), "mariadb": ()}
+#: What of a pool is filled by the volume's list, in seconds at most.
+_FILL_PATIENCE = 600.0
+#: Bytes of RAM that are looked at in one go.
+_STRIDE = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is migrated, and over what.
+
+    ``network``, ``volume``: MB/s. ``pool``: share of ``ram_mb``. ``load``: of sysbench.
+    """
+
+    release: Release
+    network: float = 50
+    volume: float = 100
+    pool: float = 0.5
+    load: str = "oltp_read_write"
+    ram_mb: int = 2048
+
+    @property
+    def pool_mb(self) -> int:
+        return int(self.ram_mb * self.pool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """Bytes of a guest's memory: that are not zero, and that are in its agent's buffer map."""
+
+    used: int
+    mapped: int
+
+    def ideal(self, shape: Shape) -> float:
+        """The best possible time in seconds to bring it to the other host, both ways in use."""
+        network, volume = shape.network * 1e6, shape.volume * 1e6
+        rest = max(self.used - self.mapped, 0)
+        return max(rest / network, self.used / (network + volume))
+
+
+class Stage:
+    """One guest on two hosts, its load, ledger and probe at work. A context manager."""
+
+    domain: Domain
+    load: Load
+    ledger: Ledger
+    probe: Probe
+
+    def __init__(
+        self, shape: Shape, directory: Path, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """:param directory: an empty one, for all files; not beneath /run.
+        :param say: is told what goes on.
+        """
+        self.shape = shape
+        self.directory = directory
+        self._say = say
+        self._ends = contextlib.ExitStack()
+        try:
+            self._build()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:  # fmt: skip
+        self.close()
+
+    def close(self) -> None:
+        """End all of it."""
+        self._ends.close()
+
+    @property
+    def guest(self) -> AttachedDatabase:
+        """The guest, by its QEMU of this moment."""
+        guest = self.domain.guest
+        assert isinstance(guest, AttachedDatabase)
+        return guest
+
+    def used_bytes(self) -> int:
+        """Bytes of the guest's pages that are not zero."""
+        used = 0
+        step = _STRIDE // PAGE_SIZE
+        for pages in self.guest.ram_blocks.values():
+            words = pages.view(np.uint64)
+            for first in range(0, len(words), step):
+                used += int(words[first : first + step].any(axis=1).sum())
+        return used * PAGE_SIZE
+
+    def mapped_bytes(self) -> int:
+        """Bytes of the guest's memory that its agent's buffer map has now; 0 for none."""
+        limits = MapLimits(max_guest_page=self.guest.spec.ram_bytes // PAGE_SIZE - 1)
+        with self.guest.agent() as agent:
+            try:
+                return agent.fetch_map(limits).page_count * PAGE_SIZE
+            except (exception.AgentError, exception.BufferMapError) as error:
+                self._say(f"There is no buffer map: {error}")
+                return 0
+
+    def check_tables(self) -> list[str]:
+        """What is wrong with the tables, as CHECK TABLE EXTENDED says."""
+        schemas = "'sbtest', 'lab', 'ledger', 'tpcc'"
+        names = self.guest.sql(
+            "SELECT CONCAT(table_schema, '.', table_name) FROM information_schema.tables"
+            f" WHERE table_type = 'BASE TABLE' AND table_schema IN ({schemas})"
+        ).split()
+        lines = self.guest.sql(f"CHECK TABLE {', '.join(names)} EXTENDED", timeout=900).splitlines()
+        return [line for line in lines if line.split("\t")[2:] != ["status", "OK"]]
+
+    def stop_clients(self) -> None:
+        """Let the clients finish; what they have noted stays."""
+        for client in (self.load, self.ledger, self.probe):
+            client.stop()
+
+    # -- parts
+
+    def _build(self) -> None:
+        shape, enter = self.shape, self._ends.enter_context
+        self._say(f"Loading a database for a pool of {shape.pool_mb} MiB (once, then it is cached)")
+        disk = create_volume(shape.release, shape.pool_mb, self.directory / "volume.raw")
+        self._say("Starting two hosts, their libvirt, the services of both, and a broker")
+        self.hosts = enter(LibvirtHosts(self.directory))
+        self.network = enter(GuestNetwork(self.hosts))
+        self.services = enter(MigrationServices(self.hosts, self.directory))
+        spec = DatabaseSpec(
+            disk=disk,
+            release=shape.release,
+            ram_mb=shape.ram_mb,
+            pool_mb=shape.pool_mb,
+            layout="kept",
+            options=_LEAN[shape.release.flavour],
+            address=guest_address(0),
+        )
+        assert spec.address is not None
+        self.domain = enter(Domain(self.hosts, spec))
+        self._say(f"Booting a guest with {shape.ram_mb} MiB")
+        self.domain.start(self.hosts.a)
+        self.server = Server(host=spec.address, clients=self.network.clients)
+        self._say("Filling the buffer pool")
+        self._fill_pool()
+        # With TLS and once: the server then knows the password of clients that have none
+        login = (
+            f"client --host=127.0.0.1 --user={self.server.user} --password={self.server.password}"
+        )
+        self.guest.run(f"{login} -e 'SELECT 1'")
+        self.hosts.shape(shape.network)
+        self._say(f"Starting the load, {shape.load}")
+        self.probe = enter(Probe(self.server, self.directory))
+        self.ledger = enter(Ledger(self.server, self.directory))
+        argv = sysbench(self.server, shape.load, rows_for(shape.pool_mb))
+        self.load = enter(Load(self.server, argv, self.directory))
+
+    def _fill_pool(self) -> None:
+        def full() -> bool:
+            status = self.guest.sql("SHOW STATUS LIKE 'Innodb_buffer_pool_load_status'")
+            time.sleep(2)
+            return "completed" in status
+
+        wait_until(full, "the buffer pool is filled", _FILL_PATIENCE)
