@@ -111,7 +111,9 @@ class Store:
         self.files(record.session_id).remove()
 
     def load(self) -> list[Record]:
-        """The sessions of an earlier service, in the order of their creation."""
+        """The sessions of an earlier service, in the order of their creation. What belongs to none
+        of them is removed.
+        """
         records = []
         for path in self._sessions.glob(f"*{_SUFFIX}"):
             try:
@@ -121,6 +123,10 @@ class Store:
                 path.unlink(missing_ok=True)
                 continue
             records.append(record)
+        known = {record.session_id for record in records}
+        for path in self._sessions.iterdir():
+            if path.stem not in known:
+                path.unlink(missing_ok=True)
         return sorted(records, key=lambda record: record.created)
 
     def prune(self, days: float) -> None:

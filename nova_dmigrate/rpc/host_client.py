@@ -18,8 +18,9 @@ from nova_dmigrate.rpc.caller import Caller
 from nova_dmigrate.rpc.host_messages import HOST, HostState, Order, SessionState
 from nova_dmigrate.rpc.transport import Transport
 
-#: How long whoever wants to migrate waits for a sign of life of the other host, in seconds.
-HELLO_TIMEOUT = 2.0
+#: How long whoever wants to migrate waits for a sign of life of the other host, in seconds: in two
+#: it shall be known whether there is one.
+HELLO_TIMEOUT = 1.8
 _TIMEOUT = 10.0
 _ATTEMPTS = 2
 _RETRY_DELAY = 0.2

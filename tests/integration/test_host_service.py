@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Services of two hosts as processes, with a real RabbitMQ and real relays; each is killed."""
 
+import configparser
 import contextlib
 import dataclasses
+import grp
 import os
+import pwd
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -30,6 +34,7 @@ from tests.lab.host_services import HostService, ServedPair
 from tests.lab.migrations import MigrationTestCase
 from tests.lab.relays import PATIENCE, VOLUME, wait_until
 from tests.unit.relay.guest import FakeGuest, received_memory
+from tests.unit.relay.wire.certificates import Authority
 from tests.unit.volumes.loop import LoopDevice
 
 with warnings.catch_warnings():
@@ -39,6 +44,8 @@ with warnings.catch_warnings():
 MIB = 1 << 20
 #: What "within two seconds" may become on a machine that is busy with other things.
 SOON = 15.0
+UNIT = Path(__file__).parents[2] / "etc" / "systemd" / "nova-dmigrate-host.service"
+BOUNDING = "CapabilityBoundingSet"
 HAS_BROKER = shutil.which("rabbitmqctl", path="/usr/sbin:/usr/bin") is not None
 
 
@@ -118,6 +125,11 @@ class Hosts(base.TestCase):
         return {"host__max_relays": 2}
 
     @classmethod
+    def prefix(cls) -> list[str]:
+        """The command that runs both services."""
+        return []
+
+    @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
         with contextlib.ExitStack() as stack:
@@ -125,7 +137,11 @@ class Hosts(base.TestCase):
             cls.broker = stack.enter_context(Broker([]))
             for name in ("one", "two"):
                 service = HostService(
-                    name, cls.place / name, cls.broker.services_url(), **cls.options()
+                    name,
+                    cls.place / name,
+                    cls.broker.services_url(),
+                    cls.prefix(),
+                    **cls.options(),
                 )
                 stack.callback(service.close)
                 service.start()
@@ -403,12 +419,6 @@ class PermissionsTest(Hosts):
             ),
         )
 
-    def test_a_host_with_tls_does_not_migrate_in_the_clear(self) -> None:
-        self.restart(self.two, wire__tls=True)
-        self.addCleanup(self.restart, self.two)
-        self.assertTrue(self.client_of(self.two).hello().tls)
-        self.assert_refused("tls-required", self.pair().open_destination)
-
     def test_an_agent_is_asked_through_the_service(self) -> None:
         ports = self.place / "ports"
         ports.mkdir()
@@ -497,8 +507,9 @@ class ServiceLifeTest(Hosts):
         pairs[2].destination.wait("running")
 
     def test_a_service_that_is_stopped_waits_for_its_migrations_only(self) -> None:
-        self.addCleanup(self.two.start)
         running, other, queued = (self.pair(wait_seconds=300) for _ in range(3))
+        # Before the pairs are closed
+        self.addCleanup(self.two.start)
         running.open()
         other.open_destination()
         queued.open_destination()
@@ -528,8 +539,8 @@ class ServiceLifeTest(Hosts):
         migration.finish()
 
     def test_a_second_signal_ends_the_service_at_once(self) -> None:
-        self.addCleanup(self.two.start)
         pair = self.pair()
+        self.addCleanup(self.two.start)
         pair.open_destination()
         pair.destination.wait("running")
         self.two.terminate()
@@ -540,7 +551,7 @@ class ServiceLifeTest(Hosts):
         self.assertEqual(1, len(self.two.relays()))
 
     def test_there_is_one_service_for_a_directory(self) -> None:
-        second = subprocess_of(self.one)
+        second = self.one.spawn()
         self.assertEqual(2, second.wait(PATIENCE))
         processes.end(second)
         self.assertIn("another host service is running", self.one.last_words())
@@ -678,6 +689,100 @@ class SharesTest(Hosts):
 
 
 @unittest.skipUnless(HAS_BROKER, "no RabbitMQ")
+class ProductionTest(Hosts):
+    """Root with the capabilities of the unit only, a QEMU that is not root, and TLS."""
+
+    certificates: ClassVar[dict[str, object]] = {}
+
+    @classmethod
+    def options(cls) -> dict[str, object]:
+        if not cls.certificates:
+            authority = Authority(cls.place)
+            certificate, key = authority.issue("one", "two")
+            cls.certificates = {
+                "wire__tls": True,
+                "wire__ca_file": authority.certificate,
+                "wire__certificate_file": certificate,
+                "wire__key_file": key,
+            }
+        nobody = pwd.getpwnam("nobody")
+        group = grp.getgrgid(nobody.pw_gid).gr_name
+        return {"host__qemu_user": "nobody", "host__qemu_group": group, **cls.certificates}
+
+    @classmethod
+    def prefix(cls) -> list[str]:
+        unit = configparser.ConfigParser(strict=False, interpolation=None)
+        unit.read(UNIT)
+        named = [each.removeprefix("CAP_").lower() for each in unit["Service"][BOUNDING].split()]
+        allowed = "".join(f",+{each}" for each in named)
+        return ["setpriv", f"--bounding-set=-all{allowed}", "--inh-caps=-all", "--no-new-privs"]
+
+    def test_a_migration_between_qemus_of_another_user(self) -> None:
+        # As the directories above the real ones are
+        for path in (self.place, self.place / "one", self.place / "two"):
+            path.chmod(0o711)
+        pair = self.pair(tls_names=("one", "two"))
+        pair.open_destination()
+        destination = as_nobody(RECEIVER, pair.incoming)
+        self.addCleanup(processes.end, destination)
+        wait_until(pair.incoming.exists, "the destination's QEMU listens")
+        pair.destination.wait("running")
+        pair.open_source()
+        pair.source.wait("running")
+        stream = self.place / "stream"
+        stream.write_bytes(FakeGuest(1, ram_pages=1024, mapped=0).stream())
+        stream.chmod(0o644)
+        source = as_nobody(SENDER, pair.outgoing, stream)
+        self.addCleanup(processes.end, source)
+        self.assertEqual((0, 0), (source.wait(PATIENCE), destination.wait(PATIENCE)))
+        for relay in (pair.source, pair.destination):
+            relay.wait("delivered")
+        pair.close_sessions()
+        self.assert_nothing_left()
+
+    def test_the_other_host_must_be_the_one_that_is_expected(self) -> None:
+        pair = self.pair(tls_names=("one", "three"))
+        pair.open_destination()
+        pair.destination.wait("running")
+        pair.open_source()
+        self.assertIn("three", pair.source.wait("failed").message)
+
+    def test_a_host_with_tls_does_not_migrate_in_the_clear(self) -> None:
+        self.assertTrue(self.client_of(self.two).hello().tls)
+        self.assert_refused("tls-required", self.pair().open_destination)
+
+
+#: QEMU's part at the destination and at the source.
+RECEIVER = """
+import socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+connection = listener.accept()[0]
+while connection.recv(1 << 20):
+    pass
+"""
+SENDER = """
+import socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+connection.sendall(open(sys.argv[2], "rb").read())
+connection.shutdown(socket.SHUT_WR)
+while connection.recv(1 << 20):
+    pass
+"""
+
+
+def as_nobody(program: str, *arguments: Path) -> "subprocess.Popen[bytes]":
+    """A process of an ordinary user."""
+    user = pwd.getpwnam("nobody")
+    owner = [f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups"]
+    return processes.spawn(
+        ["setpriv", *owner, sys.executable, "-I", "-c", program, *map(str, arguments)], cwd="/"
+    )
+
+
+@unittest.skipUnless(HAS_BROKER, "no RabbitMQ")
 class GuestTest(MigrationTestCase, Hosts):
     """A real QEMU moves through relays that two services run."""
 
@@ -798,14 +903,3 @@ def record_of(pair: ServedPair) -> dict[str, Any]:
         if each["session_id"] == pair.order.session_id
     ]
     return record
-
-
-def subprocess_of(service: HostService) -> Any:
-    """One more process of the same service."""
-    with service.log_file.open("ab") as log:
-        return processes.spawn(
-            [sys.executable, "-W", "ignore", "-m", "nova_dmigrate.cmd.host"]
-            + ["--config-file", str(service.configuration)],
-            stdout=log,
-            stderr=log,
-        )

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import uuid
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -32,10 +33,20 @@ with warnings.catch_warnings():
 class HostService:
     """nova-dmigrate-host, as a process."""
 
-    def __init__(self, name: str, directory: Path, url: str, **options: object) -> None:
-        """:param options: of the configuration file, "group__name"."""
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        url: str,
+        prefix: Sequence[str] = (),
+        **options: object,
+    ) -> None:
+        """:param prefix: command that runs it, as setpriv does.
+        :param options: of the configuration file, "group__name".
+        """
         self.name = name
         self.url = url
+        self.prefix = prefix
         directory.mkdir()
         self.sockets = directory / "run"
         self.state = directory / "state"
@@ -65,17 +76,21 @@ class HostService:
 
     def start(self) -> None:
         """Start it, and wait until it can be asked."""
+        self.process = self.spawn()
+        with self.client() as client:
+            wait_until(lambda: self._answers(client), f"the service of host {self.name} answers")
+
+    def spawn(self) -> "subprocess.Popen[bytes]":
+        """A process of the service, whatever becomes of it."""
+        program = [sys.executable, "-W", "ignore", "-m", "nova_dmigrate.cmd.host"]
         with self.log_file.open("ab") as log:
-            self.process = processes.spawn(
-                [sys.executable, "-W", "ignore", "-m", "nova_dmigrate.cmd.host"]
-                + ["--config-file", str(self.configuration)],
+            return processes.spawn(
+                [*self.prefix, *program, "--config-file", str(self.configuration)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
             )
-        with self.client() as client:
-            wait_until(lambda: self._answers(client), f"the service of host {self.name} answers")
 
     def client(self, timeout: float = 10.0) -> HostClient:
         """A new client of it; close it."""
@@ -198,10 +213,12 @@ class ServedPair:
         *,
         volumes: dict[str, Path] | None = None,
         saved: SavedMap | None = None,
+        tls_names: tuple[str, str] | None = None,
         lease_seconds: float = 30.0,
         **caps: float,
     ) -> None:
-        """:param caps: ``network_bandwidth``, ``volume_bandwidth`` (bytes a second),
+        """:param tls_names: what source and destination have to show; None for no TLS.
+        :param caps: ``network_bandwidth``, ``volume_bandwidth`` (bytes a second),
         ``wait_seconds``.
         """
         source, destination = hosts
@@ -213,6 +230,7 @@ class ServedPair:
         self.outgoing = source.sockets / self.migration_id / "qemu"
         self.incoming = destination.sockets / self.migration_id / "qemu"
         self.saved = saved
+        self.tls_names = tls_names
         self.order = host_messages.OpenDestination(
             migration_id=self.migration_id,
             instance=str(uuid.uuid4()),
@@ -223,6 +241,7 @@ class ServedPair:
                 host_messages.Volume(name, "block", str(path))
                 for name, path in (volumes or {}).items()
             ),
+            tls_peer_name=tls_names[0] if tls_names else None,
             lease_seconds=lease_seconds,
             **caps,
         )
@@ -249,7 +268,11 @@ class ServedPair:
         }
         return self.source.client.open_session(
             host_messages.OpenSource(
-                **{**values, "qemu_socket": str(self.outgoing)},
+                **{
+                    **values,
+                    "qemu_socket": str(self.outgoing),
+                    "tls_peer_name": self.tls_names[1] if self.tls_names else None,
+                },
                 host=where.host,
                 port=where.port,
                 buffer_map=str(self.saved.buffer_map) if self.saved else None,

@@ -46,9 +46,11 @@ class StoreTest(base.TestCase):
         sessions = self.directory / "state" / "sessions"
         for number, text in enumerate((b"", b"{", b"[]", b"{}", b'{"session_id": 1}', b"\xff")):
             (sessions / f"{number}.json").write_bytes(text)
+            (sessions / f"{number}.events").touch()
+        (sessions / "s.events").touch()
         self.store.save(RECORD)
         self.assertEqual([RECORD], self.store.load())
-        self.assertEqual(["s.json"], [path.name for path in sessions.iterdir()])
+        self.assertEqual({"s.json", "s.events"}, {path.name for path in sessions.iterdir()})
 
     def test_one_service_has_them_at_a_time(self) -> None:
         self.assertRaises(exception.ConfigurationError, self.make)
