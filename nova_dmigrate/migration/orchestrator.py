@@ -10,6 +10,7 @@ back in any case, or goes by itself when its lease ends.
 import contextlib
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -43,6 +44,7 @@ LOG = logging.getLogger(__name__)
 #: Until the bulk is resolved QEMU must not switch over; see "downtime" in the architecture.
 _HELD_DOWNTIME_MS = 1
 _POLL = 0.25
+_CANCELLED = "it was cancelled"
 #: A source relay that tells nothing for so many seconds does not hold the switchover back any more.
 _SILENCE = 15.0
 
@@ -71,6 +73,7 @@ class Migration:
 
     :param migration_id: names it in files, logs and on the hosts.
     :param on_progress: called a few times a second.
+    :param cancelled: gives the migration up when it is set; a finished switchover stands.
     """
 
     def __init__(
@@ -80,7 +83,8 @@ class Migration:
         settings: OrchestrationSettings,
         guest: LibvirtGuest,
         peers: Peers,
-        on_progress: Callable[[Progress], None] = lambda progress: None,
+        on_progress: Callable[[Progress], None],
+        cancelled: threading.Event,
     ) -> None:
         self._id = migration_id
         self._request = request
@@ -94,12 +98,7 @@ class Migration:
         self._relays: Report = {}
         self._last: Report = {}
         self._job: Job | None = None
-        self._cancelled = False
-
-    def cancel(self) -> None:
-        """Give up. Right at any time and from any thread; a finished switchover stands."""
-        self._cancelled = True
-        self._guest.abort()
+        self._cancelled = cancelled
 
     def run(self) -> MigrationSummary:
         """Migrate; how it went. Failures are told in the summary, not raised.
@@ -116,10 +115,8 @@ class Migration:
                 fallback = because(Reason.RELAY_FAILED, self._instance, error=error)
         except exception.FallBack as reason:
             fallback = reason
-        except KeyboardInterrupt:
-            # Before libvirt was asked: what had been begun is undone by now
-            self._cancelled = True
-            error = "it was cancelled before it began"
+        except exception.MigrationCancelled as cancelled:
+            error = str(cancelled.kwargs["reason"])
         if fallback is not None:
             if self._request.mode is Mode.REQUIRED:
                 raise fallback
@@ -150,7 +147,7 @@ class Migration:
             stack.callback(self._restore, database)
             files = stack.enter_context(self._files())
             self._map_memory(agent, database, files)
-            self._phases.enter("starting relays")
+            self._enter("starting relays")
             sessions = RelaySessions(
                 self._id,
                 self._instance,
@@ -174,8 +171,8 @@ class Migration:
     def _run_ordinary(self) -> str | None:
         """Migrate as libvirt does; why it failed, None if it has not."""
         request = self._request
-        if self._cancelled:
-            return "it was cancelled"
+        if self._cancelled.is_set():
+            return _CANCELLED
         self._phases.enter("migrating")
         running = self._guest.migrate(
             Order(
@@ -190,7 +187,6 @@ class Migration:
         limit = self._downtime_limit()
         limited = limit is None
         while not self._over(running):
-            self._job = self._guest.job() or self._job
             if not limited and self._job is not None and limit is not None:
                 limited = self._guest.set_max_downtime(limit)
             self._report({})
@@ -217,10 +213,10 @@ class Migration:
         try:
             agent.ping()
             if settings.prepare_time:
-                self._phases.enter("preparing")
-                database.prepare(settings.dirty_share, settings.prepare_time)
+                self._enter("preparing")
+                database.prepare(settings.dirty_share, settings.prepare_time, self._cancelled)
                 database.keep()
-            self._phases.enter("mapping")
+            self._enter("mapping")
             self._map = agent.fetch_map(self._map_limits())
         except exception.AgentUnreachable as error:
             raise because(Reason.AGENT_UNREACHABLE, self._instance, error=error) from error
@@ -246,10 +242,8 @@ class Migration:
 
     def _migrate_relayed(self, sessions: RelaySessions, socket: Path) -> str | None:
         request = self._request
-        if self._cancelled:
-            return "it was cancelled"
         limit = self._downtime_limit() or self._guest.max_downtime_ms
-        self._phases.enter("migrating")
+        self._enter("migrating")
         # QEMU itself is not capped: the relays are, and only what goes over the network counts
         running = self._guest.migrate(
             Order(
@@ -268,7 +262,6 @@ class Migration:
         held = released = False
         heard = time.monotonic()
         while not self._over(running):
-            self._job = self._guest.job() or self._job
             if not held and self._job is not None:
                 held = self._guest.set_max_downtime(_HELD_DOWNTIME_MS)
             told = sessions.look()
@@ -279,17 +272,25 @@ class Migration:
                 released = self._guest.set_max_downtime(limit)
                 if released:
                     self._phases.enter("converging")
-            if self._cancelled:
-                self._guest.abort()
             self._report(self._last)
 
     def _over(self, running: RunningMigration) -> bool:
-        """Wait a moment; whether libvirt is done. An interrupted terminal cancels, once."""
-        try:
-            return running.wait(_POLL)
-        except KeyboardInterrupt:
-            self.cancel()
-            return False
+        """Wait a moment; whether libvirt is done."""
+        if running.wait(_POLL):
+            return True
+        self._job = self._guest.job() or self._job
+        if self._cancelled.is_set():
+            self._guest.abort()
+        return False
+
+    def _enter(self, phase: str) -> None:
+        """The next phase begins, unless the migration was cancelled.
+
+        :raises MigrationCancelled: it was.
+        """
+        if self._cancelled.is_set():
+            raise exception.MigrationCancelled(instance=self._instance, reason=_CANCELLED)
+        self._phases.enter(phase)
 
     def _may_switch(self, told: Report | None, heard: float) -> bool:
         if told is None:
@@ -301,7 +302,7 @@ class Migration:
         return bool(
             self._settings.retry_ordinary
             and self._request.mode is Mode.AUTO
-            and not self._cancelled
+            and not self._cancelled.is_set()
             and self._relays.get("failure")
             and self._guest.runs_here
         )
@@ -357,7 +358,7 @@ class Migration:
         source = self._relays.get("source", {}) if fallback is None else {}
         destination = self._relays.get("destination", {}) if fallback is None else {}
         job = self._guest.completed_job() or self._job or Job()
-        state = COMPLETED if error is None else CANCELLED if self._cancelled else FAILED
+        state = COMPLETED if error is None else CANCELLED if self._cancelled.is_set() else FAILED
         return MigrationSummary(
             id=self._id,
             instance=self._instance,

@@ -27,8 +27,11 @@ class PreparedDatabase:
         self._stopped = threading.Event()
         self._keeper: threading.Thread | None = None
 
-    def prepare(self, dirty_share: float, seconds: float) -> messages.LeaseState:
-        """Have dirty pages written, for so many seconds at most; how far that came.
+    def prepare(
+        self, dirty_share: float, seconds: float, cancelled: threading.Event
+    ) -> messages.LeaseState:
+        """Have dirty pages written, for so many seconds at most, or until ``cancelled`` is set; how
+        far that came.
 
         :raises AgentUnreachable: the agent does not answer.
         :raises AgentRefused: it cannot prepare.
@@ -37,7 +40,8 @@ class PreparedDatabase:
         self._lease_id = state.lease_id
         end = time.monotonic() + seconds
         while state.state == "flushing" and time.monotonic() < end:
-            time.sleep(_POLL)
+            if cancelled.wait(_POLL):
+                break
             state = self._agent.renew(state.lease_id, self._lease)
         LOG.info(
             "Instance %s: %.1f%% of the buffer pool is dirty when its map is made (%s)",

@@ -6,6 +6,7 @@ import dataclasses
 import ipaddress
 import logging
 import socket
+import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,9 +64,12 @@ def migrate(
     request: MigrationRequest,
     config: cfg.ConfigOpts,
     on_progress: Callable[[Progress], None] = lambda progress: None,
+    cancelled: threading.Event | None = None,
 ) -> MigrationSummary:
     """Carry out one migration and note it in the history; how it went.
 
+    :param on_progress: called a few times a second.
+    :param cancelled: when it is set, the migration is given up: the guest stays where it is.
     :raises MigrationError: there is no such domain; or relays were required and cannot be had.
     """
     migration_id = new_id()
@@ -74,7 +78,15 @@ def migrate(
     with contextlib.ExitStack() as stack:
         guest = stack.enter_context(LibvirtGuest(request.connect_uri, request.domain))
         peers = stack.enter_context(_peers(request, config, settings, guest))
-        summary = Migration(migration_id, request, settings, guest, peers, on_progress).run()
+        summary = Migration(
+            migration_id,
+            request,
+            settings,
+            guest,
+            peers,
+            on_progress,
+            threading.Event() if cancelled is None else cancelled,
+        ).run()
     try:
         History(Path(config.migration.history_directory)).add(summary)
     except (OSError, exception.DMigrateError) as error:

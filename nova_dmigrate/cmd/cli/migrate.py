@@ -91,7 +91,7 @@ class Migrate(CheckedShowOne):
         parser.add_argument(
             "--post-copy",
             action="store_true",
-            help="let libvirt switch to post-copy; the migration is the ordinary one then",
+            help="allow a switch to post-copy; what follows it goes through the relays unchanged",
         )
         parser.add_argument(
             "--tls",
@@ -117,9 +117,9 @@ class Migrate(CheckedShowOne):
         )
         with (
             progress.shown(request.domain, self.app.stderr, self.app.quiet) as on_progress,
-            _terminated_as_interrupted(),
+            _cancelled_by_signals() as cancelled,
         ):
-            summary = service.migrate(request, config, on_progress)
+            summary = service.migrate(request, config, on_progress, cancelled)
         if not self.app.quiet:
             print(summary.sentence(), file=self.app.stderr, flush=True)
         self.status = 0 if summary.state == COMPLETED else 1
@@ -226,16 +226,20 @@ def _service(config: cfg.ConfigOpts) -> ModuleType:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is like Ctrl-C: the orchestration cancels the migration and puts everything back."""
+def _cancelled_by_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set. The orchestration then puts everything back, for which
+    it must not be interrupted."""
+    cancelled = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield cancelled
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: cancelled.set()) for number in numbers]
     try:
-        yield
+        yield cancelled
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def _text(text: str) -> str:

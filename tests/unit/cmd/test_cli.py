@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,18 @@ ROOT = Path(__file__).parents[3]
 URI = "qemu+tls://compute2/system"
 NOWHERE = "qemu+unix:///system?socket=/nonexistent/libvirt-sock"
 
-# The program, with a migration that lasts until it is interrupted
+# The program, with a migration that lasts until it is cancelled
 _UNTIL_INTERRUPTED = """
-import dataclasses, sys, threading, warnings
+import dataclasses, sys, warnings
 warnings.simplefilter("ignore")
 from nova_dmigrate.cmd.cli import app
 from nova_dmigrate.migration import service
 from nova_dmigrate.migration.progress import Progress
 from tests.unit.migration.summaries import RELAYED
 
-def migrate(request, config, on_progress):
-    try:
-        on_progress(Progress("migrating"))
-        threading.Event().wait(60)
-    except KeyboardInterrupt:
+def migrate(request, config, on_progress, cancelled):
+    on_progress(Progress("migrating"))
+    if cancelled.wait(60):
         return dataclasses.replace(RELAYED, state="cancelled", error="interrupted")
 
 service.migrate = migrate
@@ -87,6 +86,7 @@ class CommandLineTest(base.TestCase):
             request: MigrationRequest,
             config: cfg.ConfigOpts,
             on_progress: Callable[[Progress], None],
+            cancelled: threading.Event,
         ) -> Any:
             on_progress(Progress("migrating", 3.0, wire_bytes=5 * MIB))
             return check(request, config)
