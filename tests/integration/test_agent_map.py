@@ -292,30 +292,6 @@ class TestMariaDB11(AnyServer):
         return databases.running(chroots.MariaDB11)
 
 
-class TestMySQL57(AnyServer):
-    """Ubuntu 18.04's, in a chroot."""
-
-    @classmethod
-    def running(cls) -> AbstractContextManager[tuple[databases.Server, loop.LoopVolume]]:
-        return databases.running(chroots.MySQL57)
-
-
-class TestMySQL80(AnyServer):
-    """Ubuntu 24.04's, in a chroot."""
-
-    @classmethod
-    def running(cls) -> AbstractContextManager[tuple[databases.Server, loop.LoopVolume]]:
-        return databases.running(chroots.MySQL80)
-
-
-class TestMySQL84(AnyServer):
-    """Ubuntu 26.04's, in a chroot."""
-
-    @classmethod
-    def running(cls) -> AbstractContextManager[tuple[databases.Server, loop.LoopVolume]]:
-        return databases.running(chroots.MySQL84)
-
-
 class TestMySQL9(AnyServer):
     """Debian sid's, in a chroot."""
 

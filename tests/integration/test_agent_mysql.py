@@ -130,33 +130,6 @@ def in_chroot(make: Callable[[Path, loop.LoopVolume], databases.Server]) -> Iter
         yield server.socket
 
 
-class MySQL57Test(AnyServer):
-    FLAVOUR = "mysql"
-    VERSION = (5, 7)
-
-    @classmethod
-    def running(cls) -> AbstractContextManager[Path]:
-        return in_chroot(chroots.MySQL57)
-
-
-class MySQL80Test(AnyServer):
-    FLAVOUR = "mysql"
-    VERSION = (8, 0)
-
-    @classmethod
-    def running(cls) -> AbstractContextManager[Path]:
-        return in_chroot(chroots.MySQL80)
-
-
-class MySQL84Test(AnyServer):
-    FLAVOUR = "mysql"
-    VERSION = (8, 4)
-
-    @classmethod
-    def running(cls) -> AbstractContextManager[Path]:
-        return in_chroot(chroots.MySQL84)
-
-
 class MySQL9Test(AnyServer):
     FLAVOUR = "mysql"
     VERSION = (9,)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Database servers of other releases of Debian and Ubuntu, in a chroot on this machine.
+"""Database servers of other releases of Debian, in a chroot on this machine.
 
 ``mmdebstrap --variant=extract`` unpacks a server with its libraries in seconds; nothing of it is
 installed or configured. The tree is kept in the cache and never written to: what a server needs is
@@ -22,16 +22,12 @@ _PLUGINS = "usr/lib/mysql/plugin"
 
 @dataclass(frozen=True)
 class Release:
-    """Packages of a suite, and files (path to content) that they need in their tree.
-
-    ``ubuntu``: it is a suite of Ubuntu, whose keys a package of Debian carries.
-    """
+    """Packages of a suite, and files (path to content) that they need in their tree."""
 
     suite: str
     packages: str
     program: str
     files: tuple[tuple[str, str], ...] = ()
-    ubuntu: bool = False
 
     def tree(self) -> Path:
         """Their tree, from the cache if it is there. Safe in several processes at once.
@@ -48,8 +44,7 @@ class Release:
         return target
 
     def _build(self, directory: Path) -> None:
-        keyring = _UBUNTU_KEYS.tree() / _UBUNTU_KEYS.program if self.ubuntu else None
-        emulators.unpack(self.suite, self.packages, directory, keyring)
+        emulators.unpack(self.suite, self.packages, directory)
         if not (directory / self.program.lstrip("/")).exists():
             raise loop.DatabaseError(f"{self.suite} has no {self.program} any more")
         directory.chmod(0o755)
@@ -63,18 +58,8 @@ _KEYRING = (
     ("usr/sbin/mysqld.my", json.dumps({"read_local_manifest": True})),
     (f"{_PLUGINS}/component_keyring_file.cnf", json.dumps({"read_local_config": True})),
 )
-_UBUNTU_KEYS = Release(
-    "trixie", "base-files,ubuntu-keyring", "usr/share/keyrings/ubuntu-archive-keyring.gpg"
-)
 MARIADB_10_5 = Release("bullseye", "base-files,mariadb-server", "/usr/sbin/mariadbd")
 MARIADB_11 = Release("trixie", "base-files,mariadb-server", "/usr/sbin/mariadbd")
-MYSQL_5_7 = Release("bionic", "base-files,mysql-server-5.7", "/usr/sbin/mysqld", ubuntu=True)
-MYSQL_8_0 = Release(
-    "noble", "base-files,mysql-server-core-8.0", "/usr/sbin/mysqld", _KEYRING, ubuntu=True
-)
-MYSQL_8_4 = Release(
-    "resolute", "base-files,mysql-server-core", "/usr/sbin/mysqld", _KEYRING, ubuntu=True
-)
 MYSQL_9 = Release("sid", "base-files,mysql-server-core", "/usr/sbin/mysqld", _KEYRING)
 
 
@@ -145,9 +130,10 @@ class MariaDB105(MariaDB11):
         return [*super()._options(), "--innodb-flush-method=O_DIRECT"]
 
 
-class _MySQL(_InChroot):
-    """A MySQL of Oracle's."""
+class MySQL9(_InChroot):
+    """Debian sid's MySQL, with a keyring."""
 
+    RELEASE = MYSQL_9
     TABLESPACES = "innodb_tablespaces"
     SPECIAL = {
         "page-compressed": "COMPRESSION='zlib'",
@@ -161,40 +147,6 @@ class _MySQL(_InChroot):
         self._mount()
         self._make_datadir()
         self._run([f"--datadir={self.seen_datadir}", "--initialize-insecure"])
-
-    def _command(self) -> list[str]:
-        return [
-            *self._enter(self.RELEASE.program),
-            f"--datadir={self.seen_datadir}",
-            f"--socket={self.seen_socket}",
-            f"--pid-file={_INSIDE / 'server.pid'}",
-            f"--tmpdir={_INSIDE}",
-            "--skip-networking",
-            "--skip-log-bin",
-            "--secure-file-priv=NULL",
-            "--innodb-flush-method=O_DIRECT",
-            "--innodb-buffer-pool-size=128M",
-        ]
-
-
-class MySQL57(_MySQL):
-    """Ubuntu 18.04's. Its keyring is a plugin."""
-
-    RELEASE = MYSQL_5_7
-    TABLESPACES = "innodb_sys_tablespaces"
-
-    def _command(self) -> list[str]:
-        keyring = f"--keyring-file-data={self.seen_datadir / 'keyring'}"
-        return [*super()._command(), "--early-plugin-load=keyring_file.so", keyring]
-
-
-class MySQL80(_MySQL):
-    """Ubuntu 24.04's. Its keyring is a component."""
-
-    RELEASE = MYSQL_8_0
-
-    def install(self) -> None:
-        super().install()
         keyring = {"path": str(self.seen_datadir / "keyring"), "read_only": False}
         for name, content in (
             ("mysqld.my", {"components": "file://component_keyring_file"}),
@@ -205,16 +157,16 @@ class MySQL80(_MySQL):
             )
 
     def _command(self) -> list[str]:
-        return [*super()._command(), f"--mysqlx-socket={_INSIDE / 'mysqlx.sock'}"]
-
-
-class MySQL84(MySQL80):
-    """Ubuntu 26.04's."""
-
-    RELEASE = MYSQL_8_4
-
-
-class MySQL9(MySQL80):
-    """Debian sid's."""
-
-    RELEASE = MYSQL_9
+        return [
+            *self._enter(self.RELEASE.program),
+            f"--datadir={self.seen_datadir}",
+            f"--socket={self.seen_socket}",
+            f"--mysqlx-socket={_INSIDE / 'mysqlx.sock'}",
+            f"--pid-file={_INSIDE / 'server.pid'}",
+            f"--tmpdir={_INSIDE}",
+            "--skip-networking",
+            "--skip-log-bin",
+            "--secure-file-priv=NULL",
+            "--innodb-flush-method=O_DIRECT",
+            "--innodb-buffer-pool-size=128M",
+        ]

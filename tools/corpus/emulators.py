@@ -112,21 +112,13 @@ def _root(suite: str) -> pathlib.Path:
     return root
 
 
-def unpack(
-    suite: str, packages: str, directory: pathlib.Path, keyring: pathlib.Path | None = None
-) -> None:
-    """Unpack packages (separated by commas) of a suite, with all that they depend on.
+def unpack(suite: str, packages: str, directory: pathlib.Path) -> None:
+    """Unpack packages (separated by commas) of a Debian suite, with all that they depend on.
 
-    :param keyring: of a distribution other than Debian, whose mirror mmdebstrap knows
     :raises EmulatorError: when they are not to be had
     """
     if not shutil.which("mmdebstrap"):
-        raise EmulatorError(f"mmdebstrap is needed for packages of {suite}")
-    source = [suite, str(directory)]
-    if keyring is None:
-        source.append(_mirror())
-    else:
-        source.insert(0, f"--keyring={keyring}")
+        raise EmulatorError(f"mmdebstrap is needed for packages of Debian {suite}")
     command = [
         "mmdebstrap",
         "--variant=extract",
@@ -137,13 +129,15 @@ def unpack(
         "--setup-hook="
         'if [ -d /etc/apt/auth.conf.d ]; then mkdir -p "$1/etc/apt/auth.conf.d"; '
         'cp -r /etc/apt/auth.conf.d/. "$1/etc/apt/auth.conf.d/"; fi',
-        *source,
+        suite,
+        str(directory),
+        _mirror(),
     ]
     try:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_TIMEOUT)
     except (subprocess.SubprocessError, OSError) as error:
         detail = getattr(error, "stderr", None) or str(error)
-        raise EmulatorError(f"{suite} cannot be unpacked: {detail[-2000:]}") from error
+        raise EmulatorError(f"Debian {suite} cannot be unpacked: {detail[-2000:]}") from error
 
 
 def _apt_options() -> list[tuple[str, str]]:
