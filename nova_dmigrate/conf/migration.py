@@ -49,12 +49,13 @@ migrates in the ordinary way.
     ),
     cfg.FloatOpt(
         "prepare_time",
-        default=20,
+        default=5,
         min=0,
         max=600,
         help="""
 Seconds, at most, that the database gets to write dirty pages before its memory
-is mapped. 0 leaves the database alone.
+is mapped. They count as time of the migration; what is still dirty then goes
+over the network. 0 leaves the database alone.
 """,
     ),
     cfg.FloatOpt(
