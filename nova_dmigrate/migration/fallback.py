@@ -23,6 +23,7 @@ class Reason(enum.Enum):
     HOST_DRAINING = ("host-draining", "the service of host {host} is being shut down")
     NO_ROOM = ("no-room", "host {host} has no relay free: {detail}")
     TLS_DIFFERS = ("tls-differs", "one host demands TLS between relays, the other has none")
+    WIRE_DIFFERS = ("wire-differs", "the relays of both hosts have no common version of the wire")
     # libvirt speaks of one path, on which the source's QEMU sends and the destination's receives
     SOCKETS_DIFFER = (
         "sockets-differ",

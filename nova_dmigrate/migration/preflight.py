@@ -82,6 +82,8 @@ def hosts_agree(domain: Domain, source: HostState, destination: HostState) -> No
             raise because(Reason.HOST_DRAINING, domain.name, host=host.host)
     if source.tls != destination.tls:
         raise because(Reason.TLS_DIFFERS, domain.name)
+    if not set(source.wire_versions) & set(destination.wire_versions):
+        raise because(Reason.WIRE_DIFFERS, domain.name)
     if source.socket_directory != destination.socket_directory:
         raise because(
             Reason.SOCKETS_DIFFER,

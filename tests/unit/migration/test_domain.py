@@ -145,6 +145,7 @@ class PreflightTest(base.TestCase):
         for code, other in (
             ("host-draining", host(draining=True)),
             ("tls-differs", host(tls=False)),
+            ("wire-differs", host(wire_versions=(2, 3))),
             ("sockets-differ", host(socket_directory="/run/elsewhere")),
         ):
             self.assertEqual(code, self.reason(preflight.hosts_agree, found, host(), other))
