@@ -61,11 +61,11 @@ class GuestNetwork:
     def close(self) -> None:
         """End the clients and remove the network. Guests keep an interface that leads nowhere."""
         for host in self._hosts:
-            with contextlib.suppress(subprocess.CalledProcessError):
-                host.run(["ip", "link", "delete", BRIDGE])
+            for link in ("uplink", BRIDGE):
+                with contextlib.suppress(subprocess.CalledProcessError):
+                    host.run(["ip", "link", "delete", link])
         name = self.clients.namespace
         end_inmates(name)
-        # With it go the cables to the hosts
         subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
         register.remove("netns", name)
 
