@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nova-dmigrate as it is installed on the lab's hosts: their services, and the command line."""
+"""nova-dmigrate as it is installed on the lab's hosts: their services, and an operator's order."""
 
 import contextlib
 import os
 import subprocess
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nova_dmigrate import exception
-from nova_dmigrate.migration.history import History
+from oslo_config import cfg
+
+from nova_dmigrate import conf, exception
+from nova_dmigrate.migration.progress import Progress
+from nova_dmigrate.migration.request import MigrationRequest
 from nova_dmigrate.migration.summary import MigrationSummary
 from nova_dmigrate.rpc.host_client import HostClient
 from nova_dmigrate.rpc.host_messages import HOST
@@ -21,12 +25,13 @@ from tests.lab.database_guest import INSTANCE
 from tests.lab.demo.clients import ROOT
 from tests.lab.libvirt_host import GUESTS, LibvirtHost
 from tests.lab.libvirt_hosts import LibvirtHosts
-from tests.lab.processes import spawn, terminate
+from tests.lab.processes import end, spawn, terminate
 from tests.lab.relays import wait_until
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # eventlet's, of which nothing is used
-    from nova_dmigrate.rpc.broker import BrokerTransport
+    from nova_dmigrate.migration import service
+    from nova_dmigrate.rpc import broker
 
 _SOCKETS = "/run/nova-dmigrate"
 _STATE = "/run/nova-dmigrate-state"
@@ -40,8 +45,10 @@ class MigrationServices:
         self._hosts = (hosts.a, hosts.b)
         self._directory = directory
         self._ends = contextlib.ExitStack()
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
         try:
             self._broker = self._ends.enter_context(Broker([]))
+            self._operator = self._operator_configuration()
             for host in self._hosts:
                 self._configuration(host).write_text(self._options(host))
                 host.forward(self._broker.port)
@@ -61,24 +68,39 @@ class MigrationServices:
         """End the services, and the broker. Relays end with the hosts."""
         self._ends.close()
 
-    def begin(
-        self, domain: str, source: LibvirtHost, destination: LibvirtHost, options: Sequence[str]
-    ) -> "Order":
-        """Have an operator at the source order a migration.
+    def migrate(
+        self,
+        domain: str,
+        source: LibvirtHost,
+        destination: LibvirtHost,
+        *,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        cancelled: threading.Event | None = None,
+        **options: Any,
+    ) -> MigrationSummary:
+        """Have a domain migrated, as the command line does; how it went.
 
-        :param options: of `nova-dmigrate migrate`.
+        :param options: of the request, as `MigrationRequest` has them.
+        :raises MigrationError: there is no such domain; or relays were required and cannot be had.
         """
-        return Order(
-            source.argv(
-                [sys.executable, "-W", "ignore", "-m", "nova_dmigrate.cmd.cli.app"]
-                + ["--config-file", str(self._configuration(source))]
-                + ["migrate", domain, destination.peer_uri, "--instance", INSTANCE]
-                + ["--source-host", source.name, "--destination-host", destination.name]
-                + list(options)
-            ),
-            self._directory / "order.log",
-            self._directory / "history",
+        request = MigrationRequest(
+            domain=domain,
+            destination_uri=destination.peer_uri,
+            connect_uri=source.uri,
+            instance=INSTANCE,
+            source_host=source.name,
+            destination_host=destination.name,
+            **options,
         )
+        return service.migrate(request, self._operator, on_progress, cancelled)
+
+    def kill(self, host: LibvirtHost) -> None:
+        """End a host's service as a crash does; its relays go on."""
+        end(self._processes.pop(host.name))
+
+    def start(self, host: LibvirtHost) -> None:
+        """Start a host's service, and wait until it answers."""
+        self._start(host)
 
     def last_words(self) -> str:
         """What the services have said last, for error messages."""
@@ -97,8 +119,9 @@ class MigrationServices:
                 stderr=log,
                 env=_environment(),
             )
+        self._processes[host.name] = process
         self._ends.callback(terminate, process)
-        transport = BrokerTransport(host.name, self._broker.services_url(), HOST)
+        transport = broker.BrokerTransport(host.name, self._broker.services_url(), HOST)
         with HostClient(host.name, transport, timeout=5) as client:
 
             def answers() -> bool:
@@ -110,6 +133,21 @@ class MigrationServices:
 
             wait_until(answers, f"the service of {host.name} answers")
 
+    def _operator_configuration(self) -> cfg.ConfigOpts:
+        # An emulated guest, and hosts that share two processors with it, take their time
+        path = self._directory / "operator.conf"
+        path.write_text(
+            f"[DEFAULT]\ntransport_url = {self._broker.services_url()}\n"
+            f"[host]\nstate_directory = {self._directory}\n"
+            f"[migration]\nhistory_directory = {self._directory}/history\n"
+            "agent_timeout = 30\nhost_timeout = 10\n"
+        )
+        config = cfg.ConfigOpts()
+        conf.register_opts(config)
+        config([], project="nova-dmigrate", default_config_files=[str(path)])
+        broker.set_defaults(config)
+        return config
+
     def _configuration(self, host: LibvirtHost) -> Path:
         return self._directory / f"{host.name}.conf"
 
@@ -117,7 +155,6 @@ class MigrationServices:
         return self._directory / f"{host.name}.log"
 
     def _options(self, host: LibvirtHost) -> str:
-        # An emulated guest, and hosts that share two processors with it, take their time
         return f"""
 [DEFAULT]
 transport_url = {self._broker.services_url()}
@@ -130,37 +167,7 @@ socket_directory = {_SOCKETS}
 state_directory = {_STATE}
 channel_directories = {GUESTS}
 drain_timeout = 1
-[migration]
-history_directory = {self._directory}/history
-agent_timeout = 30
-host_timeout = 10
 """
-
-
-class Order:
-    """A migration that the command line carries out."""
-
-    def __init__(self, argv: Sequence[str], log: Path, history: Path) -> None:
-        self._log, self._history = log, history
-        self._known = {each.id for each in History(history).list()}
-        with open(log, "wb") as said:
-            self._process: subprocess.Popen[Any] = spawn(
-                argv, stdin=subprocess.DEVNULL, stdout=said, stderr=said, env=_environment()
-            )
-
-    def wait(self, timeout: float) -> MigrationSummary | None:
-        """Wait for its end; None if nothing was migrated (`last_words` tells why).
-
-        It is cancelled if it is not over in time.
-        """
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout)
-        terminate(self._process, patience=60)
-        new = [each for each in History(self._history).list() if each.id not in self._known]
-        return new[0] if new else None
-
-    def last_words(self) -> str:
-        return self._log.read_bytes()[-3000:].decode(errors="replace")
 
 
 def _environment() -> dict[str, str]:
