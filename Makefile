@@ -3,10 +3,13 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test unit integration guests style format docs sample bench corpus clean
+.PHONY: help setup test unit integration guests style format docs sample bench corpus demo scenarios clean
 
 # What of "make bench": BENCH_SHAPES=50:50,50:100 (network:volume in MB/s), BENCH_ONLY=relay
 export BENCH_SHAPES BENCH_ONLY
+# What of "make demo": NETWORK=50 VOLUME=100 (MB/s) POOL=0.5 (share of RAM) LOAD=oltp_read_write
+# DB=mysql|mariadb RAM=2048 (MiB); "make scenarios" takes ONLY=scenario,... and all but LOAD and POOL
+export NETWORK VOLUME POOL LOAD DB RAM ONLY
 # Which tests of a suite: make unit TESTS=stream
 TESTS ?=
 
@@ -46,6 +49,12 @@ bench: setup    ## Measure; writes bench.json
 
 corpus: setup   ## Record the corpus of real migration streams anew
 	@.venv/bin/python tools/record_corpus.py
+
+demo: setup     ## Move a live database between two hosts in three ways; writes demo-report/
+	@.venv/bin/python -m tests.lab.demo
+
+scenarios: setup ## Compare many loads, sizes and troubles; writes scenarios-report/. Takes hours
+	@.venv/bin/python -m tests.lab.demo.scenarios
 
 clean:          ## Remove what was made, the virtual environment too
 	rm -rf .venv .make .stestr .mypy_cache .ruff_cache .hypothesis doc/build *.egg-info build dist
