@@ -76,8 +76,7 @@ class TestInterruptions(guests.DatabaseGuestTestCase):
                 self.assertLessEqual(len(answers), 2)
 
     def test_an_agent_to_whom_nobody_listens_does_not_use_the_processor(self) -> None:
-        # While it sends it would give up only after 30 s: it is to be idle long before. Describing
-        # takes it a while, more than that on a busy host.
+        # While it sends it would give up only after 30 s: it is to be idle long before.
         idle = """
             ticks() {
                 read -r -a stat </proc/$(</run/agent.pid)/stat
@@ -90,9 +89,13 @@ class TestInterruptions(guests.DatabaseGuestTestCase):
             done
             exit 1
         """
+        with self.guest.agent() as client:
+            client.ping()  # it has the port open
+        self.guest.run("kill -STOP $(</run/agent.pid)")
         with self.connection() as stream:
-            self.send(stream, "describe")
-            time.sleep(0.1)  # the request arrives, and its answer is for nobody
+            self.send(stream, "ping")
+            time.sleep(1)  # the request arrives; nobody will be there for its answer
+        self.guest.run("kill -CONT $(</run/agent.pid)")
         self.guest.run(idle)
 
     # The agent goes
