@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole migrations of a database guest between two libvirt hosts, as an operator orders them."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from nova_dmigrate import exception
+from nova_dmigrate.migration.progress import Progress
+from nova_dmigrate.migration.request import AgentTransport, Mode
+from nova_dmigrate.migration.summary import MigrationSummary
+from tests import base
+from tests.lab import database_guest, database_image, processes
+from tests.lab.database_guest import DatabaseSpec
+from tests.lab.demo.services import MigrationServices
+from tests.lab.domains import Domain
+from tests.lab.libvirt_hosts import LibvirtHosts
+from tests.lab.relays import wait_until
+
+#: MB/s of the migration network where a test needs time in the middle of a migration.
+SLOW = 30
+
+
+class TestOrchestration(base.TestCase):
+    """The tests share a guest, which each of them leaves on one host or the other."""
+
+    _class: ClassVar[contextlib.ExitStack]
+    hosts: ClassVar[LibvirtHosts]
+    services: ClassVar[MigrationServices]
+    domain: ClassVar[Domain]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        reason = database_image.unavailable()
+        if reason is not None:
+            failure = RuntimeError if os.environ.get("CI") else cls.skipException
+            raise failure(f"no database guest: {reason}")
+        cls._class = contextlib.ExitStack()
+        enter = cls._class.enter_context
+        try:
+            directory = enter(processes.workspace())
+            cls.hosts = enter(LibvirtHosts(directory))
+            cls.services = enter(MigrationServices(cls.hosts, directory))
+            disk = database_guest.create_volume(directory / "volume.raw")
+            spec = DatabaseSpec(disk=disk, pool_mb=128)
+            cls.domain = enter(Domain(cls.hosts, spec))
+            cls.domain.start(cls.hosts.a)
+        except BaseException:
+            cls._class.close()
+            raise
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls._class.close()
+        super().tearDownClass()
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.source = self.domain.host
+        self.destination = self.hosts.other(self.source)
+        self.addCleanup(self.hosts.shape, None)
+        self.addOnException(lambda _: print(self.services.last_words()))
+
+    def migrate(self, **options: Any) -> MigrationSummary:
+        """Have the guest migrated; it is where the summary says afterwards, and whole."""
+        self.domain.guest.sql("UPDATE pace SET changes = 1; SET GLOBAL event_scheduler = ON")
+        summary = self.services.migrate(
+            self.domain.name, self.source, self.destination, max_downtime_ms=1000, **options
+        )
+        if summary.state == "completed":
+            self.domain.arrived(self.destination)
+        else:
+            self.domain.arrived(self.source)
+        self.domain.guest.sql("SET GLOBAL event_scheduler = OFF")
+        lines = self.domain.guest.sql("CHECK TABLE t1, t2 EXTENDED", timeout=240).splitlines()
+        self.assertEqual(["OK", "OK"], [line.split("\t")[-1] for line in lines], summary)
+        self.assertEqual(1, len(self.running()), summary)
+        self.assertEqual([], self.left_behind())
+        return summary
+
+    def running(self) -> list[str]:
+        """The hosts on which the domain runs."""
+        found = []
+        for host in (self.hosts.a, self.hosts.b):
+            with contextlib.closing(host.connect()) as connection:
+                found += [host.name for each in connection.listAllDomains() if each.isActive()]
+        return found
+
+    def left_behind(self) -> list[Path]:
+        """Sockets of migrations that are over."""
+        return [
+            path
+            for host in (self.hosts.a, self.hosts.b)
+            for path in host.outside(Path("/run/nova-dmigrate")).iterdir()
+        ]
+
+    def settings(self) -> str:
+        return self.domain.guest.sql(
+            "SELECT @@innodb_max_dirty_pages_pct, @@innodb_max_dirty_pages_pct_lwm,"
+            " @@innodb_io_capacity, @@innodb_io_capacity_max"
+        )
+
+    def in_the_middle(self, action: Callable[[], None]) -> Callable[[Progress], None]:
+        """Do something once, when a good part of the guest's memory has been sent."""
+        done = threading.Event()
+
+        def on_progress(progress: Progress) -> None:
+            if progress.phase == "migrating" and progress.guest_bytes > 64 << 20:
+                if not done.is_set():
+                    done.set()
+                    action()
+
+        self.addCleanup(lambda: self.assertTrue(done.is_set(), "it never came to the middle"))
+        return on_progress
+
+    # Through the relays
+
+    def test_a_guest_migrates_through_the_relays_and_its_database_is_as_it_was(self) -> None:
+        before = self.settings()
+        summary = self.migrate()
+        self.assertEqual(("completed", "dmigrate", None), _way(summary), summary)
+        self.assertGreater(summary.pages_referenced, 0.8 * summary.mapped_pages)
+        self.assertGreater(summary.mapped_pages * 4096, 32 << 20)
+        self.assertLess(summary.misses, 0.1 * summary.pages_referenced)
+        self.assertLess(summary.wire_bytes, summary.guest_bytes - (32 << 20))
+        self.assertEqual(before, self.settings())
+        for phase in ("preparing", "mapping", "starting relays", "migrating", "converging"):
+            self.assertIn(phase, summary.phases)
+
+    def test_and_back_when_relays_are_required(self) -> None:
+        summary = self.migrate(mode=Mode.REQUIRED)
+        self.assertEqual(("completed", "dmigrate", None), _way(summary), summary)
+
+    # In the ordinary way, with the reason
+
+    def test_a_host_without_its_service_makes_it_the_ordinary_one(self) -> None:
+        self.services.kill(self.destination)
+        try:
+            summary = self.migrate()
+        finally:
+            self.services.start(self.destination)
+        self.assertEqual(("completed", "ordinary", "host-unreachable"), _way(summary), summary)
+
+    def test_an_agent_that_does_not_answer_makes_it_the_ordinary_one(self) -> None:
+        self.domain.guest.run("kill -STOP $(</run/agent.pid)")
+        try:
+            summary = self.migrate()
+        finally:
+            self.domain.guest.run("kill -CONT $(</run/agent.pid)")
+        self.assertEqual(("completed", "ordinary", "agent-unreachable"), _way(summary), summary)
+
+    def test_nothing_is_done_when_relays_are_required_and_cannot_be_had(self) -> None:
+        error = self.assertRaises(
+            exception.FallBack,
+            self.migrate,
+            mode=Mode.REQUIRED,
+            agent_transport=AgentTransport.NONE,
+        )
+        self.assertEqual("no-agent", error.kwargs["code"])
+        self.assertEqual([self.source.name], self.running())
+
+    # What fails on the way
+
+    def test_a_killed_relay_makes_it_start_anew_in_the_ordinary_way(self) -> None:
+        for host in (self.source, self.destination):
+            self.hosts.shape(SLOW)
+            with self.subTest(relay=host.name):
+                summary = self.migrate(on_progress=self.in_the_middle(lambda h=host: self.kill(h)))
+                self.assertEqual(("completed", "ordinary", "relay-failed"), _way(summary), summary)
+            self.source, self.destination = self.destination, self.source
+
+    def kill(self, host: Any) -> None:
+        """Kill the relay that runs on a host."""
+        listed = subprocess.run(
+            ["ip", "netns", "pids", host.namespace], capture_output=True, text=True, check=True
+        )
+        found = [
+            pid
+            for pid in map(int, listed.stdout.split())
+            if b"nova_dmigrate.cmd.relay" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
+        self.assertEqual(1, len(found))
+        os.kill(found[0], signal.SIGKILL)
+
+    def test_a_cancelled_migration_leaves_the_guest_where_it_was(self) -> None:
+        self.hosts.shape(SLOW)
+        cancelled = threading.Event()
+        before = self.settings()
+        summary = self.migrate(on_progress=self.in_the_middle(cancelled.set), cancelled=cancelled)
+        self.assertEqual("cancelled", summary.state, summary)
+        self.assertEqual([self.source.name], self.running())
+        self.assertEqual(before, self.settings())
+
+    def test_a_service_that_is_killed_in_the_middle_harms_no_migration(self) -> None:
+        for host in (self.source, self.destination):
+            self.hosts.shape(SLOW)
+            with self.subTest(service=host.name):
+
+                def crash(host: Any = host) -> None:
+                    self.services.kill(host)
+                    self.services.start(host)
+
+                summary = self.migrate(on_progress=self.in_the_middle(crash))
+                self.assertEqual(("completed", "dmigrate", None), _way(summary), summary)
+            self.source, self.destination = self.destination, self.source
+
+    def test_a_cut_network_fails_it_and_the_guest_goes_on(self) -> None:
+        self.hosts.shape(SLOW)
+        self.addCleanup(self.hosts.heal)
+        cancelled = threading.Event()
+
+        def cut() -> None:
+            self.hosts.cut()
+            threading.Timer(20, self.hosts.heal).start()
+
+        summary = self.migrate(on_progress=self.in_the_middle(cut), cancelled=cancelled)
+        self.assertIn(summary.state, ("failed", "completed"), summary)
+        wait_until(lambda: len(self.running()) == 1, "the guest runs on one host")
+
+
+def _way(summary: MigrationSummary) -> tuple[str, str, str | None]:
+    return summary.state, summary.mode, summary.fallback_reason
