@@ -37,10 +37,7 @@ class TestOrchestration(base.TestCase):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        reason = database_image.unavailable()
-        if reason is not None:
-            failure = RuntimeError if os.environ.get("CI") else cls.skipException
-            raise failure(f"no database guest: {reason}")
+        base.require(database_image.unavailable())
         cls._class = contextlib.ExitStack()
         enter = cls._class.enter_context
         try:
