@@ -25,7 +25,7 @@ from nova_dmigrate.migration.libvirt_guest import Job, LibvirtGuest, Order, Runn
 from nova_dmigrate.migration.prepared_database import PreparedDatabase
 from nova_dmigrate.migration.progress import Progress
 from nova_dmigrate.migration.request import MigrationRequest, Mode
-from nova_dmigrate.migration.sessions import RelaySessions
+from nova_dmigrate.migration.sessions import RelaySessions, Terms
 from nova_dmigrate.migration.settings import OrchestrationSettings
 from nova_dmigrate.migration.summary import (
     CANCELLED,
@@ -146,8 +146,6 @@ class Migration:
             # The last thing that is done: the guest is where it will be by then.
             stack.callback(self._restore, database)
             files = stack.enter_context(self._files())
-            self._map_memory(agent, database, files)
-            self._enter("starting relays")
             sessions = RelaySessions(
                 self._id,
                 self._instance,
@@ -155,17 +153,22 @@ class Migration:
                 self._peers.destination,
                 socket,
                 settings.lease,
+                Terms(
+                    source.host if source.tls else None,
+                    destination.host if source.tls else None,
+                    request.migration_address,
+                    request.network_bandwidth,
+                    request.volume_bandwidth,
+                    settings.queue_time if request.wait_seconds is None else request.wait_seconds,
+                ),
             )
             stack.callback(self._close, sessions)
-            sessions.open(
-                volumes,
-                files.buffer_map,
-                files.memory_layout,
-                (source.host, destination.host) if source.tls else None,
-                request.migration_address,
-                (request.network_bandwidth, request.volume_bandwidth),
-                settings.queue_time if request.wait_seconds is None else request.wait_seconds,
-            )
+            self._enter("waiting")
+            sessions.order_destination(volumes)
+            # It starts while the database is looked after
+            self._map_memory(agent, database, files)
+            self._enter("starting relays")
+            sessions.open(files.buffer_map, files.memory_layout)
             return self._migrate_relayed(sessions, socket)
 
     def _run_ordinary(self) -> str | None:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two relays of one migration, as the services of both hosts keep them."""
 
+import contextlib
+import dataclasses
 import json
 import logging
 import secrets
+import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,27 @@ _POLL = 0.2  # seconds
 _START_PATIENCE = 20.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Terms:
+    """On what terms relays are asked for.
+
+    :ivar source_name, destination_name: of the hosts, in their certificates; None for no TLS.
+    :ivar address: of the destination in the migration network; None for what it says.
+    :ivar network_bandwidth, volume_bandwidth: caps in bytes a second; 0 for none.
+    :ivar patience: seconds in the queue of a host that has no relay free.
+    """
+
+    source_name: str | None
+    destination_name: str | None
+    address: str | None
+    network_bandwidth: int
+    volume_bandwidth: int
+    patience: float
+
+
 class RelaySessions:
-    """Source and destination relay of one migration. Opened by :meth:`open`, ended by
-    :meth:`close`; in between :meth:`look` keeps them alive.
+    """Source and destination relay of one migration: ordered, opened, and ended by :meth:`close`.
+    In between their leases are renewed.
 
     :param socket: where QEMU's stream goes and comes, a path that is the same on both hosts.
     :param lease: seconds after which the hosts end relays that nobody looks after.
@@ -39,6 +60,7 @@ class RelaySessions:
         destination: HostClient,
         socket: Path,
         lease: float,
+        terms: "Terms",
     ) -> None:
         self._common: dict[str, Any] = {
             "migration_id": migration_id,
@@ -53,67 +75,52 @@ class RelaySessions:
         self._destination = destination
         self._lease = lease
         self._open: list[HostClient] = []
-        self._kept = 0.0
+        self._terms = terms
+        self._closed = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, name="sessions", daemon=True)
         self.failure: str | None = None
 
-    def open(
-        self,
-        volumes: Sequence[VolumeSpec],
-        buffer_map: Path,
-        memory_layout: Path,
-        tls_names: tuple[str, str] | None,
-        address: str | None,
-        bandwidths: tuple[int, int],
-        patience: float,
-    ) -> None:
-        """Start both relays, the destination's first, and wait until they are ready.
+    def order_destination(self, volumes: Sequence[VolumeSpec]) -> None:
+        """Have the destination relay started, and wait while it is queued.
 
-        :param tls_names: names in the certificates of source and destination; None for no TLS.
-        :param address: of the destination in the migration network; None for what it says.
-        :param bandwidths: caps of network and volumes in bytes a second; 0 for none.
-        :param patience: seconds in the queue of a host that has no relay free.
+        :raises FallBack: it cannot be had.
+        """
+        self._keeper.start()
+        order = host_messages.OpenDestination(
+            **self._common,
+            volumes=tuple(
+                host_messages.Volume(each.volume_id, each.driver, each.location) for each in volumes
+            ),
+            tls_peer_name=self._terms.source_name,
+            volume_bandwidth=self._terms.volume_bandwidth,
+            wait_seconds=self._terms.patience,
+        )
+        self._start(self._destination, order)
+
+    def open(self, buffer_map: Path, memory_layout: Path) -> None:
+        """Start the source relay, too, and wait until both are ready.
+
         :raises FallBack: one of them cannot be had.
         """
-        network, volume = bandwidths
-        source_name, destination_name = tls_names or (None, None)
-        ready = self._start(
-            self._destination,
-            host_messages.OpenDestination(
-                **self._common,
-                volumes=tuple(
-                    host_messages.Volume(each.volume_id, each.driver, each.location)
-                    for each in volumes
-                ),
-                tls_peer_name=source_name,
-                volume_bandwidth=volume,
-                wait_seconds=patience,
-            ),
-            patience,
+        ready = self._ready(self._destination)
+        order = host_messages.OpenSource(
+            **self._common,
+            host=self._terms.address or ready.host or self._destination.host,
+            port=ready.port or 0,
+            buffer_map=str(buffer_map),
+            memory_layout=str(memory_layout),
+            tls_peer_name=self._terms.destination_name,
+            network_bandwidth=self._terms.network_bandwidth,
+            wait_seconds=self._terms.patience,
         )
-        self._start(
-            self._source,
-            host_messages.OpenSource(
-                **self._common,
-                host=address or ready.host or self._destination.host,
-                port=ready.port or 0,
-                buffer_map=str(buffer_map),
-                memory_layout=str(memory_layout),
-                tls_peer_name=destination_name,
-                network_bandwidth=network,
-                wait_seconds=patience,
-            ),
-            patience,
-        )
+        self._start(self._source, order)
+        self._ready(self._source)
 
     def look(self) -> dict[str, Any] | None:
-        """Keep both alive; what the source relay tells of itself, None if it does not.
+        """What the source relay tells of itself, None if it does not.
 
         When a relay has failed, ``failure`` says why.
         """
-        now = time.monotonic()
-        if now > self._kept + self._lease / 4:
-            self._kept = now
-            self._renew(self._destination)
         state = self._renew(self._source)
         if state is None or not state.progress:
             return None
@@ -126,6 +133,7 @@ class RelaySessions:
     def close(self) -> dict[str, dict[str, Any]]:
         """End both; their summaries by role, of those that have told one."""
         summaries = {}
+        self._closed.set()
         while self._open:
             host = self._open.pop()
             try:
@@ -140,26 +148,48 @@ class RelaySessions:
                 summaries[state.role] = summary
         return summaries
 
-    def _start(self, host: HostClient, order: Any, patience: float) -> host_messages.SessionState:
-        end = time.monotonic() + patience + _START_PATIENCE
-        try:
+    def _start(self, host: HostClient, order: host_messages.Order) -> None:
+        """Order a relay; returns when it is not queued any more."""
+        with self._translated():
             state = host.open_session(order)
             self._open.append(host)
-            while state.state in ("queued", "starting") and time.monotonic() < end:
+            end = time.monotonic() + self._terms.patience
+            while state.state == "queued" and time.monotonic() < end:
                 time.sleep(_POLL)
                 state = host.renew(self._common["session_id"], self._lease)
-        except exception.HostUnreachable as error:
-            raise because(Reason.HOST_UNREACHABLE, self._instance, error=error) from error
-        except exception.HostRefused as error:
-            raise because(Reason.HOST_REFUSED, self._instance, error=error) from error
         if state.state == "queued":
             raise because(
                 Reason.NO_ROOM, self._instance, host=host.host, detail=state.message or "all busy"
             )
+
+    def _ready(self, host: HostClient) -> host_messages.SessionState:
+        """Wait until a relay that was ordered runs."""
+        end = time.monotonic() + _START_PATIENCE
+        with self._translated():
+            state = host.renew(self._common["session_id"], self._lease)
+            while state.state == "starting" and time.monotonic() < end:
+                time.sleep(_POLL)
+                state = host.renew(self._common["session_id"], self._lease)
         if state.state != "running":
             why = f"relay of host {host.host}: {state.state} {state.message}"
             raise because(Reason.RELAY_FAILED, self._instance, error=why)
         return state
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """What a host answers, or not, as a reason for the ordinary migration."""
+        try:
+            yield
+        except exception.HostUnreachable as error:
+            raise because(Reason.HOST_UNREACHABLE, self._instance, error=error) from error
+        except exception.HostRefused as error:
+            raise because(Reason.HOST_REFUSED, self._instance, error=error) from error
+
+    def _keep(self) -> None:
+        """Renew the leases until the sessions are closed: the thread of this name."""
+        while not self._closed.wait(self._lease / 4):
+            for host in tuple(self._open):
+                self._renew(host)
 
     def _renew(self, host: HostClient) -> host_messages.SessionState | None:
         try:
