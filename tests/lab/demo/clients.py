@@ -47,7 +47,7 @@ class Server:
 
     def start_module(self, module: str, *arguments: object, **options: Any) -> Any:
         """Start a program of this package, which begins with `parse`."""
-        return self.start(self._module(module, arguments), **options)
+        return self.start(self.module(module, *arguments), **options)
 
     def ask_module(self, module: str, *arguments: object, timeout: float = 600) -> Any:
         """Run one to its end; the JSON that it prints.
@@ -55,7 +55,7 @@ class Server:
         :raises ClientError: it failed.
         """
         done = subprocess.run(
-            self._argv(self._module(module, arguments)),
+            self._argv(self.module(module, *arguments)),
             cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
             timeout=timeout,
         )  # fmt: skip
@@ -79,7 +79,7 @@ class Server:
             write_timeout=ANSWER_PATIENCE,
         )
 
-    def _module(self, module: str, arguments: Sequence[object]) -> list[str]:
+    def module(self, module: str, *arguments: object) -> list[str]:
         server = [f"--{name}={getattr(self, name)}" for name in _OPTIONS]
         return [sys.executable, "-m", module, *server, *map(str, arguments)]
 

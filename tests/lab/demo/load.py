@@ -18,14 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.lab.demo.clients import Client, ClientError, Server
-from tests.lab.demo.volume import TABLES
 from tests.lab.processes import end
 
 THREADS = 2
+#: Of sysbench.
+TABLES = 4
 SYSBENCH_LOADS = ("oltp_read_only", "oltp_read_write", "oltp_write_only")
 _READY_PATIENCE = 60.0
 _RESTART = 0.5
-_REPORT = re.compile(r"\[ \S+ \] .* tps: ([\d.]+) .* lat \(ms,\d+%\): ([\d.]+) ")
+_REPORT = re.compile(r"\[ \S+ \] .* tps: ([\d.]+) (?:.* )?lat \(ms,\d+%\): ([\d.]+) ")
 
 
 def sysbench(server: Server, name: str, rows: int) -> list[str]:

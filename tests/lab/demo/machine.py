@@ -13,7 +13,8 @@ from tests.lab.demo.stage import Stage
 
 def machine(stage: Stage) -> dict[str, Any]:
     """Texts and numbers by name."""
-    server = stage.guest.sql("SELECT VERSION()").strip()
+    first = stage.guests[0]
+    server = first.guest.sql("SELECT VERSION()").strip()
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -21,7 +22,7 @@ def machine(stage: Stage) -> dict[str, Any]:
         "kernel": platform.release(),
         "qemu": _version("qemu-system-x86_64", "--version"),
         "libvirt": _version("libvirtd", "--version"),
-        "guest": f"{stage.shape.ram_mb} MiB of RAM, {stage.domain.spec.smp} emulated processor",
+        "guest": f"{stage.shape.ram_mb} MiB of RAM, {first.domain.spec.smp} emulated processor",
         "server": f"{stage.shape.release.flavour} {server}",
         "pool_mib": stage.shape.pool_mb,
     }

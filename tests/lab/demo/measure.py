@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One migration of a guest at work, and what it has cost: a run of report.json."""
+"""Migrations of guests at work, and what they have cost: a run of report.json."""
 
 import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import libvirt
@@ -15,7 +16,7 @@ from nova_dmigrate import exception
 from nova_dmigrate.migration.summary import COMPLETED, MigrationSummary
 from nova_dmigrate.migration.summary import DMIGRATE as THROUGH_RELAYS
 from nova_dmigrate.report.history import run_of
-from tests.lab.demo.stage import Content, Stage
+from tests.lab.demo.stage import Content, Stage, WorkingGuest
 from tests.lab.domains import FLAGS
 
 Run = dict[str, Any]
@@ -41,38 +42,48 @@ _FLAGS = {
 
 @dataclasses.dataclass
 class _Outcome:
-    """What whoever carried a migration out says of it. ``switched``: by time.monotonic()."""
+    """One guest's migration, as whoever carried it out tells of it. Times by time.monotonic()."""
 
+    begin: float
+    end: float = 0.0
     completed: bool = False
     switched: float | None = None
     error: str | None = None
-    guest_bytes: int | None = None
+    guest_bytes: int = 0
     summary: MigrationSummary | None = None
     told: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def measure(stage: Stage, mode: str, scenario: str, content: Content) -> tuple[Run, dict[str, Any]]:
-    """Migrate the guest to the other host; the run, and what else there is to know of it.
+def measure(
+    stage: Stage, mode: str, scenario: str, contents: Sequence[Content], at_once: bool = False
+) -> tuple[Run, dict[str, Any]]:
+    """Migrate all guests to the other host; the run, and what else there is to know of it.
 
-    :param content: of the guest's memory; what is used is counted anew.
+    :param contents: of the guests' memories; what is used is counted anew.
+    :param at_once: all guests at the same time, and not in turn.
     """
-    shape = stage.shape
-    content = dataclasses.replace(content, used=stage.used_bytes())
+    guests, shape = stage.guests, stage.shape
+    contents = [
+        dataclasses.replace(content, used=guest.used_bytes())
+        for guest, content in zip(guests, contents, strict=True)
+    ]
     time.sleep(CALM)
     with _network_series(stage) as network:
         begin = time.monotonic()
-        outcome = _through_relays(stage) if mode == DMIGRATE else _by_libvirt(stage, mode)
-        end = time.monotonic()
-    if outcome.summary is not None:
-        # What follows puts the database's settings back; the guest has arrived by then
-        end = min(end, begin + outcome.summary.total_s)
-    tps_before = stage.load.tps(begin - CALM + 1, begin)
-    recovered = _wait_for_recovery(stage, outcome.switched or end, end, 0.9 * tps_before)
-    longest = stage.probe.silence(begin, end)
-    silence = stage.probe.silence(max(begin, (outcome.switched or end) - AROUND), end + AROUND)
-    entries = stage.ledger.check()
-    summary = outcome.summary
-    relayed = summary is not None and summary.mode == THROUGH_RELAYS
+        with ThreadPoolExecutor(len(guests) if at_once else 1) as pool:
+            outcomes = list(pool.map(lambda guest: _migrate(stage, guest, mode), guests))
+    end = max(outcome.end for outcome in outcomes)
+    before = [guest.load.tps(begin - CALM + 1, begin) for guest in guests]
+    recovered = _wait_for_recovery(guests, outcomes, end, [0.9 * tps for tps in before])
+    silences = [
+        guest.probe.silence(max(begin, _switched(outcome) - AROUND), outcome.end + AROUND)
+        for guest, outcome in zip(guests, outcomes, strict=True)
+    ]
+    worst = max(silences, key=lambda silence: silence.downtime)
+    entries = [guest.ledger.check() for guest in guests]
+    summaries = [outcome.summary for outcome in outcomes if outcome.summary is not None]
+    relayed = [each for each in summaries if each.mode == THROUGH_RELAYS]
+    reasons = [each.fallback_reason for each in summaries if each.fallback_reason is not None]
     run: Run = {
         "scenario": scenario,
         "mode": mode,
@@ -80,102 +91,126 @@ def measure(stage: Stage, mode: str, scenario: str, content: Content) -> tuple[R
         "network_mb_s": shape.network,
         "volume_mb_s": shape.volume,
         "pool_share": shape.pool,
-        "completed": outcome.completed,
-        "fallback_reason": summary.fallback_reason if summary else None,
+        "completed": all(outcome.completed for outcome in outcomes),
+        "fallback_reason": reasons[0] if reasons else None,
         "total_s": round(end - begin, 3),
-        "ideal_s": round(content.ideal(shape), 3),
-        "downtime_ms": round(silence.downtime * 1e3, 1),
-        "guest_bytes": outcome.guest_bytes,
+        "ideal_s": round(Content.of(contents).ideal(shape), 3),
+        "downtime_ms": round(worst.downtime * 1e3, 1),
+        "guest_bytes": sum(outcome.guest_bytes for outcome in outcomes),
         "wire_bytes": int(network[-1][1]),
-        "volume_bytes": summary.volume_bytes if summary and relayed else 0,
-        "pages_referenced": summary.pages_referenced if summary and relayed else 0,
-        "misses": summary.misses if summary and relayed else 0,
-        "tps_before": round(tps_before, 2),
-        "tps_during": round(stage.load.tps(begin, end), 2),
-        "tps_after": round(stage.load.tps(end, end + CALM), 2),
+        "volume_bytes": sum(each.volume_bytes for each in relayed),
+        "pages_referenced": sum(each.pages_referenced for each in relayed),
+        "misses": sum(each.misses for each in relayed),
+        "tps_before": round(sum(before), 2),
+        "tps_during": round(sum(guest.load.tps(begin, end) for guest in guests), 2),
+        "tps_after": round(sum(guest.load.tps(end, end + CALM) for guest in guests), 2),
         "recover_90_s": recovered,
-        "lost_commits": entries.lost,
-        "series": _series(stage, begin, end, network, summary),
+        "lost_commits": sum(each.lost for each in entries),
+        "series": {
+            **_load_series(guests, begin, end),
+            "network": network,
+            "downtime": [worst.begin - begin, worst.end - begin],
+        },
     }
-    run["series"]["downtime"] = [silence.begin - begin, silence.end - begin]
-    details = {
-        "mode": mode,
-        "error": outcome.error,
-        "content": dataclasses.asdict(content),
-        "ledger": dataclasses.asdict(entries),
-        "ordinary_answer_ms": silence.ordinary * 1e3,
-        "longest_silence_ms": longest.downtime * 1e3,
-        "longest_silence_s": [longest.begin - begin, longest.end - begin],
-        "phases": dict(summary.phases) if summary else {},
-        "libvirt": outcome.told,
-    }
-    return run, details
+    if len(relayed) == 1:
+        run["series"]["volume"] = run_of(relayed[0])["series"]["volume"]
+    details = [
+        _details(guest, outcome, content, begin)
+        for guest, outcome, content in zip(guests, outcomes, contents, strict=True)
+    ]
+    return run, {"scenario": scenario, "mode": mode, "guests": details}
 
 
-def _by_libvirt(stage: Stage, mode: str) -> _Outcome:
+def _migrate(stage: Stage, guest: WorkingGuest, mode: str) -> _Outcome:
+    outcome = _Outcome(time.monotonic())
+    if mode == DMIGRATE:
+        _through_relays(stage, guest, outcome)
+    else:
+        _by_libvirt(stage, guest, mode, outcome)
+    outcome.end = time.monotonic()
+    if outcome.summary is not None:
+        # What follows puts the database's settings back; the guest has arrived by then
+        outcome.end = min(outcome.end, outcome.begin + outcome.summary.total_s)
+    return outcome
+
+
+def _by_libvirt(stage: Stage, guest: WorkingGuest, mode: str, outcome: _Outcome) -> None:
     """Migrate as libvirt does without us."""
     parameters = {libvirt.VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS: 2} if mode == MULTIFD else {}
-    outcome = _Outcome()
-    migration = stage.domain.begin_migration(flags=_FLAGS[mode], parameters=parameters)
+    migration = guest.domain.begin_migration(flags=_FLAGS[mode], parameters=parameters)
     try:
         if mode == POST_COPY:
             migration.start_post_copy()
             outcome.switched = time.monotonic()
-        outcome.told = migration.wait(_patience(stage))
-        outcome.completed = True
-    except TimeoutError as error:
-        outcome.error = str(error)
-        with contextlib.suppress(libvirt.libvirtError):
+        try:
+            outcome.told = migration.wait(_patience(stage))
+        except TimeoutError:
             migration.abort()
-        with contextlib.suppress(libvirt.libvirtError):
-            migration.wait()
-            outcome.completed = True
-    except libvirt.libvirtError as error:
+            outcome.told = migration.wait()  # it may have come to its end all the same
+        outcome.completed = True
+    except (libvirt.libvirtError, TimeoutError) as error:
         outcome.error = str(error)
-    outcome.guest_bytes = outcome.told.get("memory_processed")
-    return outcome
+    outcome.guest_bytes = outcome.told.get("memory_processed", 0)
 
 
-def _through_relays(stage: Stage) -> _Outcome:
+def _through_relays(stage: Stage, guest: WorkingGuest, outcome: _Outcome) -> None:
     """Migrate by nova-dmigrate."""
-    source, domain = stage.domain.host, stage.domain
-    destination = stage.hosts.other(source)
-    rate = stage.shape.volume * 1e6
+    domain = guest.domain
+    source, destination = domain.host, stage.hosts.other(domain.host)
     # Whoever orders it has no time limit for it; this one gives up as an operator would
-    giving_up = threading.Timer(_patience(stage), domain.on(source).abortJob)
+    cancelled = threading.Event()
+    giving_up = threading.Timer(_patience(stage), cancelled.set)
     giving_up.start()
     try:
-        summary = stage.services.migrate(
-            domain.name, source, destination, volume_bandwidth=int(rate)
+        outcome.summary = stage.services.migrate(
+            *(domain.name, source, destination),
+            cancelled=cancelled,
+            volume_bandwidth=int(stage.shape.volume * 1e6),
         )
     except exception.DMigrateError as error:
-        return _Outcome(error=f"{error}\n{stage.services.last_words()}")
+        outcome.error = f"{error}\n{stage.services.last_words()}"
+        return
     finally:
         giving_up.cancel()
-        giving_up.join()
-    if summary.state == COMPLETED:
+    outcome.completed = outcome.summary.state == COMPLETED
+    outcome.error = outcome.summary.error
+    outcome.guest_bytes = outcome.summary.guest_bytes
+    outcome.told = dict(outcome.summary.libvirt)
+    if outcome.completed:
         domain.arrived(destination)
-    return _Outcome(
-        completed=summary.state == COMPLETED,
-        error=summary.error,
-        guest_bytes=summary.guest_bytes,
-        summary=summary,
-        told=dict(summary.libvirt),
-    )
 
 
 def _patience(stage: Stage) -> float:
     """Seconds after which a migration will never end."""
-    return 120 + 6 * stage.domain.spec.ram_bytes / (stage.shape.network * 1e6)
+    ram_bytes = sum(guest.domain.spec.ram_bytes for guest in stage.guests)
+    return 120 + 6 * ram_bytes / (stage.shape.network * 1e6)
 
 
-def _wait_for_recovery(stage: Stage, switched: float, end: float, wanted: float) -> float | None:
-    """Seconds from the switchover until the throughput was back. Sees to the calm at the end."""
+def _switched(outcome: _Outcome) -> float:
+    """When the guest began to run at the destination, about."""
+    return outcome.switched or outcome.end
+
+
+def _wait_for_recovery(
+    guests: Sequence[WorkingGuest],
+    outcomes: Sequence[_Outcome],
+    end: float,
+    wanted: Sequence[float],
+) -> float | None:
+    """Seconds from the switchover until the throughput was back, of the guest for which it took
+    longest; None if it did not come back. Sees to the calm at the end.
+    """
     while True:
-        recovered = stage.load.recovered(switched, wanted)
+        found = [
+            guest.load.recovered(_switched(outcome), tps)
+            for guest, outcome, tps in zip(guests, outcomes, wanted, strict=True)
+        ]
+        seconds = [each for each in found if each is not None]
         now = time.monotonic()
-        if now > end + CALM + 1 and (recovered is not None or now > end + RECOVERY_PATIENCE):
-            return None if recovered is None else round(recovered, 2)
+        if now > end + RECOVERY_PATIENCE and len(seconds) < len(found):
+            return None
+        if now > end + CALM + 1 and len(seconds) == len(found):
+            return round(max(seconds), 2)
         time.sleep(0.5)
 
 
@@ -203,21 +238,37 @@ def _network_series(stage: Stage) -> Iterator[list[list[float]]]:
         thread.join()
 
 
-def _series(
-    stage: Stage,
-    begin: float,
-    end: float,
-    network: list[list[float]],
-    summary: MigrationSummary | None,
-) -> dict[str, Any]:
-    reports = stage.load.reports()
-    shown = reports[(reports[:, 0] > begin - CALM) & (reports[:, 0] < end + RECOVERY_PATIENCE)]
-    times = shown[:, 0] - begin
-    series: dict[str, Any] = {
-        "network": network,
-        "tps": np.column_stack([times - 0.5, shown[:, 1]]).tolist(),
-        "latency_ms": np.column_stack([times - 0.5, shown[:, 2]]).tolist(),
+def _load_series(guests: Sequence[WorkingGuest], begin: float, end: float) -> dict[str, Any]:
+    """Throughput of all guests together, and the worst latency, by the second."""
+    seconds = np.arange(-CALM, end - begin + RECOVERY_PATIENCE)
+    tps, latency = np.zeros(len(seconds)), np.zeros(len(seconds))
+    until = len(seconds)
+    for guest in guests:
+        reports = guest.load.reports()
+        times = reports[:, 0] - begin - 0.5
+        tps += np.interp(seconds, times, reports[:, 1])
+        latency = np.maximum(latency, np.interp(seconds, times, reports[:, 2]))
+        until = min(until, int(np.searchsorted(seconds, times[-1])))
+    shown = slice(0, until)
+    return {
+        "tps": np.column_stack([seconds, tps])[shown].tolist(),
+        "latency_ms": np.column_stack([seconds, latency])[shown].tolist(),
     }
-    if summary is not None:
-        series["volume"] = run_of(summary)["series"]["volume"]
-    return series
+
+
+def _details(
+    guest: WorkingGuest, outcome: _Outcome, content: Content, begin: float
+) -> dict[str, Any]:
+    longest = guest.probe.silence(outcome.begin, outcome.end)
+    return {
+        "guest": guest.domain.name,
+        "begin_s": outcome.begin - begin,
+        "end_s": outcome.end - begin,
+        "error": outcome.error,
+        "content": dataclasses.asdict(content),
+        "longest_silence_ms": longest.downtime * 1e3,
+        "longest_silence_s": [longest.begin - begin, longest.end - begin],
+        "ordinary_answer_ms": longest.ordinary * 1e3,
+        "phases": dict(outcome.summary.phases) if outcome.summary else {},
+        "libvirt": outcome.told,
+    }

@@ -5,8 +5,8 @@ import os
 from collections.abc import Callable, Mapping
 
 from tests.lab.database_image import MARIADB, MYSQL, Release, database_image
-from tests.lab.demo.load import SYSBENCH_LOADS
 from tests.lab.demo.stage import Shape
+from tests.lab.demo.workloads import LOADS
 from tests.lab.image import ImageError
 
 _RELEASES = {"mysql": MYSQL, "mariadb": MARIADB}
@@ -27,7 +27,7 @@ def shape_from(environment: Mapping[str, str]) -> Shape:
         network=_number(environment, "NETWORK", usual.network, 1, 10_000),
         volume=_number(environment, "VOLUME", usual.volume, 1, 10_000),
         pool=_number(environment, "POOL", usual.pool, 0.05, 0.8),
-        load=_choice(environment, "LOAD", usual.load, SYSBENCH_LOADS),
+        load=_choice(environment, "LOAD", usual.load, LOADS),
         ram_mb=int(_number(environment, "RAM", usual.ram_mb, 512, os_memory_mb() // 3)),
     )
     needed = shape.pool_mb + _OTHER_MB[shape.release.flavour]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A database guest at work on one of two hosts, with its clients: what is migrated and measured."""
+"""Database guests at work on one of two hosts, and their clients: what is migrated and measured."""
 
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -17,10 +17,11 @@ from tests.lab.database_guest import DatabaseSpec
 from tests.lab.database_image import Release
 from tests.lab.demo.clients import Server
 from tests.lab.demo.ledger import Ledger
-from tests.lab.demo.load import Load, sysbench
+from tests.lab.demo.load import Load
 from tests.lab.demo.probe import Probe
 from tests.lab.demo.services import MigrationServices
-from tests.lab.demo.volume import create_volume, rows_for
+from tests.lab.demo.volume import create_volume
+from tests.lab.demo.workloads import command
 from tests.lab.domains import Domain
 from tests.lab.guest import PAGE_SIZE
 from tests.lab.guest_network import GuestNetwork, guest_address
@@ -29,7 +30,9 @@ from tests.lab.relays import wait_until
 
 #: A guest this small has no room for what else a server spends.
 _LEAN = {"mysql": ("performance-schema=OFF", "innodb-log-buffer-size=16M"), "mariadb": ()}
-#: What of a pool is filled by the volume's list, in seconds at most.
+#: libvirt 9.0 cannot choose how parallel connections compress
+_COMPRESSION = ("-global", "migration.multifd-compression=zstd")
+#: Seconds in which the server fills its pool by the volume's list, at most.
 _FILL_PATIENCE = 600.0
 #: Bytes of RAM that are looked at in one go.
 _STRIDE = 64 << 20
@@ -39,7 +42,8 @@ _STRIDE = 64 << 20
 class Shape:
     """What is migrated, and over what.
 
-    ``network``, ``volume``: MB/s. ``pool``: share of ``ram_mb``. ``load``: of sysbench.
+    ``network``, ``volume``: MB/s. ``pool``: share of ``ram_mb``. ``load``: one of
+    `workloads.LOADS`.
     """
 
     release: Release
@@ -61,6 +65,11 @@ class Content:
     used: int
     mapped: int
 
+    @classmethod
+    def of(cls, parts: Sequence["Content"]) -> "Content":
+        """That of several guests together."""
+        return cls(sum(part.used for part in parts), sum(part.mapped for part in parts))
+
     def ideal(self, shape: Shape) -> float:
         """The best possible time in seconds to bring it to the other host, both ways in use."""
         network, volume = shape.network * 1e6, shape.volume * 1e6
@@ -68,40 +77,38 @@ class Content:
         return max(rest / network, self.used / (network + volume))
 
 
-class Stage:
-    """One guest on two hosts, its load, ledger and probe at work. A context manager."""
-
-    domain: Domain
-    load: Load
-    ledger: Ledger
-    probe: Probe
+class WorkingGuest:
+    """A database guest on the stage's first host, its load, ledger and probe at work."""
 
     def __init__(
-        self, shape: Shape, directory: Path, say: Callable[[str], None] = lambda text: None
+        self, stage: "Stage", number: int, directory: Path, ends: contextlib.ExitStack
     ) -> None:
-        """:param directory: an empty one, for all files; not beneath /run.
-        :param say: is told what goes on.
+        """:param directory: for its files.
+        :param ends: ends all of it.
         """
-        self.shape = shape
-        self.directory = directory
-        self._say = say
-        self._ends = contextlib.ExitStack()
-        try:
-            self._build()
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> "Stage":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:  # fmt: skip
-        self.close()
-
-    def close(self) -> None:
-        """End all of it."""
-        self._ends.close()
+        shape, enter = stage.shape, ends.enter_context
+        disk = create_volume(shape.release, shape.load, shape.pool_mb, directory / "volume.raw")
+        address = guest_address(number)
+        spec = DatabaseSpec(
+            disk=disk,
+            release=shape.release,
+            ram_mb=shape.ram_mb,
+            pool_mb=shape.pool_mb,
+            layout="kept",
+            options=_LEAN[shape.release.flavour],
+            address=address,
+            extra=_COMPRESSION,
+        )
+        self.domain = enter(Domain(stage.hosts, spec, f"guest{number}"))
+        self.domain.start(stage.hosts.a)
+        self._fill_pool()
+        server = Server(host=address, clients=stage.network.clients)
+        # With TLS and once: the server then knows the password of clients that have none
+        login = f"client --host=127.0.0.1 --user={server.user} --password={server.password}"
+        self.guest.run(f"{login} -e 'SELECT 1'")
+        self.probe = enter(Probe(server, directory))
+        self.ledger = enter(Ledger(server, directory))
+        self.load = enter(Load(server, command(shape.load, server, shape.pool_mb), directory))
 
     @property
     def guest(self) -> AttachedDatabase:
@@ -109,6 +116,10 @@ class Stage:
         guest = self.domain.guest
         assert isinstance(guest, AttachedDatabase)
         return guest
+
+    def content(self) -> Content:
+        """What its memory has at this moment."""
+        return Content(self.used_bytes(), self._mapped_bytes())
 
     def used_bytes(self) -> int:
         """Bytes of the guest's pages that are not zero."""
@@ -119,16 +130,6 @@ class Stage:
             for first in range(0, len(words), step):
                 used += int(words[first : first + step].any(axis=1).sum())
         return used * PAGE_SIZE
-
-    def mapped_bytes(self) -> int:
-        """Bytes of the guest's memory that its agent's buffer map has now; 0 for none."""
-        limits = MapLimits(max_guest_page=self.guest.spec.ram_bytes // PAGE_SIZE - 1)
-        with self.guest.agent() as agent:
-            try:
-                return agent.fetch_map(limits).page_count * PAGE_SIZE
-            except (exception.AgentError, exception.BufferMapError) as error:
-                self._say(f"There is no buffer map: {error}")
-                return 0
 
     def check_tables(self) -> list[str]:
         """What is wrong with the tables, as CHECK TABLE EXTENDED says."""
@@ -145,43 +146,14 @@ class Stage:
         for client in (self.load, self.ledger, self.probe):
             client.stop()
 
-    # -- parts
-
-    def _build(self) -> None:
-        shape, enter = self.shape, self._ends.enter_context
-        self._say(f"Loading a database for a pool of {shape.pool_mb} MiB (once, then it is cached)")
-        disk = create_volume(shape.release, shape.pool_mb, self.directory / "volume.raw")
-        self._say("Starting two hosts, their libvirt, the services of both, and a broker")
-        self.hosts = enter(LibvirtHosts(self.directory))
-        self.network = enter(GuestNetwork(self.hosts))
-        self.services = enter(MigrationServices(self.hosts, self.directory))
-        spec = DatabaseSpec(
-            disk=disk,
-            release=shape.release,
-            ram_mb=shape.ram_mb,
-            pool_mb=shape.pool_mb,
-            layout="kept",
-            options=_LEAN[shape.release.flavour],
-            address=guest_address(0),
-        )
-        assert spec.address is not None
-        self.domain = enter(Domain(self.hosts, spec))
-        self._say(f"Booting a guest with {shape.ram_mb} MiB")
-        self.domain.start(self.hosts.a)
-        self.server = Server(host=spec.address, clients=self.network.clients)
-        self._say("Filling the buffer pool")
-        self._fill_pool()
-        # With TLS and once: the server then knows the password of clients that have none
-        login = (
-            f"client --host=127.0.0.1 --user={self.server.user} --password={self.server.password}"
-        )
-        self.guest.run(f"{login} -e 'SELECT 1'")
-        self.hosts.shape(shape.network)
-        self._say(f"Starting the load, {shape.load}")
-        self.probe = enter(Probe(self.server, self.directory))
-        self.ledger = enter(Ledger(self.server, self.directory))
-        argv = sysbench(self.server, shape.load, rows_for(shape.pool_mb))
-        self.load = enter(Load(self.server, argv, self.directory))
+    def _mapped_bytes(self) -> int:
+        """Bytes of the guest's memory that its agent's buffer map has; 0 if there is none."""
+        limits = MapLimits(max_guest_page=self.guest.spec.ram_bytes // PAGE_SIZE - 1)
+        with self.guest.agent() as agent:
+            try:
+                return agent.fetch_map(limits).page_count * PAGE_SIZE
+            except (exception.AgentError, exception.BufferMapError):
+                return 0
 
     def _fill_pool(self) -> None:
         def full() -> bool:
@@ -190,3 +162,50 @@ class Stage:
             return "completed" in status
 
         wait_until(full, "the buffer pool is filled", _FILL_PATIENCE)
+
+
+class Stage:
+    """Two hosts with all that belongs to them, and guests at work. A context manager."""
+
+    def __init__(
+        self,
+        shape: Shape,
+        directory: Path,
+        say: Callable[[str], None] = lambda text: None,
+        guests: int = 1,
+    ) -> None:
+        """:param directory: an empty one, for all files; not beneath /run.
+        :param say: is told what goes on.
+        """
+        self.shape = shape
+        self._ends = contextlib.ExitStack()
+        enter = self._ends.enter_context
+        try:
+            say("Starting two hosts, their libvirt, the services of both, and a broker")
+            self.hosts = enter(LibvirtHosts(directory))
+            self.network = enter(GuestNetwork(self.hosts))
+            self.services = enter(MigrationServices(self.hosts, directory))
+            self.hosts.shape(shape.network)
+            self.guests = []
+            for number in range(guests):
+                say(
+                    f"Booting a guest of {shape.ram_mb} MiB; {shape.load} on a database that fills"
+                    f" a pool of {shape.pool_mb} MiB"
+                )
+                own = directory / f"guest{number}"
+                own.mkdir()
+                self.guests.append(WorkingGuest(self, number, own, self._ends))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Stage":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:  # fmt: skip
+        self.close()
+
+    def close(self) -> None:
+        """End all of it."""
+        self._ends.close()

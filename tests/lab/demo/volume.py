@@ -8,12 +8,9 @@ from pathlib import Path
 
 from tests.lab import image
 from tests.lab.database_image import Release, database_image
+from tests.lab.demo.clients import ROOT
+from tests.lab.demo.workloads import loader
 
-TABLES = 4
-#: What sysbench's tables take for each row, in bytes, indexes included.
-ROW_BYTES = 240
-#: How much of the pool the tables fill; the rest is for the undo logs, the dictionary, ...
-FILL = 0.85
 _SCRIPT = Path(__file__).with_name("volume.sh")
 #: Beside the tables: redo and undo logs, dictionary, and room for what the load adds.
 _OVERHEAD_MB = 640
@@ -22,30 +19,25 @@ _SECTOR, _BEGIN = 512, 2048
 _PATIENCE = 1200
 
 
-def rows_for(pool_mb: int) -> int:
-    """Rows of each table with which the tables fill a pool."""
-    return int(pool_mb * FILL * (1 << 20) / ROW_BYTES / TABLES)
-
-
-def create_volume(release: Release, pool_mb: int, path: Path) -> Path:
-    """Write a volume whose tables fill a pool of that size.
+def create_volume(release: Release, load: str, pool_mb: int, path: Path) -> Path:
+    """Write a volume with the tables of a load, which fill a pool of that size.
 
     :raises ImageError: it cannot be made.
     """
     made = database_image(release)
-    rows = rows_for(pool_mb)
-    digest = hashlib.sha256(repr((made.root.parent.name, pool_mb, rows)).encode())
+    tables = loader(load, pool_mb)
+    digest = hashlib.sha256(repr((made.root.parent.name, pool_mb, tables)).encode())
     digest.update(_SCRIPT.read_bytes())
     cache = image.cache_directory()
     target = cache / f"demo-volume-{release.suite}-{digest.hexdigest()[:16]}"
     with image.locked(cache / f"demo-volume-{release.suite}.lock"):
         if not target.is_dir():
-            image.into_place(target, lambda here: _load(release, made.root, pool_mb, rows, here))
+            image.into_place(target, lambda here: _load(release, made.root, pool_mb, tables, here))
     image.run(["cp", "--sparse=always", str(target / "volume.raw"), str(path)], path.parent)
     return path
 
 
-def _load(release: Release, root: Path, pool_mb: int, rows: int, directory: Path) -> None:
+def _load(release: Release, root: Path, pool_mb: int, tables: list[str], directory: Path) -> None:
     volume, mountpoint = directory / "volume.raw", directory / "root"
     mountpoint.mkdir()
     sectors = (pool_mb + _OVERHEAD_MB) << 11
@@ -58,9 +50,10 @@ def _load(release: Release, root: Path, pool_mb: int, rows: int, directory: Path
         file.write(b"\x55\xaa")
     argv = ["unshare", "--mount", "--net", "--pid", "--fork", "--kill-child"]
     argv += ["--propagation", "private", "bash", str(_SCRIPT), str(root), str(volume)]
-    argv += [str(mountpoint), str(release.script), str(pool_mb), str(TABLES), str(rows)]
+    argv += [str(mountpoint), str(release.script), str(pool_mb), *tables]
     done = subprocess.run(
-        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        argv,
+        cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         timeout=_PATIENCE,
     )  # fmt: skip
     if done.returncode:

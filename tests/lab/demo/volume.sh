@@ -1,13 +1,15 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
-# Makes the volume of a guest of the demo: the database of the guest's image, sysbench's tables, and
+# Makes the volume of a guest of the demo: the database of the guest's image, a load's tables, and
 # the list of pages with which the guest's server fills its pool when it starts. Loaded here and not
 # in the guest, whose processor is emulated. Runs in namespaces of its own, as their first process;
 # all that it mounts and starts ends with it.
 # $1: the guest's root disk, $2: the volume, all of which is its first partition, $3: an empty directory,
-# $4: what the guest's scripts know of its server, $5: MiB of the pool, $6: tables, $7: rows of each
+# $4: what the guest's scripts know of its server, $5: MiB of the pool, then the command that makes
+# the tables, in which @SOCKET@ stands for that of the server
 set -euo pipefail
-root_disk=$1 volume=$2 root=$3 pool=$5 tables=$6 rows=$7
+root_disk=$1 volume=$2 root=$3 script=$4 pool=$5
+shift 5
 begin=$((2048 * 512))
 
 mount -t proc proc /proc
@@ -22,7 +24,7 @@ mount -o "loop,offset=$begin" "$volume" "$root/mnt/data"
 cp -a "$root/srv/seed/mysql" "$root/mnt/data/"
 
 socket=/run/load.sock
-source "$4"
+source "$script"
 inside() { chroot "$root" /usr/bin/env PATH=/usr/sbin:/usr/bin:/sbin:/bin "$@"; }
 inside $server --no-defaults --user=mysql --datadir=/mnt/data/mysql --socket=$socket \
     --pid-file=/tmp/load.pid --skip-networking --event-scheduler=OFF \
@@ -43,11 +45,9 @@ CREATE DATABASE sbtest;
 CREATE USER 'load'@'%' IDENTIFIED BY 'load';
 GRANT ALL ON *.* TO 'load'@'%';
 SQL
-sysbench oltp_common --db-driver=mysql --mysql-socket="$root$socket" --mysql-user=root \
-    --tables="$tables" --table-size="$rows" --threads=2 prepare >&2
+"${@//@SOCKET@/$root$socket}" >&2
 inside bash -c client <<SQL
 SET GLOBAL innodb_fast_shutdown = 0;
-SELECT SUM(data_length + index_length) >> 20 FROM information_schema.tables WHERE table_schema = 'sbtest';
 SQL
 inside bash -c 'admin shutdown'
 wait $server_pid

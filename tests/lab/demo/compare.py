@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guests that are migrated in one mode after the other, there and back, and checked at the end."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nova_dmigrate.report import format_table, write_report
+from tests.lab.demo.machine import machine
+from tests.lab.demo.measure import Run, measure
+from tests.lab.demo.stage import Content, Shape, Stage, WorkingGuest
+
+_began = time.monotonic()
+#: What goes on besides, while guests migrate: entered for each migration.
+Trouble = Callable[[Stage], contextlib.AbstractContextManager[None]]
+
+
+def say(text: str) -> None:
+    """Tell what goes on."""
+    print(f"[{time.monotonic() - _began:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+
+def no_trouble(stage: Stage) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext()
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """``guests`` migrate in turn, unless ``at_once``. ``name`` is the scenario of its runs."""
+
+    name: str
+    shape: Shape
+    modes: tuple[str, ...]
+    guests: int = 1
+    at_once: bool = False
+    trouble: Trouble = no_trouble
+
+
+@dataclasses.dataclass
+class Comparison:
+    """``details``: more about each of the ``runs``. ``machine``: texts and numbers by name."""
+
+    runs: list[Run] = dataclasses.field(default_factory=list)
+    details: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    machine: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every database is as it was left."""
+        return all(run["check_ok"] and not run["lost_commits"] for run in self.runs)
+
+    def write(self, directory: Path) -> None:
+        """Print the table and write the report.
+
+        :raises ReportError: it cannot be written.
+        """
+        files = write_report(self.runs, self.machine, directory)
+        (directory / "details.json").write_text(json.dumps(self.details, indent=2) + "\n")
+        print(format_table(self.runs), flush=True)
+        say(f"The report is {files.html}")
+
+
+def compare(scenario: Scenario, directory: Path, result: Comparison) -> None:
+    """Add the runs of a scenario.
+
+    :param directory: an empty one, for the files of hosts and guests.
+    """
+    runs: list[Run] = []
+    with Stage(scenario.shape, directory, say, scenario.guests) as stage:
+        result.machine = machine(stage)
+        contents = [guest.content() for guest in stage.guests]
+        all_of_it = Content.of(contents)
+        used, mapped = all_of_it.used >> 20, all_of_it.mapped >> 20
+        say(f"{used} MiB of RAM are used, of which {mapped} are on the volume as well")
+        for mode in scenario.modes:
+            say(f"Migrating to the other host by {mode}")
+            with scenario.trouble(stage):
+                run, more = measure(stage, mode, scenario.name, contents, scenario.at_once)
+            runs.append(run)
+            result.runs.append(run)
+            result.details.append(more)
+            say(_sentence(run, more))
+        say("Checking the database")
+        sound = False not in [_check(guest) for guest in stage.guests]
+        for run in runs:
+            run["check_ok"] = sound
+
+
+def _check(guest: WorkingGuest) -> bool:
+    guest.stop_clients()
+    entries, wrong = guest.ledger.check(), guest.check_tables()
+    for line in wrong:
+        say(f"CHECK TABLE: {line}")
+    say(
+        f"{entries.acknowledged} commits were acknowledged to the ledger's client:"
+        f" {entries.lost} are lost, {entries.wrong} rows are wrong; {len(wrong)} tables have errors"
+    )
+    return entries.ok and not wrong
+
+
+def _sentence(run: Run, more: dict[str, Any]) -> str:
+    if not run["completed"]:
+        errors = "; ".join(str(guest["error"]) for guest in more["guests"] if guest["error"])
+        return f"Not completed after {run['total_s']:.1f} s: {errors}"
+    why = f", as an ordinary one: {run['fallback_reason']}" if run["fallback_reason"] else ""
+    return (
+        f"Completed in {run['total_s']:.1f} s{why}; {run['downtime_ms']:.0f} ms without an answer"
+    )

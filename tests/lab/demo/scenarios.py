@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many loads, sizes and troubles, each with all ways to migrate; writes scenarios-report/.
+
+Chosen by environment variables: ONLY (parts of scenarios' names, with commas between them), NETWORK
+and VOLUME in MB/s, DB (mysql, mariadb), RAM (MiB of a guest; several guests have half of it).
+
+The report is written anew after each scenario. Exit status: 0 all databases are whole, 1 not so, 2
+wrong settings.
+"""
+
+import dataclasses
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.lab import database_image
+from tests.lab.demo.clients import ClientError
+from tests.lab.demo.compare import Comparison, Scenario, compare, say
+from tests.lab.demo.load import SYSBENCH_LOADS
+from tests.lab.demo.measure import AUTO_CONVERGE, DMIGRATE, MODES, POST_COPY, PRE_COPY
+from tests.lab.demo.settings import WrongSetting, available_release, shape_from
+from tests.lab.demo.stage import Shape
+from tests.lab.demo.troubles import background_traffic, failing_volume, narrow_network
+from tests.lab.demo.workloads import TPCC
+from tests.lab.guest import GuestError
+from tests.lab.processes import workspace
+
+REPORT = Path("scenarios-report")
+POOLS = (0.25, 0.5, 0.75)
+#: MiB of a guest in which a pool of three quarters has room.
+_RAM = "2560"
+#: Where pages come from makes no difference to these.
+_FEW = (PRE_COPY, AUTO_CONVERGE, POST_COPY, DMIGRATE)
+
+
+def scenarios(usual: Shape) -> Iterator[Scenario]:
+    """All there are.
+
+    :param usual: shape of those that do not vary it.
+    """
+    for load in SYSBENCH_LOADS:
+        for pool in POOLS:
+            yield Scenario(load, dataclasses.replace(usual, load=load, pool=pool), MODES)
+    for pool in POOLS:
+        yield Scenario(TPCC, dataclasses.replace(usual, load=TPCC, pool=pool), MODES)
+    most = dataclasses.replace(usual, pool=0.75)
+    for factor in (1, 2):
+        shape = dataclasses.replace(most, volume=factor * usual.network)
+        yield Scenario(f"storage {factor}x as fast as the network", shape, _FEW)
+    slow = dataclasses.replace(most, volume=usual.network / 2)
+    yield Scenario("slow storage", slow, _FEW)
+    yield Scenario("background traffic", most, _FEW, trouble=background_traffic)
+    yield Scenario("network drops and returns", most, _FEW, trouble=narrow_network)
+    # In this order, so that the guest is on the first host for it
+    modes = (PRE_COPY, POST_COPY, DMIGRATE)
+    yield Scenario("storage fails midway", most, modes, trouble=failing_volume)
+    half = dataclasses.replace(usual, ram_mb=usual.ram_mb // 2)
+    yield Scenario("eviction of 2 in turn", half, _FEW, guests=2)
+    yield Scenario("batch of 2 at once", half, _FEW, guests=2, at_once=True)
+
+
+def _chosen(usual: Shape, only: str) -> list[Scenario]:
+    """:raises WrongSetting: a part of ``only`` is in no name."""
+    found = list(scenarios(usual))
+    parts = [part.strip() for part in only.split(",") if part.strip()]
+    for part in parts:
+        if not any(part in each.name for each in found):
+            names = ", ".join(dict.fromkeys(each.name for each in found))
+            raise WrongSetting(f"ONLY={only}: {part!r} is in none of {names}")
+    return [each for each in found if not parts or any(part in each.name for part in parts)]
+
+
+def main() -> int:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)
+    reason = database_image.unavailable()
+    if reason is not None:
+        print(f"Scenarios cannot run here: {reason}", file=sys.stderr)
+        return 2
+    try:
+        usual = shape_from(
+            {"RAM": _RAM, **{name: text for name, text in os.environ.items() if text}}
+        )
+        chosen = _chosen(usual, os.environ.get("ONLY", ""))
+    except WrongSetting as error:
+        print(error, file=sys.stderr)
+        return 2
+    release = available_release(usual.release, say)
+    result = Comparison()
+    failed = False
+    for place, scenario in enumerate(chosen, 1):
+        say(f"Scenario {place} of {len(chosen)}: {scenario.name}, pool {scenario.shape.pool:.0%}")
+        shape = dataclasses.replace(scenario.shape, release=release)
+        try:
+            with workspace() as directory:
+                compare(dataclasses.replace(scenario, shape=shape), directory, result)
+        except KeyboardInterrupt:
+            say("Interrupted; all of it has been removed")
+            failed = True
+            break
+        except (ClientError, GuestError, TimeoutError) as error:
+            say(f"The scenario has failed: {error}")
+            failed = True
+        if result.runs:
+            result.write(REPORT)
+    return 0 if result.whole and not failed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
