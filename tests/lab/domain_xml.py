@@ -64,7 +64,8 @@ def domain_xml(name: str, uuid: str, spec: GuestSpec, hardware: Hardware) -> str
     memory = ""
     if spec.shared:
         memory = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>"
-    return f"""<domain type='qemu'>
+    arguments = "".join(f"<qemu:arg value={quoteattr(each)}/>" for each in spec.extra)
+    return f"""<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>
   <name>{escape(name)}</name>
   <uuid>{uuid}</uuid>
   <memory unit='MiB'>{spec.ram_mb}</memory>
@@ -83,6 +84,7 @@ def domain_xml(name: str, uuid: str, spec: GuestSpec, hardware: Hardware) -> str
   <devices>
     {"".join(devices)}
   </devices>
+  <qemu:commandline>{arguments}</qemu:commandline>
 </domain>"""
 
 
