@@ -16,8 +16,8 @@ from tests.lab.demo.stage import Stage
 from tests.lab.loop_device import LoopDevice
 from tests.lab.processes import end
 
-#: Seconds after the beginning of a migration at which a trouble comes, and for which it stays.
-COMES, STAYS = 6.0, 10.0
+#: A trouble comes when the network has carried what it can in so many seconds, and stays for some.
+COMES, STAYS = 2.0, 5.0
 _PORT = 5001
 _RECEIVER = """
 import socket
@@ -64,6 +64,7 @@ def background_traffic(stage: Stage) -> Iterator[None]:
 def narrow_network(stage: Stage) -> Iterator[None]:
     """The network drops to a fifth and returns."""
     with _for_a_while(
+        stage,
         lambda: stage.hosts.shape(stage.shape.network / 5),
         lambda: stage.hosts.shape(stage.shape.network),
     ):
@@ -83,20 +84,26 @@ def failing_volume(stage: Stage) -> Iterator[None]:
     with LoopDevice(guest.domain.spec.disk) as other:
         destination.run(["mount", "--bind", str(other.path), str(volume)])
         try:
-            with _for_a_while(lambda: _limit(other.path, 1 << 20), lambda: _limit(other.path, 0)):
+            with _for_a_while(
+                stage, lambda: _limit(other.path, 1 << 20), lambda: _limit(other.path, 0)
+            ):
                 yield
         finally:
-            # Whoever has it open keeps it
-            destination.run(["umount", str(volume)])
+            # The guest, if it is there now, keeps it open
+            destination.run(["umount", "--lazy", str(volume)])
 
 
 @contextlib.contextmanager
-def _for_a_while(begin: Callable[[], None], finish: Callable[[], None]) -> Iterator[None]:
+def _for_a_while(
+    stage: Stage, begin: Callable[[], None], finish: Callable[[], None]
+) -> Iterator[None]:
     over = threading.Event()
+    enough = sum(stage.hosts.link.counters()) + COMES * stage.shape.network * 1e6
 
     def work() -> None:
-        if over.wait(COMES):
-            return
+        while sum(stage.hosts.link.counters()) < enough:
+            if over.wait(0.2):
+                return
         begin()
         over.wait(STAYS)
         finish()
