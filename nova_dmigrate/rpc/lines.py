@@ -21,6 +21,8 @@ from nova_dmigrate.rpc import messages
 MAX_LINE_BYTES = messages.MAX_MESSAGE_BYTES + 1024
 _READ_BYTES = 1 << 16
 _NEWLINE = b"\n"
+_REOPEN_PATIENCE = 2.0  # seconds
+_REOPEN_POLL = 0.02
 
 
 class EndOfLines(Exception):
@@ -122,6 +124,7 @@ class LineStream:
         :raises EndOfLines: if the other side has closed.
         """
         rest = memoryview(encode(message))
+        absent = None
         while rest:
             events = self._wait(select.POLLOUT, end)
             if not events:
@@ -129,9 +132,14 @@ class LineStream:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
             except BlockingIOError as error:
-                # A virtio-serial port takes nothing then, and polling it does not wait
+                # A virtio-serial port takes nothing then, and polling it does not wait. When one
+                # host has closed and the next has opened it, the guest's kernel may tell of the
+                # first after having delivered what the second has sent.
                 if events & select.POLLHUP:
-                    raise NobodyThere("the other side has closed") from error
+                    absent = time.monotonic() if absent is None else absent
+                    if time.monotonic() > absent + _REOPEN_PATIENCE:
+                        raise NobodyThere("the other side has closed") from error
+                    time.sleep(_REOPEN_POLL)
             except OSError as error:
                 raise _end_of_lines(error) from error
         return True

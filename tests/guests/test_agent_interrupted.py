@@ -56,7 +56,8 @@ class TestInterruptions(guests.DatabaseGuestTestCase):
     # The host goes
 
     def test_each_host_that_comes_at_once_is_answered_exactly_once(self) -> None:
-        for _ in range(20):
+        # Often: the guest's kernel may tell of one host that goes after the next one has asked
+        for _ in range(150):
             with self.connection() as stream:
                 number = self.send(stream, "ping")
                 self.assertEqual(number, self.received(stream))
