@@ -2,13 +2,15 @@
 """What the agent has changed in which server, on disk before it is done.
 
 An agent that was killed finds here what it has to restore. The file is replaced as a whole, and
-is on the disk (fsync of file and directory) before the first statement that it speaks of.
+is on the disk (fsync of file and directory) before the first statement that it speaks of. There
+are two copies of it: without it nobody knows what the settings of a server were.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -73,14 +75,16 @@ class Entry:
 class Ledger:
     """All changes of one preparation.
 
-    ``deadline``: end of the lease; ``flush_until``: end of the time for flushing; both in seconds
-    of CLOCK_BOOTTIME, which only means something during the boot ``boot_id``.
+    ``deadline``: end of the lease; ``ends``: the latest that it can be renewed to;
+    ``flush_until``: end of the time for flushing; all in seconds of CLOCK_BOOTTIME, which only
+    means something during the boot ``boot_id``.
     """
 
     format: int = checked(integer(_FORMAT, _FORMAT))
     boot_id: str = checked(token())
     lease_id: str = checked(token())
     deadline: float = checked(_TIME)
+    ends: float = checked(_TIME)
     flush_until: float = checked(_TIME)
     dirty_share: float = checked(number(0, 1))
     entries: tuple[Entry, ...] = checked(several(record(Entry), 64))
@@ -91,44 +95,53 @@ def make(**values: Any) -> Ledger:
 
 
 class LedgerFile:
-    """The file that holds the ledger, if there is one."""
+    """The file that holds the ledger, if there is one, and its copy beside it."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._copies = (path, path.with_suffix(".copy"))
 
     def load(self) -> Ledger | None:
-        """What was left by an agent that has ended. What cannot be read is put aside."""
-        try:
-            with self._path.open("rb") as file:
-                content = file.read(_MAX_BYTES + 1)
-        except FileNotFoundError:
-            return None
-        try:
-            if len(content) > _MAX_BYTES:
-                raise ValueError("it is too long")
-            return fields.parse(Ledger, json.loads(content))
-        except (ValueError, RecursionError) as error:
-            aside = self._path.with_suffix(".unreadable")
-            LOG.error("%s cannot be understood (%s); it is now %s", self._path, error, aside)
-            self._path.replace(aside)
-            return None
+        """What was left by an agent that has ended.
+
+        What cannot be read is put aside if no copy can, see `lost`.
+        """
+        unreadable = []
+        for path in self._copies:
+            try:
+                return _read(path)
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError, RecursionError) as error:
+                LOG.error("%s cannot be understood: %s", path, error)
+                unreadable.append(path)
+        for path in unreadable:
+            aside = self._free_name()
+            path.rename(aside)
+            LOG.error("%s is now %s", path, aside)
+        return None
+
+    def lost(self) -> list[Path]:
+        """Ledgers that were put aside, until somebody removes them."""
+        return sorted(self._path.parent.glob(f"{self._path.stem}.unreadable-*"))
 
     def save(self, ledger: Ledger) -> None:
         """Replace the file. When this returns, it survives a crash of the guest."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fresh = self._path.with_suffix(".new")
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as file:
-            json.dump(fields.to_dict(ledger), file)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(self._path)
-        self._sync_directory()
+        for path in self._copies:
+            _write(path, ledger)
+            self._sync_directory()
 
     def remove(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._path.unlink()
-            self._sync_directory()
+        # The copy first: what is left by a crash in between is the newest
+        for path in reversed(self._copies):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+                self._sync_directory()
+
+    def _free_name(self) -> Path:
+        names = (self._path.with_suffix(f".unreadable-{number}") for number in itertools.count(1))
+        return next(name for name in names if not os.path.lexists(name))
 
     def _sync_directory(self) -> None:
         descriptor = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -136,3 +149,21 @@ class LedgerFile:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _read(path: Path) -> Ledger:
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ValueError("it is too long")
+    return fields.parse(Ledger, json.loads(content))
+
+
+def _write(path: Path, ledger: Ledger) -> None:
+    fresh = path.with_suffix(path.suffix + ".new")
+    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        json.dump(fields.to_dict(ledger), file)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)

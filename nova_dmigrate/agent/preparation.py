@@ -3,7 +3,9 @@
 
 Whatever happens: the requester vanishes (the lease ends), the agent is killed (the ledger is on
 disk before the first change), the server is restarted (its settings are its own again, nothing is
-put back), somebody else changes a setting meanwhile (theirs stays).
+put back), somebody else changes a setting meanwhile (theirs stays). Only when the ledger itself
+is lost can nothing be put back; that is told, and nothing is prepared, until somebody has seen
+to it: values that we have lowered would be taken for the server's own.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from nova_dmigrate import exception
 from nova_dmigrate.agent import flushing, ledger, processes
 from nova_dmigrate.agent.database import Database, Login
+from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.rpc import messages
 
 LOG = logging.getLogger(__name__)
@@ -31,10 +34,13 @@ _BEGAN_TOLERANCE = 30.0
 @dataclasses.dataclass(frozen=True)
 class PreparationSettings:
     """``max_flush_bytes``: the most that a server is asked to write in a second, unless its own
-    settings allow more. ``max_lease_seconds``: the longest lease."""
+    settings allow more. ``max_lease_seconds``: the longest lease. ``max_seconds``: the longest that
+    settings are held, however often the lease is renewed or taken over.
+    """
 
     max_flush_bytes: int = 200 << 20
     max_lease_seconds: float = 600.0
+    max_seconds: float = 7200.0
 
 
 def boot_clock() -> float:
@@ -53,6 +59,7 @@ class Preparation:
     what was changed is remembered with the values that were there at first.
 
     :param logins: the servers that run now.
+    :param login: how to reach the server at a socket, whether it can be found or not.
     :param connect: makes the connection to a server; raises ServerError.
     """
 
@@ -60,6 +67,7 @@ class Preparation:
         self,
         file: ledger.LedgerFile,
         logins: Callable[[], Sequence[Login]],
+        login: Callable[[str], Login],
         connect: Callable[[Login], Database],
         settings: PreparationSettings | None = None,
         clock: Callable[[], float] = boot_clock,
@@ -67,6 +75,7 @@ class Preparation:
     ) -> None:
         self._file = file
         self._logins = logins
+        self._login = login
         self._connect = connect
         self._settings = settings or PreparationSettings()
         self._clock = clock
@@ -74,6 +83,7 @@ class Preparation:
         self._lock = threading.Lock()
         self._held: ledger.Ledger | None = None
         self._trouble = ""
+        self._closed = False
 
     def recover(self) -> None:
         """Take over what an agent that was killed has left.
@@ -97,8 +107,14 @@ class Preparation:
 
         :raises ServerNotFound: if there is no server.
         :raises ServerError: if none can be asked, or one refuses; all is as before then.
+        :raises AgentError: with code ``lost-ledger`` while an earlier one cannot be put back, with
+            code ``stopping`` when the agent is about to end.
         """
         with self._lock:
+            if self._closed:
+                raise exception.AgentError(reason="it is being stopped", code="stopping")
+            self._check_lost()
+            self._end_if_due()
             databases, failures = self._open_all()
             try:
                 return self._prepare(arguments, databases, failures)
@@ -117,7 +133,8 @@ class Preparation:
                 raise exception.AgentError(
                     reason=f"lease {lease_id} is not held (any more)", code="unknown-lease"
                 )
-            self._held = dataclasses.replace(held, deadline=self._deadline(seconds))
+            deadline = self._deadline(seconds, held.ends)
+            self._held = dataclasses.replace(held, deadline=deadline)
             self._file.save(self._held)
             return self._state(self._held)
 
@@ -125,10 +142,12 @@ class Preparation:
         """Put everything back; of a lease that is not held nothing is left to do.
 
         :param lease_id: None for whatever is held.
+        :raises AgentError: with code ``lost-ledger`` if it is not known what was changed.
         """
         with self._lock:
             held = self._held
             if held is None or lease_id not in (None, held.lease_id):
+                self._check_lost()
                 return _idle(lease_id or "none", "nothing of this lease is changed")
             self._restore()
             return self._state(held) if self._held else _idle(held.lease_id, "restored")
@@ -136,15 +155,29 @@ class Preparation:
     def tick(self) -> None:
         """End a lease that has run out. To be called about once a second."""
         with self._lock:
-            if self._held is not None and self._clock() >= self._held.deadline:
-                if not self._trouble:
-                    LOG.info("Lease %s has ended: settings are restored", self._held.lease_id)
+            self._end_if_due()
+
+    def close(self) -> None:
+        """Put everything back, and refuse to prepare from now on."""
+        with self._lock:
+            self._closed = True
+            if self._held is not None:
                 self._restore()
+
+    def findings(self) -> list[Finding]:
+        """What the operator has to put right by hand."""
+        lost = self._file.lost()
+        return [Finding("lost-ledger", Severity.PROBLEM, _loss(lost))] if lost else []
 
     @property
     def active(self) -> bool:
         """Whether a setting may still be ours."""
         return self._held is not None
+
+    def _check_lost(self) -> None:
+        lost = self._file.lost()
+        if lost:
+            raise exception.AgentError(reason=_loss(lost), code="lost-ledger")
 
     # Preparing
 
@@ -152,13 +185,21 @@ class Preparation:
         databases, failures = [], []
         for login in self._logins():
             try:
-                databases.append(self._connect(login))
+                databases.append(self._open(login))
             except exception.ServerError as error:
                 LOG.warning("Not prepared: %s", error)
                 failures.append(error)
         if not databases:
             raise failures[0] if failures else exception.ServerNotFound(reason="none runs here")
         return databases, failures
+
+    def _open(self, login: Login) -> Database:
+        try:
+            return self._connect(login)
+        except OSError as error:
+            raise exception.ServerError(
+                server=login.socket, reason=str(error), code="gone"
+            ) from error
 
     def _prepare(
         self,
@@ -170,26 +211,32 @@ class Preparation:
         planned = {entry.socket for entry in entries}
         # A server that cannot be reached now keeps its entry: it is restored when it can be
         kept = [entry for entry in self._entries() if entry.socket not in planned]
+        now = self._clock()
+        ends = now + self._settings.max_seconds
+        if self._held is not None and now < self._held.deadline:
+            # Taking over a lease makes it no longer than renewing it
+            ends = self._held.ends
         self._held = ledger.make(
             boot_id=self._boot_id,
             lease_id=uuid.uuid4().hex,
-            deadline=self._deadline(arguments.lease_seconds),
-            flush_until=self._clock() + arguments.seconds,
+            deadline=self._deadline(arguments.lease_seconds, ends),
+            ends=ends,
+            flush_until=now + arguments.seconds,
             dirty_share=arguments.dirty_share,
             entries=(*kept, *entries),
         )
         self._trouble = ""
-        self._file.save(self._held)
         try:
+            self._file.save(self._held)
             applied = [
                 _apply(database, entry)
                 for database, entry in zip(databases, entries)  # noqa: B905 - Python 3.9
             ]
-        except exception.ServerError:
+            self._held = dataclasses.replace(self._held, entries=(*kept, *applied))
+            self._file.save(self._held)
+        except (exception.ServerError, OSError):
             self._restore()
             raise
-        self._held = dataclasses.replace(self._held, entries=(*kept, *applied))
-        self._file.save(self._held)
         return self._state(self._held, "; ".join(str(error) for error in failures))
 
     def _entries(self) -> tuple[ledger.Entry, ...]:
@@ -229,10 +276,16 @@ class Preparation:
                 return entry.changes
         return ()
 
-    def _deadline(self, seconds: float) -> float:
-        return self._clock() + min(seconds, self._settings.max_lease_seconds)
+    def _deadline(self, seconds: float, ends: float) -> float:
+        return min(self._clock() + min(seconds, self._settings.max_lease_seconds), ends)
 
     # Restoring
+
+    def _end_if_due(self) -> None:
+        if self._held is not None and self._clock() >= self._held.deadline:
+            if not self._trouble:
+                LOG.info("Lease %s has ended: settings are restored", self._held.lease_id)
+            self._restore()
 
     def _restore(self) -> None:
         """Put back what can be; what cannot be now stays in the ledger for the next attempt."""
@@ -248,8 +301,8 @@ class Preparation:
             LOG.error("Settings cannot be restored yet, it is tried again: %s", trouble)
         self._trouble = trouble
         if not left:
-            self._held = None
             self._file.remove()
+            self._held = None
             return
         # Whoever renews this lease now is too late
         self._held = dataclasses.replace(self._held, deadline=0.0, entries=tuple(left))
@@ -258,7 +311,7 @@ class Preparation:
     def _restore_server(self, entry: ledger.Entry) -> str | None:
         """None when nothing in that server is ours any more, else why it still is."""
         try:
-            database = self._connect(self._login(entry.socket))
+            database = self._open(self._login(entry.socket))
         except exception.ServerError as error:
             if entry.identity.pid is not None and not _runs(entry.identity):
                 LOG.info("%s has ended: nothing to restore", entry.socket)
@@ -271,21 +324,12 @@ class Preparation:
             current = database.variables([change.name for change in entry.changes])
             for change in reversed(entry.changes):
                 _put_back(database, change, current.get(change.name), entry.applied)
-        except exception.ServerError as error:
+        except (exception.ServerError, OSError) as error:
             return str(error)
         finally:
             database.close()
         LOG.info("%s: settings restored", entry.socket)
         return None
-
-    def _login(self, socket: str) -> Login:
-        """Our login at a server, with the socket by which it was prepared."""
-        try:
-            for login in self._logins():
-                return dataclasses.replace(login, socket=socket)
-        except exception.AgentError:
-            pass
-        return Login(socket)
 
     # Which run of a server it is
 
@@ -330,12 +374,12 @@ class Preparation:
         problems = []
         for entry in held.entries:
             try:
-                database = self._connect(self._login(entry.socket))
+                database = self._open(self._login(entry.socket))
                 try:
                     pool = database.pool()
                 finally:
                     database.close()
-            except exception.ServerError as error:
+            except (exception.ServerError, OSError) as error:
                 problems.append(str(error))
                 continue
             dirty += pool.dirty
@@ -384,6 +428,14 @@ def _runs(identity: ledger.Identity) -> bool:
         return processes.read_start_time(identity.pid or 0) == identity.start_time
     except (OSError, ValueError):
         return False
+
+
+def _loss(files: Sequence[Path]) -> str:
+    return (
+        "the note of what an earlier preparation has changed cannot be read, so that nothing of it "
+        f"can be put back. See to {', '.join(flushing.ORDER)} of the database servers (they are "
+        f"right after a restart of the server), then remove {', '.join(map(str, files))}"
+    )
 
 
 def _idle(lease_id: str, message: str) -> messages.LeaseState:

@@ -69,9 +69,11 @@ class Servers:
 
 def make_preparation(settings: AgentSettings) -> Preparation:
     """The preparation whose ledger is in the state directory."""
+    servers = Servers(settings)
     return Preparation(
         ledger.LedgerFile(settings.state_directory / "preparation.json"),
-        Servers(settings).logins,
+        servers.logins,
+        servers.login,
         database.connect,
         settings.preparation,
     )
@@ -103,12 +105,14 @@ class AgentService:
         return messages.Pong(version.version_string(), messages.VERSION, self._incarnation)
 
     def describe(self, arguments: messages.Nothing) -> messages.Description:
-        return describe.inspect(self._servers.find, self._servers.login).to_message()
+        made = describe.inspect(self._servers.find, self._servers.login)
+        found = (*self.preparation.findings(), *made.findings)
+        return dataclasses.replace(made, findings=found).to_message()
 
     def health(self, arguments: messages.Nothing) -> messages.Health:
         try:
             logins = self._servers.logins()
-        except exception.AgentError as error:
+        except (exception.AgentError, OSError) as error:
             gone = messages.ServerHealth("database", False, str(error)[:1000], None, None, None)
             servers: tuple[messages.ServerHealth, ...] = (gone,)
         else:
@@ -166,15 +170,16 @@ def run(
         server = make_server(Dispatcher(service, messages.AGENT))
         service.preparation.recover()
         service.tick()
-        service.follow_up.start()
-        server.start()
-        try:
+        with contextlib.ExitStack() as stack:
+            # Backwards, each whatever becomes of the others. Settings are restored last: what a
+            # request that came before the end still changes is put back, a later one is refused
+            stack.callback(service.preparation.close)
+            stack.callback(server.stop)
+            stack.callback(service.follow_up.stop)
+            service.follow_up.start()
+            server.start()
             while not stopped.wait(_TICK_SECONDS):
                 service.tick()
-        finally:
-            service.follow_up.stop()
-            server.stop()
-            service.preparation.restore()
 
 
 @contextlib.contextmanager

@@ -87,7 +87,9 @@ def settings_from(config: cfg.ConfigOpts) -> service.AgentSettings:
             timeout=agent.sql_timeout,
         ),
         preparation=PreparationSettings(
-            max_flush_bytes=agent.max_flush_rate * _MIB, max_lease_seconds=agent.max_lease
+            max_flush_bytes=agent.max_flush_rate * _MIB,
+            max_lease_seconds=agent.max_lease,
+            max_seconds=agent.max_preparation,
         ),
         mapping=options.MapOptions(volume_names=dict(agent.volume_names)),
     )
@@ -164,7 +166,7 @@ def _serve(config: cfg.ConfigOpts, settings: service.AgentSettings) -> int:
 def _check(settings: service.AgentSettings, command: Any) -> int:
     servers = service.Servers(settings)
     inspection = describe.inspect(servers.find, servers.login)
-    found = list(inspection.findings)
+    found = [*service.make_preparation(settings).findings(), *inspection.findings]
     mapped = None
     if not command.no_map:
         try:

@@ -131,6 +131,16 @@ Seconds after which changed settings are put back at the latest when a host does
 not ask again.
 """,
     ),
+    cfg.FloatOpt(
+        "max_preparation",
+        default=7200,
+        min=1,
+        max=86400,
+        help="""
+Seconds after which changed settings are put back at the latest, however often a
+host asks again.
+""",
+    ),
 ]
 
 OPTIONS: list[cfg.Opt] = [*REQUESTS, *SERVERS, *PREPARATION]

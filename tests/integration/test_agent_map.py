@@ -174,6 +174,7 @@ class AnyServer(DatabaseTestCase):
         prepared = preparation.Preparation(
             ledger.LedgerFile(self.make_directory() / "preparation.json"),
             lambda: [login],
+            lambda socket: login,
             database.connect,
         )
         with self.load("--rate=2"):

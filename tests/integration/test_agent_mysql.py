@@ -104,6 +104,7 @@ class AnyServer(base.TestCase):
         prepared = preparation.Preparation(
             ledger.LedgerFile(self.make_directory() / "preparation.json"),
             lambda: [opened.login],
+            lambda socket: opened.login,
             database.connect,
         )
         state = prepared.prepare(messages.PrepareArguments(seconds=1))

@@ -110,6 +110,22 @@ class CommandTest(base.TestCase):
         status, text = self.run_command("restore")
         self.assertEqual((0, "nothing of this lease is changed\n"), (status, text))
 
+    def test_a_lost_ledger_is_trouble_as_long_as_it_is_there(self) -> None:
+        state = self.file.parent / "state"
+        state.mkdir()
+        (state / "preparation.json").write_text("{")
+        aside = state / "preparation.unreadable-1"
+        for _ in range(2):
+            status, text = self.run_command("restore")
+            self.assertEqual(1, status)
+            self.assertIn(str(aside), text)
+        status, text = self.run_command("check", "--no-map")
+        self.assertEqual(1, status)
+        self.assertIn("[lost-ledger]", text)
+        aside.unlink()
+        self.assertEqual(0, self.run_command("restore")[0])
+        self.assertEqual(0, self.run_command("check", "--no-map")[0])
+
     def test_wrong_usage_and_wrong_configuration_are_told_apart_from_trouble(self) -> None:
         for arguments in (["nonsense"], [], ["check", "--nonsense"]):
             self.assertEqual(2, self.run_command(*arguments)[0], arguments)

@@ -2,6 +2,7 @@
 """Preparation: what is changed, and that it is put back whatever happens."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from nova_dmigrate import exception
 from nova_dmigrate.agent import flushing, ledger
+from nova_dmigrate.agent.database import Login
 from nova_dmigrate.agent.preparation import Preparation, PreparationSettings
 from nova_dmigrate.rpc.messages import PrepareArguments
 from tests import base
@@ -37,6 +39,7 @@ class PreparationTestCase(base.TestCase):
         preparation = Preparation(
             ledger.LedgerFile(self.path),
             self.guest.logins,
+            Login,
             self.guest.connect,  # type: ignore[arg-type]
             PreparationSettings(**values),
             self.clock,
@@ -47,8 +50,20 @@ class PreparationTestCase(base.TestCase):
 
     def assert_restored(self) -> None:
         self.assertEqual(self.before, self.server.values)
-        self.assertFalse(self.path.exists())
+        self.assertEqual([], list(self.path.parent.iterdir()))
         self.assertEqual(0, self.server.connections)
+
+    def add_server(self) -> FakeServer:
+        other = FakeServer(socket="/run/other.sock")
+        self.guest.servers.append(other)
+        return other
+
+    def pretend_that_an_earlier_process_had_the_pid(self) -> None:
+        """The ledger speaks of a process with that number, but another start."""
+        content = json.loads(self.path.read_text())
+        for entry in content["entries"]:
+            entry["identity"]["start_time"] -= 1
+        self.path.write_text(json.dumps(content))
 
 
 class LeaseTest(PreparationTestCase):
@@ -116,6 +131,38 @@ class LeaseTest(PreparationTestCase):
         preparation = self.make(max_lease_seconds=30)
         self.assertEqual(30, preparation.prepare(PrepareArguments(lease_seconds=3600)).remaining)
 
+    def test_no_renewing_and_no_taking_over_holds_settings_longer_than_allowed(self) -> None:
+        for ask_again in ("renew", "prepare"):
+            preparation = self.make(max_seconds=100)
+            state = preparation.prepare(PrepareArguments(lease_seconds=60))
+            self.clock.now += 50
+            if ask_again == "renew":
+                state = preparation.renew(state.lease_id, 60)
+            else:
+                state = preparation.prepare(PrepareArguments(lease_seconds=60))
+            self.assertEqual(50, state.remaining)
+            self.clock.now += 49
+            preparation.tick()
+            self.assertNotEqual(self.before, self.server.values)
+            self.clock.now += 1
+            error = self.assertRaises(exception.AgentError, preparation.renew, state.lease_id, 60)
+            self.assertEqual("unknown-lease", error.kwargs["code"])
+            self.make(max_seconds=100).tick()
+            self.assert_restored()
+
+    def test_a_lease_that_has_ended_is_restored_before_the_next_preparation(self) -> None:
+        preparation = self.make(max_seconds=100)
+        preparation.prepare(PrepareArguments(seconds=1, lease_seconds=100))
+        self.clock.now += 100
+        changes = len(self.server.changes)
+        state = preparation.prepare(PrepareArguments(seconds=1, lease_seconds=100))
+        self.assertEqual(100, state.remaining)
+        self.assertIn(
+            (flushing.HIGH_WATER, self.before[flushing.HIGH_WATER]), self.server.changes[changes:]
+        )
+        preparation.restore()
+        self.assert_restored()
+
     def test_a_second_requester_takes_over_and_the_first_values_are_remembered(self) -> None:
         preparation = self.make()
         first = preparation.prepare(PrepareArguments(seconds=1)).lease_id
@@ -156,6 +203,29 @@ class LeaseTest(PreparationTestCase):
         state = self.make().prepare(PrepareArguments())
         self.assertIn("/run/other.sock", state.message)
         self.assertNotEqual(self.before, self.server.values)
+
+    def test_a_server_that_cannot_be_reached_keeps_its_first_values_in_a_second_preparation(
+        self,
+    ) -> None:
+        other = self.add_server()
+        preparation = self.make()
+        preparation.prepare(PrepareArguments())
+        self.server.down = True
+        lease = preparation.prepare(PrepareArguments()).lease_id
+        self.server.down = False
+        self.assertEqual("idle", preparation.restore(lease).state)
+        self.assertEqual(self.before, other.values)
+        self.assert_restored()
+
+    def test_once_closed_all_is_restored_and_nothing_is_prepared(self) -> None:
+        preparation = self.make()
+        lease = preparation.prepare(PrepareArguments()).lease_id
+        preparation.close()
+        self.assert_restored()
+        error = self.assertRaises(exception.AgentError, preparation.prepare, PrepareArguments())
+        self.assertEqual("stopping", error.kwargs["code"])
+        self.assertRaises(exception.AgentError, preparation.renew, lease, 60)
+        self.assert_restored()
 
     def test_without_a_server_nothing_is_prepared(self) -> None:
         self.guest.servers.clear()
@@ -269,16 +339,105 @@ class TroubleTest(PreparationTestCase):
         preparation.tick()
         self.assert_restored()
 
-    def test_a_ledger_that_cannot_be_read_is_put_aside(self) -> None:
-        self.path.parent.mkdir()
-        for content in ("{", "[]", '{"format": 2}', "x" * (1 << 19), "[" * 100000):
-            self.path.write_text(content)
-            preparation = self.make()
-            self.assertFalse(preparation.active)
-            self.assertTrue(self.path.with_suffix(".unreadable").exists())
-            preparation.prepare(PrepareArguments())
-            preparation.restore()
-            self.assert_restored()
+    def test_another_process_with_the_same_number_is_another_run(self) -> None:
+        self.make().prepare(PrepareArguments())
+        self.pretend_that_an_earlier_process_had_the_pid()
+        changes = list(self.server.changes)
+        successor = self.make()
+        successor.restore()
+        self.assertEqual(changes, self.server.changes)
+        self.assertFalse(successor.active)
+
+    def test_a_server_whose_number_another_process_has_now_is_not_waited_for(self) -> None:
+        self.make().prepare(PrepareArguments())
+        self.server.down = True
+        successor = self.make()
+        self.assertEqual("restoring", successor.restore().state)
+        self.pretend_that_an_earlier_process_had_the_pid()
+        successor = self.make()
+        self.assertEqual("idle", successor.restore().state)
+        self.assertFalse(successor.active)
+
+    def test_an_ended_lease_is_restored_though_servers_cannot_be_looked_for(self) -> None:
+        preparation = self.make()
+        preparation.prepare(PrepareArguments(lease_seconds=60))
+
+        def logins() -> list[Login]:
+            return [Login(os.readlink("/proc/self/exe/no-directory"))]
+
+        preparation._logins = logins
+        self.assertRaises(OSError, preparation.prepare, PrepareArguments())
+        self.clock.now += 60
+        preparation.tick()
+        self.assert_restored()
+
+    def test_a_server_at_which_the_system_fails_keeps_no_other_from_anything(self) -> None:
+        other = self.add_server()
+        before = dict(other.values)
+        preparation = self.make()
+
+        def connect(login: Login) -> Any:
+            if login.socket == self.server.socket:
+                os.stat("/proc/self/exe/no-directory")
+            return self.guest.connect(login)
+
+        preparation._connect = connect
+        state = preparation.prepare(PrepareArguments())
+        self.assertIn(self.server.socket, state.message)
+        self.assertNotEqual(before, other.values)
+        preparation.restore(state.lease_id)
+        self.assertEqual(before, other.values)
+
+        preparation._connect = self.guest.connect  # type: ignore[assignment]
+        lease = preparation.prepare(PrepareArguments()).lease_id
+        preparation._connect = connect
+        self.assertIn("Not a directory", preparation.renew(lease, 60).message)
+        self.assertEqual("restoring", preparation.restore(lease).state)
+        self.assertEqual(before, other.values)
+        preparation._connect = self.guest.connect  # type: ignore[assignment]
+        preparation.tick()
+        self.assert_restored()
+
+    def test_nothing_stays_changed_when_the_ledger_cannot_be_written(self) -> None:
+        preparation = self.make()
+        preparation.prepare(PrepareArguments())
+        preparation.restore()
+        (self.path.parent / "preparation.json.new").mkdir()
+        self.assertRaises(OSError, preparation.prepare, PrepareArguments())
+        self.assertEqual(self.before, self.server.values)
+        self.assertFalse(preparation.active)
+
+    def test_while_a_ledger_is_lost_nothing_is_prepared_and_restoring_fails(self) -> None:
+        self.make().prepare(PrepareArguments())
+        lowered = dict(self.server.values)
+        for path in self.path.parent.iterdir():
+            os.truncate(path, 40)
+        preparation = self.make()
+        self.assertFalse(preparation.active)
+        (finding,) = preparation.findings()
+        self.assertEqual("lost-ledger", finding.code)
+        lost = list(self.path.parent.iterdir())
+        for again in (preparation, self.make()):
+            for call in (
+                lambda: again.prepare(PrepareArguments()),  # noqa: B023
+                lambda: again.restore(),  # noqa: B023
+                lambda: again.restore("a-lease"),  # noqa: B023
+            ):
+                error = self.assertRaises(exception.AgentError, call)
+                self.assertEqual("lost-ledger", error.kwargs["code"])
+                for path in lost:
+                    self.assertIn(str(path), str(error))
+            again.close()
+        self.assertEqual(lowered, self.server.values)
+
+        self.server.values.update(self.before)
+        for path in lost:
+            path.unlink()
+        preparation = self.make()
+        self.assertEqual([], preparation.findings())
+        preparation.prepare(PrepareArguments())
+        preparation.restore()
+        self.assert_restored()
 
 
 class HistoryTest(base.TestCase):
@@ -311,6 +470,7 @@ class HistoryTest(base.TestCase):
             made = Preparation(
                 ledger.LedgerFile(path),
                 guest.logins,
+                Login,
                 guest.connect,  # type: ignore[arg-type]
                 None,
                 clock,

@@ -2,6 +2,7 @@
 """The agent's methods, as a client on the other end of a channel sees them."""
 
 import base64
+import os
 import socket
 import threading
 import weakref
@@ -12,6 +13,7 @@ import numpy as np
 
 from nova_dmigrate import exception
 from nova_dmigrate.agent import maps, service
+from nova_dmigrate.agent.database import Login
 from nova_dmigrate.agent.preparation import Preparation
 from nova_dmigrate.buffermap import BufferMap, MapLimits, VolumeExtents, parts_to_chunks
 from nova_dmigrate.findings import Finding, Severity
@@ -170,6 +172,7 @@ class ServiceTest(base.TestCase):
         self.service.preparation = Preparation(
             self.service.preparation._file,
             guest.logins,
+            Login,
             guest.connect,  # type: ignore[arg-type]
         )
         ours, theirs = socket.socketpair()
@@ -222,6 +225,23 @@ class ServiceTest(base.TestCase):
         self.assertEqual(1, health.moves)
         self.assertIsNotNone(health.since_move)
         self.assertFalse(health.servers[0].healthy)
+
+    def test_health_is_told_though_the_system_fails_at_the_search(self) -> None:
+        def find() -> Any:
+            os.stat("/proc/self/exe/no-directory")
+
+        self.service._servers.find = find  # type: ignore[method-assign]
+        health = self.client.health()
+        self.assertFalse(health.servers[0].healthy)
+        self.assertIn("Not a directory", health.servers[0].message)
+
+    def test_a_lost_ledger_is_described_as_a_problem(self) -> None:
+        aside = self.service.preparation._file._path.with_suffix(".unreadable-1")
+        aside.parent.mkdir(exist_ok=True)
+        aside.touch()
+        found = self.client.describe().findings[0]
+        self.assertEqual(("lost-ledger", "problem"), (found.code, found.severity))
+        self.assertIn(str(aside), found.message)
 
     def test_an_agent_that_forgot_the_map_is_asked_for_one_more(self) -> None:
         forgotten = []
@@ -280,3 +300,46 @@ class RunTest(base.TestCase):
 
         service.run(service.AgentSettings(self.make_directory()), make_server, stopped)
         self.assertEqual(["start", "reconnect", "stop"], told)
+
+    def test_settings_are_restored_whatever_else_goes_wrong_at_the_stop(self) -> None:
+        database = FakeServer()
+        before = dict(database.values)
+        guest = FakeGuest(database)
+        stopped = threading.Event()
+
+        class Server:
+            def start(self) -> None:
+                preparation = handler.preparation
+                preparation._logins, preparation._connect = guest.logins, guest.connect
+                preparation.prepare(messages.PrepareArguments())
+                self.stop_follow_up, handler.follow_up.stop = handler.follow_up.stop, self.fail
+                stopped.set()
+
+            def reconnect(self) -> None: ...
+
+            def fail(self) -> None:
+                self.stop_follow_up()
+                raise OSError("the events cannot be closed")
+
+            def stop(self) -> None:
+                raise OSError("the port cannot be closed")
+
+        def make_server(dispatcher: Dispatcher) -> Server:
+            nonlocal handler
+            handler = dispatcher._handler
+            return Server()
+
+        handler: Any = None
+        error = self.assertRaises(
+            OSError,
+            service.run,
+            service.AgentSettings(self.make_directory()),
+            make_server,
+            stopped,
+        )
+        self.assertIn("the port", str(error))
+        self.assertEqual(before, database.values)
+        refused = self.assertRaises(
+            exception.AgentError, handler.preparation.prepare, messages.PrepareArguments()
+        )
+        self.assertEqual("stopping", refused.kwargs["code"])
