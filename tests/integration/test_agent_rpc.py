@@ -4,6 +4,7 @@
 import contextlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -263,6 +264,40 @@ class AgentRpcTest(base.TestCase):
         self.assertEqual(before, self.settings())
         self.agent.start()
         self.wait_for_new_agent()
+
+    def test_an_agent_whose_note_is_damaged_changes_nothing_until_the_operator_has_seen_to_it(
+        self,
+    ) -> None:
+        before = self.settings()
+        self.prepare()
+        self.agent.kill()
+        state = self.agent.configuration.parent / "state"
+        for path in state.glob("preparation.*"):
+            os.truncate(path, path.stat().st_size // 2)
+        restored = subprocess.run(
+            self.agent.command("restore"), capture_output=True, text=True, check=False
+        )
+        aside = sorted(state.glob("preparation.*"))
+        self.assertEqual(1, restored.returncode)
+        self.assertEqual(2, len(aside))
+        for path in aside:
+            self.assertIn(str(path), restored.stderr)
+
+        self.agent.start()
+        self.wait_for_new_agent()
+        lowered = self.settings()
+        error = self.assertRaises(exception.AgentRefused, self.client.prepare)
+        self.assertEqual("lost-ledger", error.kwargs["code"])
+        self.assertEqual(lowered, self.settings())
+        self.assertIn("lost-ledger", [each.code for each in self.client.describe().findings])
+
+        for name in reversed(flushing.ORDER):
+            if name in before:
+                self.server.sql(f"SET GLOBAL {name} = {before[name]}")
+        for path in aside:
+            path.unlink()
+        self.client.restore(self.prepare().lease_id)
+        self.assertEqual(before, self.settings())
 
     def test_an_agent_that_is_told_to_end_restores_first(self) -> None:
         before = self.settings()
