@@ -26,7 +26,12 @@ DEFAULT_USER = "nova_dmigrate"
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _USER = re.compile(r"[A-Za-z0-9_]{1,32}")
-_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
+# Ways to log in that hand the password over as it is, whatever the server keeps of it
+_CLEARTEXT = ("mysql_clear_password", "dialog")
+# At most: four requests at a time, what is done every second, and the command line
+_CONNECTIONS = 8
+_NO_PLUGIN = 2059  # CR_AUTH_PLUGIN_CANNOT_LOAD
 _VERSION = re.compile(r"(?:5\.5\.5-)?(\d+)\.(\d+)(?:\.(\d+))?")
 # A packet: length (3 bytes), number, then protocol version 10 and the server's name for itself
 _GREETING = re.compile(rb".{3}\0\x0a([^\0]{1,256})\0", re.DOTALL)
@@ -36,13 +41,15 @@ _GREETING = re.compile(rb".{3}\0\x0a([^\0]{1,256})\0", re.DOTALL)
 class Login:
     """How to reach a server. ``user`` without a password is known by who runs the agent.
 
-    ``timeout``: seconds for connecting, and for each statement.
+    ``timeout``: seconds for connecting, and for each statement. ``uids``: accounts that may run
+    the server, besides root; nothing is said to what another account runs.
     """
 
     socket: str
     user: str = DEFAULT_USER
     password: str = ""
     timeout: float = 5.0
+    uids: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,24 +175,30 @@ class Database:
 def connect(login: Login) -> Database:
     """Connect to a server.
 
-    :raises ServerError: if it cannot be reached, or does not let us in (``code`` is ``login``).
+    :raises ServerError: if it cannot be reached, or does not let us in, or another account than
+        ``login.uids`` listens there (``code`` is ``login``).
     """
+    reached = _reach(login)
     try:
-        connection = pymysql.connect(
-            unix_socket=login.socket,
+        connection = pymysql.Connection(
+            defer_connect=True,
             user=login.user,
             password=login.password,
             charset="utf8",
             autocommit=True,
-            connect_timeout=login.timeout,
             read_timeout=login.timeout,
             write_timeout=login.timeout,
             cursorclass=pymysql.cursors.Cursor,
             # Nothing the server could ask for is read from our files
             local_infile=False,
             read_default_file=None,
+            auth_plugin_map=dict.fromkeys(_CLEARTEXT, _Refused),
         )
-    except (pymysql.MySQLError, OSError, RuntimeError) as error:
+        # What pymysql says of a UNIX socket that it has opened itself
+        connection._secure = True
+        connection.connect(reached)
+    except Exception as error:  # noqa: BLE001 - the library is not made for other than servers
+        reached.close()
         raise exception.ServerError(
             server=login.socket, reason=_sentence(error), code=_code(error)
         ) from error
@@ -202,9 +215,7 @@ def greet(login: Login) -> tuple[str, tuple[int, int, int]]:
     :raises ServerError: if it cannot be reached, or tells something else.
     """
     try:
-        with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as connection:
-            connection.settimeout(login.timeout)
-            connection.connect(login.socket)
+        with _reach(login) as connection:
             greeting = connection.recv(4096)
     except OSError as error:
         raise exception.ServerError(
@@ -216,6 +227,43 @@ def greet(login: Login) -> tuple[str, tuple[int, int, int]]:
             server=login.socket, reason="it does not greet as MySQL does", code="failed"
         )
     return parse_version(match[1].decode("utf-8", "replace"))
+
+
+def _reach(login: Login) -> sockets.socket:
+    """A connection to the server's socket, on which nothing was said yet.
+
+    What was found out about process and path may be true no more, or may have been made up by
+    another user of this guest; who listens at the other end is the kernel's word.
+    """
+    connection = sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM)
+    try:
+        connection.settimeout(login.timeout)
+        connection.connect(login.socket)
+        uid = _peer(connection)[1]
+    except OSError as error:
+        connection.close()
+        raise exception.ServerError(
+            server=login.socket, reason=_sentence(error), code="gone"
+        ) from error
+    # Socket activation: the service manager, root, has made the socket, not the server
+    if uid != 0 and uid not in login.uids:
+        connection.close()
+        raise exception.ServerError(
+            server=login.socket,
+            reason=f"user {uid} listens there, as whom no database server runs",
+            code="login",
+        )
+    return connection
+
+
+class _Refused:
+    """In the place of a way to log in that tells the password to the other side."""
+
+    def __init__(self, connection: object) -> None:
+        pass
+
+    def authenticate(self, packet: object) -> None:
+        raise pymysql.err.OperationalError(_NO_PLUGIN, "it asks for the password in the clear")
 
 
 def parse_version(text: str) -> tuple[str, tuple[int, int, int]]:
@@ -237,20 +285,28 @@ def grants(flavour: str, version: Sequence[int], user: str = DEFAULT_USER) -> li
     if not _USER.fullmatch(user):
         raise ValueError(f"{user!r} is not usable as the name of an SQL user")
     account = f"'{user}'@'localhost'"
+    limit = f"WITH MAX_USER_CONNECTIONS {_CONNECTIONS}"
     if flavour == "mariadb":
         return [
-            f"CREATE USER {account} IDENTIFIED BY 'PASSWORD' WITH MAX_USER_CONNECTIONS 4",
+            f"CREATE USER {account} IDENTIFIED BY 'PASSWORD' {limit}",
             f"GRANT SUPER ON *.* TO {account}",
         ]
     if tuple(version) >= (8, 0):
         return [
-            f"CREATE USER {account} IDENTIFIED BY 'PASSWORD' WITH MAX_USER_CONNECTIONS 4",
+            f"CREATE USER {account} IDENTIFIED BY 'PASSWORD' {limit}",
             f"GRANT SYSTEM_VARIABLES_ADMIN ON *.* TO {account}",
         ]
     return [
         f"CREATE USER {account} IDENTIFIED BY 'PASSWORD'",
-        f"GRANT SUPER ON *.* TO {account} WITH MAX_USER_CONNECTIONS 4",
+        f"GRANT SUPER ON *.* TO {account} {limit}",
     ]
+
+
+def _peer(connection: sockets.socket) -> tuple[int, int]:
+    """Process and user that listen at the other end."""
+    raw = connection.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _PEER.size)
+    pid, uid, _ = _PEER.unpack(raw)
+    return pid, uid
 
 
 def _peer_pid(connection: Any) -> int | None:
@@ -259,7 +315,7 @@ def _peer_pid(connection: Any) -> int | None:
     if raw is None:
         return None
     try:
-        pid: int = _PEER.unpack(raw.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, 12))[0]
+        pid = _peer(raw)[0]
     except OSError:
         return None
     # Socket activation: the service manager has made the socket, not the server
@@ -275,7 +331,7 @@ def _sentence(error: BaseException) -> str:
 
 # Numbers of MySQL's errors; the client library's begin at 2000
 _CODES = {
-    **dict.fromkeys((1044, 1045, 1251, 1698, 1862), "login"),
+    **dict.fromkeys((1044, 1045, 1251, 1698, 1862, _NO_PLUGIN), "login"),
     **dict.fromkeys((1142, 1227, 3814), "privilege"),
     **dict.fromkeys((2002, 2003, 2006, 2013), "gone"),
 }

@@ -50,13 +50,13 @@ class Inspection:
 
 def inspect(
     find: Callable[[], Sequence[processes.ServerProcess]],
-    login: Callable[[str], database.Login],
+    login: Callable[[processes.ServerProcess], database.Login | None],
     connect: Connect = database.connect,
 ) -> Inspection:
     """Look at the servers and at ourselves. Troubles become findings, never errors.
 
     :param find: the servers that are meant; raises AgentError if there is none.
-    :param login: how to reach the server at a socket.
+    :param login: how to reach a server, None if it listens on no socket; raises ServerError.
     """
     found = missing_capabilities(_STATUS.read_text(encoding="ascii"))
     memory = total_memory(_MEMORY.read_text(encoding="ascii"))
@@ -69,12 +69,13 @@ def inspect(
         code = "no-privilege" if isinstance(error, exception.PrivilegeError) else "no-server"
         found.append(Finding(code, Severity.PROBLEM, str(error)))
     for process in running:
-        if process.socket is None:
-            text = f"The server in {process.datadir} listens on no socket: it cannot be prepared"
-            found.append(Finding("no-socket", Severity.PROBLEM, text))
-            continue
         try:
-            with connect(login(process.path(process.socket))) as server:
+            reach = login(process)
+            if reach is None:
+                text = f"The server in {process.datadir} has no socket: it cannot be prepared"
+                found.append(Finding("no-socket", Severity.PROBLEM, text))
+                continue
+            with connect(reach) as server:
                 pool = server.pool()
                 servers.append(_server(process, server, pool))
                 found += inspect_server(server)

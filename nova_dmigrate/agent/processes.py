@@ -3,15 +3,21 @@
 
 A server may live in a chroot or a container: its paths are then its own. They are translated
 through /proc/PID/root, which leads there from outside.
+
+A process can call itself what it likes. What tells a server from one that only looks like it is
+the account that runs it, as the kernel shows it to us: no namespace that a user makes changes it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import os
 import posixpath
+import pwd
 import re
+from collections.abc import Iterable
 
 from nova_dmigrate import exception
 
@@ -19,18 +25,25 @@ _PROC = "/proc"
 _PROGRAMS = ("mysqld", "mariadbd", "mysqld-debug", "mysqld_debug")
 _LISTENING = 0x10000  # __SO_ACCEPTCON in /proc/net/unix
 _MAX_LINKS = 16
+_MAX_STRANGERS = 3  # so many are told of
+# A line of /proc/net/unix: flags, inode, path. A path may hold line breaks, and so forge lines.
+_SOCKET = re.compile(
+    r"[0-9A-Fa-f]+: [0-9A-F]{8} [0-9A-F]{8} ([0-9A-F]{8}) [0-9A-F]{4} [0-9A-F]{2} +([0-9]+) (.+)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Selector:
     """Which servers are meant: all that are given must fit. None at all means every server.
 
-    ``datadir`` and ``socket`` are paths as the server or as this process sees them.
+    ``datadir`` and ``socket`` are paths as the server or as this process sees them. ``users``:
+    names or numbers of the accounts that run servers; what runs as another is none.
     """
 
     pid: int | None = None
     datadir: str | None = None
     socket: str | None = None
+    users: tuple[str, ...] = ("mysql",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +52,8 @@ class ServerProcess:
 
     ``start_time`` (clock ticks since boot) tells the process from a later one with its pid.
     ``executable``, ``datadir`` and ``socket`` are paths as the server sees them, ``root`` leads
-    to its root directory. ``socket`` is None when it listens on none.
+    to its root directory. ``socket`` is None when it listens on none. ``uid`` is that of the
+    account that runs it, as this process sees it.
     """
 
     pid: int
@@ -54,8 +68,25 @@ class ServerProcess:
         """The way from here to a path that the server knows; links on it stay in its world.
 
         A relative path is relative to the data directory, where the server works.
+
+        :raises OSError: if its links go in a circle.
         """
         return self.root + _follow(self.root, posixpath.join(self.datadir, path))
+
+    @property
+    def socket_path(self) -> str | None:
+        """The way from here to its socket, None when it listens on none.
+
+        :raises ServerError: if there is no way.
+        """
+        if self.socket is None:
+            return None
+        try:
+            return self.path(self.socket)
+        except OSError as error:
+            raise exception.ServerError(
+                server=self.socket, reason=error.strerror, code="gone"
+            ) from error
 
     def inside(self, path: str) -> str:
         """A path out of one of the links of /proc/PID, as the server sees it."""
@@ -73,17 +104,25 @@ class ServerProcess:
 def find_servers(selector: Selector | None = None) -> list[ServerProcess]:
     """The servers that fit, sorted by pid.
 
-    :raises ServerNotFound: if there is none.
+    :raises ServerNotFound: if there is none; it names those that look like one, but run as
+        another user than the selector's.
     :raises PrivilegeError: if there is one that fits as far as can be seen, but the kernel does
         not let us look at it.
     """
     selector = selector or Selector()
     candidates = [selector.pid] if selector.pid is not None else _all_pids()
-    servers = []
+    users = user_ids(selector.users)
+    servers, strangers = [], []
     refused = None
     for pid in candidates:
+        uid = _server_uid(pid)
+        if uid is None:
+            continue
+        if uid not in users:
+            strangers.append((pid, uid))
+            continue
         try:
-            server = _inspect(pid)
+            server = _inspect(pid, uid)
         except exception.PrivilegeError as error:
             refused = error
             continue
@@ -92,8 +131,22 @@ def find_servers(selector: Selector | None = None) -> list[ServerProcess]:
     if not servers and refused is not None:
         raise refused
     if not servers:
-        raise exception.ServerNotFound(reason=_what_was_sought(selector))
+        raise exception.ServerNotFound(
+            reason="; ".join([_what_was_sought(selector), *_told(strangers)])
+        )
     return servers
+
+
+def user_ids(users: Iterable[str]) -> frozenset[int]:
+    """The numbers of those accounts that there are."""
+    uids = set()
+    for user in users:
+        if user.isdecimal():
+            uids.add(int(user))
+            continue
+        with contextlib.suppress(KeyError):
+            uids.add(pwd.getpwnam(user).pw_uid)
+    return frozenset(uids)
 
 
 def read_start_time(pid: int) -> int:
@@ -106,12 +159,10 @@ def read_start_time(pid: int) -> int:
 def parse_sockets(text: str, inodes: set[int]) -> list[str]:
     """Paths of those of ``inodes`` that listen, from the text of /proc/PID/net/unix."""
     paths = []
-    for line in text.splitlines()[1:]:
-        fields = line.split(None, 7)
-        if len(fields) < 8 or not fields[6].isdigit():
-            continue
-        if int(fields[3], 16) & _LISTENING and int(fields[6]) in inodes:
-            paths.append(fields[7])
+    for line in text.split("\n"):
+        match = _SOCKET.fullmatch(line)
+        if match and int(match[1], 16) & _LISTENING and int(match[2]) in inodes:
+            paths.append(match[3])
     return paths
 
 
@@ -131,13 +182,39 @@ def _all_pids() -> list[int]:
     return sorted(int(name) for name in os.listdir(_PROC) if name.isdigit())
 
 
-def _inspect(pid: int) -> ServerProcess | None:
-    """The server with that pid; None if it is none, or gone."""
+def _told(strangers: Iterable[tuple[int, int]]) -> list[str]:
+    """What to do about processes (pid, uid) that look like servers."""
+    told = []
+    for pid, uid in list(strangers)[:_MAX_STRANGERS]:
+        try:
+            user = pwd.getpwuid(uid).pw_name
+        except KeyError:
+            user = str(uid)
+        told.append(
+            f"process {pid} looks like a server but runs as user {user}: "
+            "if that is right, name it in [agent]server_users"
+        )
+    return told
+
+
+def _server_uid(pid: int) -> int | None:
+    """The account that runs what looks like a server; None if it does not, or is gone."""
     try:
         with open(f"{_PROC}/{pid}/comm", encoding="utf-8", errors="replace") as file:
             name = file.read().strip()
         if name not in _PROGRAMS and not _runs_program(pid):
             return None
+        # Not the owner of /proc/PID: that is root once a process has given up privileges
+        with open(f"{_PROC}/{pid}/status", encoding="utf-8", errors="replace") as file:
+            match = re.search(r"^Uid:\s*([0-9]+)", file.read(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(match[1]) if match else None
+
+
+def _inspect(pid: int, uid: int) -> ServerProcess | None:
+    """The server with that pid; None if it is gone."""
+    try:
         executable = os.readlink(f"{_PROC}/{pid}/exe").replace(" (deleted)", "")
         root = f"{_PROC}/{pid}/root"
         return ServerProcess(
@@ -147,7 +224,7 @@ def _inspect(pid: int) -> ServerProcess | None:
             datadir=_inside(pid, os.readlink(f"{_PROC}/{pid}/cwd")),
             root=root,
             socket=_socket(pid),
-            uid=os.stat(f"{_PROC}/{pid}").st_uid,
+            uid=uid,
         )
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM):
@@ -242,11 +319,8 @@ def _follow(root: str, path: str) -> str:
 
 
 def _what_was_sought(selector: Selector) -> str:
-    given = [
-        f"{name} {value}"
-        for name, value in dataclasses.asdict(selector).items()
-        if value is not None
-    ]
+    named = {"pid": selector.pid, "datadir": selector.datadir, "socket": selector.socket}
+    given = [f"{name} {value}" for name, value in named.items() if value is not None]
     if not given:
         return "neither mysqld nor mariadbd runs here"
     return "none runs here with " + " and ".join(given)

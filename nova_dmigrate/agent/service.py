@@ -49,16 +49,41 @@ class Servers:
     def find(self) -> Sequence[processes.ServerProcess]:
         return processes.find_servers(self._settings.selector)
 
-    def login(self, socket: str) -> database.Login:
-        return dataclasses.replace(self._settings.login, socket=socket)
+    def login(self, server: processes.ServerProcess) -> database.Login | None:
+        """How to reach a server, None if it listens on no socket.
+
+        :raises ServerError: if there is no way to its socket.
+        """
+        socket = server.socket_path
+        if socket is None:
+            return None
+        return dataclasses.replace(
+            self._settings.login, socket=socket, uids=frozenset((server.uid,))
+        )
+
+    def login_at(self, socket: str) -> database.Login:
+        """How to reach the server at a socket, whether it can be found now or not."""
+        uids = processes.user_ids(self._settings.selector.users)
+        return dataclasses.replace(self._settings.login, socket=socket, uids=uids)
 
     def logins(self) -> list[database.Login]:
-        """How to reach each of them; those that listen on no socket are left out."""
-        return [
-            self.login(server.path(server.socket))
-            for server in self.find()
-            if server.socket is not None
-        ]
+        """How to reach each of them; those that cannot be reached are left out.
+
+        :raises ServerError: if that leaves none of those that listen on a socket.
+        """
+        logins, failures = [], []
+        for server in self.find():
+            try:
+                login = self.login(server)
+            except exception.ServerError as error:
+                LOG.warning("Left out: %s", error)
+                failures.append(error)
+                continue
+            if login is not None:
+                logins.append(login)
+        if failures and not logins:
+            raise failures[0]
+        return logins
 
     def build_map(self) -> maps.GuestMap:
         """One map of all of them."""
@@ -73,7 +98,7 @@ def make_preparation(settings: AgentSettings) -> Preparation:
     return Preparation(
         ledger.LedgerFile(settings.state_directory / "preparation.json"),
         servers.logins,
-        servers.login,
+        servers.login_at,
         database.connect,
         settings.preparation,
     )

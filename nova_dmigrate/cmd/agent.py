@@ -10,8 +10,10 @@ Exit status: 0 all is well, 1 something is missing or failed, 2 wrong usage or c
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
+import re
 import signal
 import sys
 import threading
@@ -37,6 +39,8 @@ _WELL, _TROUBLE, _WRONG_USAGE = 0, 1, 2
 _MIB = 1 << 20
 _MAX_PASSWORD = 4096
 _DMI_UUID = Path("/sys/class/dmi/id/product_uuid")
+_VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}(\.[0-9]{1,4})?(-.*)?")
+_VERSION_MEANT = (8, 0, 0)  # without --version
 _MARKS = {Severity.OK: "ok", Severity.NOTE: "note", Severity.PROBLEM: "PROBLEM"}
 
 
@@ -52,7 +56,13 @@ def _add_commands(commands: Any) -> None:
     commands.add_parser("restore", help="put back settings that a dead agent has left changed")
     grants = commands.add_parser("grants", help="print the statements that make the SQL user")
     grants.add_argument("--flavour", choices=["mysql", "mariadb"], help="else the running server's")
-    grants.add_argument("--version", default="8.0", help="of --flavour, e.g. 5.7")
+    grants.add_argument("--version", type=_version, help="of --flavour, e.g. 5.7 (default 8.0)")
+
+
+def _version(text: str) -> tuple[int, int, int]:
+    if not _VERSION.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no version such as 5.7 or 10.11.6")
+    return database.parse_version(text)[1]
 
 
 def make_config(arguments: list[str], files: list[str] | None = None) -> cfg.ConfigOpts:
@@ -79,7 +89,11 @@ def settings_from(config: cfg.ConfigOpts) -> service.AgentSettings:
     agent = config.agent
     return service.AgentSettings(
         state_directory=Path(agent.state_directory),
-        selector=processes.Selector(datadir=agent.datadir or None, socket=agent.socket or None),
+        selector=processes.Selector(
+            datadir=agent.datadir or None,
+            socket=agent.socket or None,
+            users=tuple(agent.server_users),
+        ),
         login=database.Login(
             socket="",
             user=agent.sql_user,
@@ -233,8 +247,11 @@ def _restore(settings: service.AgentSettings, command: Any) -> int:
 
 
 def _grants(settings: service.AgentSettings, command: Any) -> int:
-    flavour, number = command.flavour, database.parse_version(command.version)[1]
+    flavour, number = command.flavour, command.version or _VERSION_MEANT
     if flavour is None:
+        if command.version is not None:
+            print(f"{PROGRAM} grants: --version is of use with --flavour alone", file=sys.stderr)
+            return _WRONG_USAGE
         flavour, number = _ask_version(service.Servers(settings))
     for statement in database.grants(flavour, number, settings.login.user):
         print(statement + ";")

@@ -73,6 +73,19 @@ empty as well, means every MySQL and MariaDB server of the guest.
 Socket of the database server that is meant. Empty means any.
 """,
     ),
+    cfg.ListOpt(
+        "server_users",
+        default=["mysql"],
+        help="""
+Accounts that run database servers, by name or number as this guest sees them. A
+process that runs as another is never taken for a server, whatever it calls
+itself, and never gets the password of ``sql_user``.
+
+For a server in a container this is mostly a number: what ``ps -o uid`` shows
+outside of it (999 for the common images, another one with user namespaces).
+Name no account under which others than database servers run.
+""",
+    ),
     cfg.StrOpt(
         "sql_user",
         default="nova_dmigrate",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from nova_dmigrate import exception
-from nova_dmigrate.agent import database, describe, flushing, ledger, preparation
+from nova_dmigrate.agent import database, describe, flushing, ledger, preparation, processes
 from nova_dmigrate.rpc import messages
 from tests import base
 from tests.lab import chroots, databases, loop, mysql56
@@ -48,8 +48,12 @@ class AnyServer(base.TestCase):
         cls._stack.close()
         super().tearDownClass()
 
+    def login(self, user: str, password: str) -> database.Login:
+        uids = processes.user_ids(["mysql"])
+        return database.Login(str(self.socket), user, password, uids=uids)
+
     def connect(self, user: str = database.DEFAULT_USER) -> database.Database:
-        opened = database.connect(database.Login(str(self.socket), user, "a password"))
+        opened = database.connect(self.login(user, "a password"))
         self.addCleanup(opened.close)
         return opened
 
@@ -89,12 +93,11 @@ class AnyServer(base.TestCase):
         self.assertEqual([f"{each};" for each in statements], printed.stdout.splitlines())
         mysql56.execute(self.socket, *statements)
         self.addCleanup(mysql56.execute, self.socket, "DROP USER 'not_yet'@'localhost'")
-        login = database.Login(str(self.socket), "not_yet", "PASSWORD")
-        with database.connect(login) as opened:
+        with database.connect(self.login("not_yet", "PASSWORD")) as opened:
             self.assertTrue(opened.may_set_globals())
 
     def test_a_wrong_password_is_told(self) -> None:
-        login = database.Login(str(self.socket), password="wrong")
+        login = self.login(database.DEFAULT_USER, "wrong")
         error = self.assertRaises(exception.ServerError, database.connect, login)
         self.assertEqual("login", error.kwargs["code"])
 

@@ -106,6 +106,25 @@ class CommandTest(base.TestCase):
         self.assertEqual(0, status)
         self.assertIn("GRANT SUPER ON *.* TO 'nova_dmigrate'@'localhost'", text)
 
+    def test_grants_for_a_version_that_is_none_are_wrong_usage(self) -> None:
+        for version in ("banana", "8", "8.banana", "", "8.0banana"):
+            status, text = self.run_command("grants", "--flavour", "mysql", "--version", version)
+            self.assertEqual(2, status, version)
+            self.assertIn(f"{version!r} is no version such as 5.7", text)
+        for version in ("10.11.6-MariaDB-0+deb12u1", "10.5"):
+            arguments = ("grants", "--flavour", "mariadb", "--version", version)
+            self.assertEqual(0, self.run_command(*arguments)[0], version)
+        status, text = self.run_command("grants", "--version", "8.0")
+        self.assertEqual(2, status)
+        self.assertIn("--version is of use with --flavour alone", text)
+
+    def test_the_accounts_of_servers_are_those_of_the_configuration(self) -> None:
+        config = agent.make_config(["check"], [str(self.file)])
+        self.assertEqual(("mysql",), agent.settings_from(config).selector.users)
+        self.file.write_text("[agent]\nserver_users = mysql, 999\n")
+        config = agent.make_config(["check"], [str(self.file)])
+        self.assertEqual(("mysql", "999"), agent.settings_from(config).selector.users)
+
     def test_restore_without_anything_to_restore_is_well(self) -> None:
         status, text = self.run_command("restore")
         self.assertEqual((0, "nothing of this lease is changed\n"), (status, text))

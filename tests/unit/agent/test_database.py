@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a database server can be said without one."""
 
+import os
 import socket
 import threading
 
@@ -72,7 +73,7 @@ class GreetingTest(base.TestCase):
             thread = threading.Thread(target=answer)
             thread.start()
             self.addCleanup(thread.join)
-            return database.greet(database.Login(path))
+            return database.greet(database.Login(path, uids=frozenset((os.getuid(),))))
 
     def test_a_server_tells_what_it_is_before_any_login(self) -> None:
         said = b"\x4a\0\0\0\x0a8.0.36-0ubuntu\0rest"

@@ -37,6 +37,10 @@ def process(socket: str | None = "/run/one.sock") -> ServerProcess:
     return ServerProcess(1, 1, "/usr/sbin/mysqld", "/var/lib/mysql", "/", socket, 0)
 
 
+def login(server: ServerProcess) -> Login | None:
+    return None if server.socket is None else Login(server.socket)
+
+
 class DescribeTest(base.TestCase):
     def setUp(self) -> None:
         super().setUp()
@@ -46,7 +50,7 @@ class DescribeTest(base.TestCase):
     def inspect(self, *processes: ServerProcess) -> describe.Inspection:
         return describe.inspect(
             lambda: processes,
-            Login,
+            login,
             lambda login: self.made(self.server, login),  # type: ignore[arg-type, return-value]
         )
 
@@ -94,14 +98,19 @@ class DescribeTest(base.TestCase):
         def nothing() -> list[ServerProcess]:
             raise exception.ServerNotFound(reason="none runs here")
 
-        self.assertIn("no-server", self.codes(describe.inspect(nothing, Login)))
+        self.assertIn("no-server", self.codes(describe.inspect(nothing, login)))
         self.assertIn("no-socket", self.codes(self.inspect(process(socket=None))))
 
         def refused(login: Login) -> Any:
             raise exception.ServerError(server="x", reason="denied", code="login")
 
-        found = describe.inspect(lambda: [process()], Login, refused)
+        found = describe.inspect(lambda: [process()], login, refused)
         self.assertIn("no-login", self.codes(found))
+
+        def nowhere(server: ServerProcess) -> Login:
+            raise exception.ServerError(server="x", reason="links in a circle", code="gone")
+
+        self.assertIn("no-answer", self.codes(describe.inspect(lambda: [process()], nowhere)))
 
     def test_each_missing_capability_is_told_with_its_purpose(self) -> None:
         self.assertEqual([], describe.missing_capabilities("CapEff:\t000001ffffffffff\n"))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 import os
 import socket
 import subprocess
@@ -29,13 +30,23 @@ class Proc:
         self.proc = root / "proc"
         self.proc.mkdir()
 
-    def server(self, pid, datadir, comm="mysqld", exe="/usr/sbin/mysqld", root="/", sockets=()):
+    def server(
+        self,
+        pid,
+        datadir,
+        comm="mysqld",
+        exe="/usr/sbin/mysqld",
+        root="/",
+        sockets=(),
+        uids="70 0 0 0",
+    ):
         directory = self.proc / str(pid)
         (directory / "fd").mkdir(parents=True)
         (directory / "net").mkdir()
         (directory / "comm").write_text(f"{comm}\n")
         fields = ["S", "1", *["0"] * 17, str(1000 + pid), "0"]
         (directory / "stat").write_text(f"{pid} (my) sq l)) {' '.join(fields)}\n")
+        (directory / "status").write_text(f"Name:\t{comm}\nUid:\t{uids}\nGid:\t0\t0\t0\t0\n")
         (directory / "exe").symlink_to(exe)
         (directory / "cwd").symlink_to(datadir)
         (directory / "root").symlink_to(root)
@@ -55,7 +66,7 @@ class FindTest(base.TestCase):
         self.addCleanup(patch.stop)
 
     def find(self, **selector):
-        return processes.find_servers(processes.Selector(**selector))
+        return processes.find_servers(processes.Selector(**{"users": ("70",), **selector}))
 
     def pids(self, **selector):
         return [server.pid for server in self.find(**selector)]
@@ -75,7 +86,7 @@ class FindTest(base.TestCase):
         self.assertEqual("/run/my sql/mysqld.sock", server.socket)
         self.assertEqual(1070, server.start_time)
         self.assertEqual(f"{self.proc.proc}/70/root", server.root)
-        self.assertEqual(os.getuid(), server.uid)
+        self.assertEqual(70, server.uid)
 
     def test_several_servers_are_told_apart(self):
         for pid, name in ((5, "a"), (30, "b"), (200, "c")):
@@ -116,6 +127,25 @@ class FindTest(base.TestCase):
             error = self.assertRaises(exception.PrivilegeError, self.find)
         self.assertIn("CAP_SYS_PTRACE", str(error))
 
+    def test_what_runs_as_another_user_is_no_server(self):
+        self.proc.server(5, "/srv/a", uids="4000000001 70 70 70")
+        self.proc.server(6, "/srv/b")
+        self.assertEqual([6], self.pids())
+        self.assertEqual([5, 6], self.pids(users=("4000000001", "70", "no-such-user")))
+        self.assertEqual([5], self.pids(users=("4000000001",)))
+        for number in range(100, 110):
+            self.proc.server(number, "/", uids="4000000000 0 0 0")
+        error = self.assertRaises(exception.ServerNotFound, self.find, users=())
+        self.assertIn("process 5 looks like a server but runs as user 4000000001", str(error))
+        self.assertIn("process 100 looks like a server but runs as user 4000000000", str(error))
+        self.assertEqual(3, str(error).count("[agent]server_users"))
+
+    def test_what_may_not_be_looked_at_and_is_no_server_is_no_missing_privilege(self):
+        self.proc.server(5, "/srv/a", uids="71 71 71 71")
+        refusal = PermissionError(13, "Permission denied")
+        with mock.patch.object(processes, "_socket", side_effect=refusal):
+            self.assertRaises(exception.ServerNotFound, self.find)
+
     def test_none_at_all_is_an_error_that_says_so(self):
         error = self.assertRaises(exception.ServerNotFound, self.find)
         self.assertIn("neither mysqld nor mariadbd", str(error))
@@ -151,6 +181,26 @@ class PathTest(base.TestCase):
         (self.root / "a").symlink_to("b")
         (self.root / "b").symlink_to("/a")
         self.assertRaises(OSError, self.server.path, "/a")
+
+    def test_a_socket_in_such_a_circle_is_an_error_of_the_server(self):
+        (self.root / "a").symlink_to("a")
+        server = dataclasses.replace(self.server, socket="/a")
+        error = self.assertRaises(exception.ServerError, getattr, server, "socket_path")
+        self.assertIn("/a: ", str(error))
+        self.assertIsNone(self.server.socket_path)
+
+
+class SocketsTest(base.TestCase):
+    def test_a_path_with_line_breaks_makes_no_errors(self):
+        for line in (
+            "x: 2 2 zz 1 1 101 /forged",
+            "0: 00000002 00000000 00010000 0001 01 \u00b2 /forged",
+            "0: 00000002 00000000 0001000 0001 01 101 /forged",
+            "",
+        ):
+            self.assertEqual(
+                ["/run/mysqld/mysqlx.sock"], processes.parse_sockets(f"{line}\n{UNIX}", {101})
+            )
 
 
 class RealProcessTest(base.TestCase):
