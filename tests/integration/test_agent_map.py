@@ -170,7 +170,8 @@ class AnyServer(DatabaseTestCase):
         self.assertLess(self.equal_share(many), self.equal_share(few))
 
     def test_after_the_preparation_mapped_pages_equal_the_volume_under_a_light_load(self) -> None:
-        login = database.Login(str(self.server.socket), "root")
+        uids = processes.user_ids(["mysql"])
+        login = database.Login(str(self.server.socket), "root", uids=uids)
         prepared = preparation.Preparation(
             ledger.LedgerFile(self.make_directory() / "preparation.json"),
             lambda: [login],
