@@ -17,12 +17,15 @@ here.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nova_dmigrate.agent import memory, pages
+from nova_dmigrate.agent import cancellation, memory, pages
+
+LOG = logging.getLogger(__name__)
 
 _WORD = 8
 _STEP = 256 << 10  # an array that is shorter is not searched for: it is of less than 12 MiB
@@ -30,6 +33,10 @@ _PLACES = (4, 64)  # that are looked at in one go, where an array is likely, and
 _STRIDES = range(16, 129)  # sizes that a descriptor may have, in words
 _CHAIN = 4
 _CHECKED = 64  # descriptors inside of an array that have to fit, and at its end that may
+# The work that a search is allowed, in words or entries of the page map that are looked at: what
+# its mappings have pages, and so much for small ones. Real arrays need a quarter of that.
+_ALLOWED = 1 << 20
+_WORK_OF_PAGE = 2048  # what looking for chains in one page counts
 _BLOCK = 2048  # descriptors that are read in one go
 _SAMPLE = 8192
 _FEWEST_MARKED = 16  # frames with an LSN in their descriptors, for a choice that is no accident
@@ -92,21 +99,60 @@ class Descriptors:
 
 
 def find(
-    process: memory.ProcessMemory, mappings: Sequence[memory.Mapping], page_size: int
+    process: memory.ProcessMemory,
+    mappings: Sequence[memory.Mapping],
+    page_size: int,
+    cancelled: cancellation.Cancellation,
 ) -> Descriptors | None:
-    """The descriptors of a server's frames; None where they are not found or not understood."""
-    arrays = [array for mapping in mappings for array in _find_arrays(process, mapping, page_size)]
+    """The descriptors of a server's frames; None where they are not found or not understood.
+
+    Nor are they where too much looks like an array: the search gives up.
+
+    :raises AgentError: if it is cancelled.
+    """
+    pages_there = sum(mapping.size for mapping in mappings) // memory.PAGE_SIZE
+    allowance = _Allowance(_ALLOWED + pages_there, cancelled)
+    try:
+        arrays = [
+            array
+            for mapping in mappings
+            for array in _find_arrays(process, mapping, page_size, allowance)
+        ]
+    except _UsedUpError:
+        LOG.warning("The search for the server's descriptors of frames was given up")
+        return None
     oldest = _find_oldest(process, arrays, page_size) if arrays else None
     return None if oldest is None else Descriptors(arrays, oldest, page_size)
 
 
+class _UsedUpError(Exception):
+    """The search has done all the work that it is allowed."""
+
+
+class _Allowance:
+    """The work that a search may still do, as long as it is not cancelled."""
+
+    def __init__(self, left: int, cancelled: cancellation.Cancellation) -> None:
+        self._left = left
+        self._cancelled = cancelled
+
+    def spend(self, work: int) -> None:
+        self._cancelled.check()
+        self._left -= work
+        if self._left < 0:
+            raise _UsedUpError
+
+
 def _find_arrays(
-    process: memory.ProcessMemory, mapping: memory.Mapping, page_size: int
+    process: memory.ProcessMemory,
+    mapping: memory.Mapping,
+    page_size: int,
+    allowance: _Allowance,
 ) -> Iterator[DescriptorArray]:
     cursor, places = mapping.start, _PLACES[0]
     while cursor < mapping.end:
         behind = min(mapping.end, cursor + places * _STEP)
-        array = _find_first(process, mapping, cursor, behind, page_size)
+        array = _find_first(process, mapping, cursor, behind, page_size, allowance)
         if array is None:
             cursor, places = behind, _PLACES[1]
         else:
@@ -121,8 +167,10 @@ def _find_first(
     cursor: int,
     behind: int,
     page_size: int,
+    allowance: _Allowance,
 ) -> DescriptorArray | None:
     """The first array that begins between two addresses."""
+    allowance.spend(0)
     present = process.guest_pages(cursor, (behind - cursor) // memory.PAGE_SIZE) >= 0
     step = _STEP // memory.PAGE_SIZE
     chosen = np.flatnonzero(present[::step]) * _STEP + cursor
@@ -133,26 +181,28 @@ def _find_first(
     inside = (words > chosen[:, np.newaxis].astype(np.uint64)) & (words < np.uint64(mapping.end))
     inside &= words % np.uint64(page_size) == 0
     for row in np.flatnonzero(np.count_nonzero(inside, axis=1) >= _CHAIN).tolist():
+        allowance.spend(_WORK_OF_PAGE)
         for at, stride in _chains(words[row], inside[row], page_size):
             address = int(chosen[row]) + at * _WORD
-            array = _extend(process, mapping, address, int(words[row, at]), stride, page_size)
+            frame = int(words[row, at])
+            array = _extend(process, mapping, address, frame, stride, page_size, allowance)
             if array is not None:
                 return array
     return None
 
 
-def _chains(words: U64, inside: Bools, page_size: int) -> Iterator[tuple[int, int]]:
+def _chains(words: U64, inside: Bools, page_size: int) -> list[tuple[int, int]]:
     """Where addresses of frames begin to follow each other: (word, bytes from one to the next)."""
-    values = words.astype(np.int64)
-    places = np.flatnonzero(inside).tolist()
-    for number, at in enumerate(places):
-        for other in places[number + 1 :]:
-            stride = other - at
-            if stride not in _STRIDES or at + (_CHAIN - 1) * stride >= words.size:
-                continue
-            chain = values[at::stride][:_CHAIN]
-            if bool((np.diff(chain) == page_size).all()):
-                yield at, stride * _WORD
+    expected = words + np.uint64(page_size)
+    found = []
+    for stride in _STRIDES:
+        # Where the word a stride further is that of the next frame, so often in a row
+        follows = inside[:-stride] & (words[stride:] == expected[:-stride])
+        chain = follows[: words.size - (_CHAIN - 1) * stride].copy()
+        for number in range(1, _CHAIN - 1):
+            chain &= follows[number * stride :][: chain.size]
+        found += [(at, stride * _WORD) for at in np.flatnonzero(chain).tolist()]
+    return sorted(found)
 
 
 def _extend(
@@ -162,12 +212,16 @@ def _extend(
     frame: int,
     stride: int,
     page_size: int,
+    allowance: _Allowance,
 ) -> DescriptorArray | None:
     """The whole array of which one descriptor is known; None if it is something else."""
 
     def fit(numbers: NDArray[np.int64]) -> Bools:
         """Whether descriptors, counted from the known one, have the addresses of their frames."""
         at = address + numbers * stride
+        if at.size:
+            reach = abs(int(at[-1]) - int(at[0])) // memory.PAGE_SIZE + 1
+            allowance.spend(at.size + reach)
         present = _present(process, at)
         lengths = np.full(at[present].size, _WORD, np.uint64)
         content, _ = process.read_pieces(at[present].astype(np.uint64), lengths)

@@ -3,7 +3,7 @@
 
 All mapped files are laid one behind the other into one long row of frames, so that a page is one
 number (its *place*) however many tablespaces there are, and the extents of all files are one
-sorted table.
+sorted table. Excluded files have no places: their pages are known, that is all.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from nova_dmigrate.agent import filesystem, storage
 
 _SPACE_SHIFT = np.uint64(32)
-MAX_PLACES = 2**32 - 1
+MAX_PLACES = 2**32 - 1  # frames are kept with 32 bits of place
 
 U64 = NDArray[np.uint64]
 Bools = NDArray[np.bool_]
@@ -52,6 +52,8 @@ class PlaceTable:
 
     ``files`` must not overlap; their order is that of the places. ``reasons`` are the reasons
     for exclusion, and ``reason`` in an answer is an index into them.
+
+    :raises ValueError: if there are more than ``MAX_PLACES`` places.
     """
 
     def __init__(self, files: Sequence[File]) -> None:
@@ -64,8 +66,11 @@ class PlaceTable:
         )
         pages = np.array([file.pages for file in order], np.uint64)
         self._ends = self._starts + pages
-        self.bases = np.cumsum(pages) - pages
-        self.places = int(pages.sum())
+        # Not an array's sum: it could wrap
+        if sum(file.pages for file in order if file.excluded is None) > MAX_PLACES:
+            raise ValueError(f"more than {MAX_PLACES} pages have places")
+        placed = np.array([0 if file.excluded else file.pages for file in order], np.uint64)
+        self.bases = np.cumsum(placed) - placed
         self._full_crc32 = np.array([file.full_crc32 for file in order], np.bool_)
         self._reason = np.array(
             [number[file.excluded] if file.excluded else -1 for file in order], np.int64
@@ -75,7 +80,8 @@ class PlaceTable:
         self, space: NDArray[np.uint32], page: NDArray[np.uint32]
     ) -> tuple[Bools, U64, Bools, NDArray[np.int64]]:
         """(known, place u64, full_crc32, reason or -1) of each page; the latter three of no
-        meaning where it is not known. ``space``, ``page``: u32 (n,)."""
+        meaning where it is not known, nor the place where there is a reason. ``space``,
+        ``page``: u32 (n,)."""
         if not self._starts.size:
             nothing = np.zeros(space.shape, np.bool_)
             none = np.full(space.shape, -1, np.int64)

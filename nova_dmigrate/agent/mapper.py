@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from nova_dmigrate import buffermap, exception, findings
 from nova_dmigrate.agent import (
     assembly,
+    cancellation,
     filesystem,
     location,
     memory,
@@ -67,6 +68,11 @@ class ServerMap:
         self._server = server
         self._settings = settings or options.MapOptions()
         self._summary: MapSummary | None = None
+        self._cancellation = cancellation.Cancellation()
+
+    def cancel(self) -> None:
+        """Have the iteration, in whichever thread, end soon with an AgentError."""
+        self._cancellation.cancel()
 
     @property
     def summary(self) -> MapSummary:
@@ -80,6 +86,7 @@ class ServerMap:
 
         :raises ServerNotFound: if the server has ended.
         :raises PrivilegeError: if the kernel does not let us look.
+        :raises AgentError: if it is cancelled.
         """
         began = time.monotonic()
         server = self._server
@@ -87,9 +94,9 @@ class ServerMap:
         spaces = tablespaces.discover(server, notes.unreadable)
         page_size = _common_page_size(spaces)
         table = location.PlaceTable(
-            _Locator(server, self._settings, notes).locate(spaces, page_size)
+            _Locator(server, self._settings, notes).locate(spaces, page_size, self._cancellation)
         )
-        search = scan.Scan(table, page_size, self._settings)
+        search = scan.Scan(table, page_size, self._settings, self._cancellation)
         with memory.ProcessMemory(server.pid) as process:
             found = search.run(process)
         mapped = 0
@@ -98,6 +105,7 @@ class ServerMap:
             mapped += part.page_count
             yield part
             del part  # it is large, and the next one is about to be made
+            self._cancellation.check()
         if not server.running:
             raise exception.ServerNotFound(reason=f"process {server.pid} has ended")
         self._summary = MapSummary(
@@ -190,11 +198,16 @@ class _Locator:
         self._notes = notes
 
     def locate(
-        self, spaces: Sequence[tablespaces.Tablespace], page_size: int
+        self,
+        spaces: Sequence[tablespaces.Tablespace],
+        page_size: int,
+        cancelled: cancellation.Cancellation,
     ) -> list[location.File]:
         files = []
+        places = 0
         taken: dict[int, int] = {}
         for space in spaces:
+            cancelled.check()
             # Of a tablespace that is there twice (a copy left lying about) the file that the
             # server has open comes first.
             if space.page_size != page_size or space.first_page < taken.get(space.space_id, 0):
@@ -204,7 +217,14 @@ class _Locator:
             placed: list[storage.Placed] = []
             if excluded is None:
                 try:
+                    if places + space.pages > location.MAX_PLACES:
+                        raise exception.StorageError(
+                            path=space.path,
+                            reason=f"the tablespaces have more than {location.MAX_PLACES} pages",
+                            code="too-many-pages",
+                        )
                     placed = self._place(space)
+                    places += space.pages
                 except exception.StorageError as error:
                     self._notes.storage(error, space.path)
                     excluded = str(error.kwargs.get("code", "unsupported-device"))

@@ -16,14 +16,14 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from nova_dmigrate import exception
-from nova_dmigrate.agent import mapper
+from nova_dmigrate.agent import cancellation, mapper
 from nova_dmigrate.buffermap import BufferMap, parts_to_chunks
-from nova_dmigrate.findings import Finding
+from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.rpc import messages
 
 LOG = logging.getLogger(__name__)
@@ -36,27 +36,50 @@ class GuestMap:
     """The map of all servers of a guest, in parts, which is made as they are asked for.
 
     At the end there are also ``pages``, the guest pages of each volume, and ``findings``. Pages
-    that several servers had, one after the other, are counted for each of them.
+    that several servers had, one after the other, are counted for each of them. A server that
+    cannot be mapped, or ends meanwhile, is a finding, and the map goes on with the next one.
     """
 
-    def __init__(self, servers: Iterable[mapper.ServerMap]) -> None:
+    def __init__(self, servers: Sequence[mapper.ServerMap]) -> None:
         self._servers = servers
+        self._cancellation = cancellation.Cancellation()
         self.pages: collections.Counter[str] = collections.Counter()
         self.findings: list[Finding] = []
 
     def __iter__(self) -> Iterator[BufferMap]:
         """To be asked for once.
 
-        :raises AgentError: as `mapper.ServerMap` does.
+        :raises AgentError: as `mapper.ServerMap` does, if no server can be mapped; also once it is
+            cancelled.
         """
+        failures: list[Exception] = []
         for server in self._servers:
-            for part in server:
-                for volume in part.volumes:
-                    self.pages[volume.volume_id] += volume.page_count
-                    del volume
-                yield part
-                del part  # it is large, and the next one is about to be made
-            self.findings += server.summary.findings
+            try:
+                yield from self._parts(server)
+            except (exception.AgentError, OSError) as error:
+                self._cancellation.check()
+                LOG.warning("A server is left out of the map: %s", error)
+                failures.append(error)
+                self.findings.append(Finding("no-map", Severity.PROBLEM, str(error)))
+        if failures and len(failures) == len(self._servers):
+            raise failures[0]
+
+    def _parts(self, server: mapper.ServerMap) -> Iterator[BufferMap]:
+        self._cancellation.check()
+        for part in server:
+            self._cancellation.check()
+            for volume in part.volumes:
+                self.pages[volume.volume_id] += volume.page_count
+                del volume
+            yield part
+            del part  # it is large, and the next one is about to be made
+        self.findings += server.summary.findings
+
+    def cancel(self) -> None:
+        """Have the iteration, in whichever thread, end soon with an AgentError."""
+        self._cancellation.cancel()
+        for server in self._servers:
+            server.cancel()
 
     def run(self) -> None:
         """Make the map for what is said about it; the map itself is not kept."""
@@ -65,17 +88,26 @@ class GuestMap:
 
 @dataclasses.dataclass
 class _Map:
-    """One map, from the request to its end. Changed by its building thread alone."""
+    """One map, from the request to its end. Changed by the building thread alone.
+
+    But for ``wanted``, and ``built`` while it is being built, which the store's lock guards.
+    """
 
     state: messages.MapState
     chunk_bytes: int
     used: float
+    begun: bool = False
+    wanted: bool = True
+    built: GuestMap | None = None
     file: BinaryIO | None = None
     offsets: tuple[int, ...] = ()
 
 
 class MapStore:
     """At most one map at a time; a new one takes the place of the last.
+
+    There is one building thread at most. A map that is asked for while a cancelled one comes to
+    its end waits for that: meanwhile it is "building" as well.
 
     :param build: begins a map; raises AgentError.
     :param directory: where the file is made.
@@ -92,6 +124,7 @@ class MapStore:
         self._clock = clock
         self._lock = threading.Lock()
         self._map: _Map | None = None
+        self._working = False
 
     def begin(self, chunk_bytes: int) -> messages.MapState:
         """Begin to build a map; returns at once.
@@ -107,8 +140,10 @@ class MapStore:
                     )
                 return current.state
             state = messages.MapState(uuid.uuid4().hex, "building", 0, 0, 0, 0.0, "")
+            if not self._working:
+                threading.Thread(target=self._work, name="map", daemon=True).start()
+                self._working = True
             self._map = _Map(state, chunk_bytes, self._clock())
-            threading.Thread(target=self._make, args=(self._map,), name="map", daemon=True).start()
             return state
 
     def state(self, map_id: str) -> messages.MapState:
@@ -127,10 +162,14 @@ class MapStore:
         return messages.Chunk(index, base64.b64encode(data).decode("ascii"))
 
     def end(self, map_id: str) -> messages.Done:
-        """Forget a map. One that is being built is thrown away when it is ready."""
+        """Forget a map; if it is being built, cancel that."""
         with self._lock:
-            if self._map is not None and self._map.state.map_id == map_id:
+            current = self._map
+            if current is not None and current.state.map_id == map_id:
                 self._map = None
+                current.wanted = False
+                if current.built is not None:
+                    current.built.cancel()
         return messages.Done()
 
     def tick(self) -> None:
@@ -153,11 +192,27 @@ class MapStore:
             current.used = self._clock()
             return current
 
+    def _work(self) -> None:
+        """Build what is wanted, one map after the other, until there is nothing to build."""
+        while True:
+            with self._lock:
+                target = self._map
+                if target is None or target.begun:
+                    self._working = False
+                    return
+                target.begun = True
+            self._make(target)
+            del target  # its file goes with it
+
     def _make(self, target: _Map) -> None:
         began = time.monotonic()
         try:
             built = self._build()
-            target.file, target.offsets = self._spool(built, target.chunk_bytes)
+            self._set_built(target, built)
+            try:
+                target.file, target.offsets = self._spool(built, target.chunk_bytes)
+            finally:
+                self._set_built(target, None)
         except Exception as error:  # noqa: BLE001 - the requester waits for an answer
             if not isinstance(error, exception.DMigrateError):
                 LOG.exception("The buffer map cannot be built")
@@ -172,6 +227,13 @@ class MapStore:
             size=target.offsets[-1],
             findings=to_messages(built.findings),
         )
+
+    def _set_built(self, target: _Map, built: GuestMap | None) -> None:
+        """Note what is to be cancelled when the map is not wanted any more."""
+        with self._lock:
+            target.built = built
+            if built is not None and not target.wanted:
+                built.cancel()
 
     def _finish(self, target: _Map, began: float, **values: object) -> None:
         target.used = self._clock()

@@ -75,7 +75,10 @@ def parse_maps(text: str, min_bytes: int = 0) -> list[Mapping]:
 
 
 class ProcessMemory:
-    """Read access to the memory of process ``pid``. Use as a context manager, by one thread.
+    """Read access to the memory of process ``pid``. Use as a context manager.
+
+    Any number of threads may read at the same time: nothing is kept from one call to the next.
+    It is closed when all of them have come back.
 
     :raises ServerNotFound: if the process is gone.
     :raises PrivilegeError: if the kernel does not let us.

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from nova_dmigrate.agent import descriptors, frames, location, memory, options, pages
+from nova_dmigrate.agent import cancellation, descriptors, frames, location, memory, options, pages
 
 # More would take the guest's processors from its database
 _READERS = 2
@@ -30,12 +30,17 @@ class Scan:
     """One search through the server's memory. What it counts is read when it has run."""
 
     def __init__(
-        self, table: location.PlaceTable, page_size: int, settings: options.MapOptions
+        self,
+        table: location.PlaceTable,
+        page_size: int,
+        settings: options.MapOptions,
+        cancelled: cancellation.Cancellation,
     ) -> None:
         self._table = table
         self._page_size = page_size
         self._per_frame = page_size // memory.PAGE_SIZE
         self._settings = settings
+        self._cancelled = cancelled
         self._descriptors: descriptors.Descriptors | None = None
         self.pool_frames = 0
         self.candidate_frames = 0
@@ -47,11 +52,12 @@ class Scan:
 
         :raises ServerNotFound: if the process ends meanwhile.
         :raises PrivilegeError: if the kernel does not let us look.
+        :raises AgentError: if it is cancelled.
         """
         found = frames.FrameTable(self._per_frame)
         readers = min(_READERS, os.cpu_count() or 1)
         mappings = process.mappings(self._settings.min_mapping_bytes)
-        self._descriptors = descriptors.find(process, mappings, self._page_size)
+        self._descriptors = descriptors.find(process, mappings, self._page_size, self._cancelled)
         with concurrent.futures.ThreadPoolExecutor(readers, "scan") as pool:
             for mapping in mappings:
                 before = self.candidate_frames
@@ -76,6 +82,7 @@ class Scan:
         pending: collections.deque[concurrent.futures.Future[_Stretch]] = collections.deque()
         try:
             for address, count in self._chunks(mapping):
+                self._cancelled.check()
                 pending.append(pool.submit(self._read, process, address, count))
                 if len(pending) > readers:
                     yield pending.popleft().result()

@@ -135,6 +135,10 @@ class FakeServerMap:
     def __init__(self, parts: Sequence[BufferMap], findings: Sequence[Finding] = ()) -> None:
         self._parts = parts
         self.summary = SimpleNamespace(findings=findings)
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
     def __iter__(self) -> Iterator[BufferMap]:
         return iter(self._parts)

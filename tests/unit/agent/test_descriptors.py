@@ -3,7 +3,8 @@
 
 import numpy as np
 
-from nova_dmigrate.agent import descriptors
+from nova_dmigrate import exception
+from nova_dmigrate.agent import cancellation, descriptors, memory
 from tests import base
 from tests.unit.agent import innodb
 
@@ -44,12 +45,94 @@ class Chunk:
         return [raw[at : at + SIZE] for at in range(0, len(raw), SIZE)] + pages
 
 
+class SparseMemory:
+    """One mapping with few pages in memory, ``pages`` (number -> words). Counts as ``work`` the
+    pages that are asked for and the words that are read; cancels when ``limit`` is reached."""
+
+    def __init__(self, size, pages, limit=None):
+        self.mapping = memory.Mapping(START, START + size)
+        self.pages = pages
+        self.numbers = np.array(sorted(pages), np.int64)
+        self.cancelled = cancellation.Cancellation()
+        self.limit = limit
+        self.work = 0
+
+    def count(self, work):
+        self.work += work
+        if self.limit is not None and self.work > self.limit:
+            self.cancelled.cancel()
+
+    def guest_pages(self, address, count):
+        self.count(count)
+        first = (address - START) // memory.PAGE_SIZE
+        there = self.numbers[(self.numbers >= first) & (self.numbers < first + count)]
+        guest = np.full(count, -1, np.int64)
+        guest[there - first] = there
+        return guest
+
+    def read_pieces(self, addresses, lengths):
+        self.count(int(lengths.sum()) // 8)
+        words = [
+            self.pages[(address - START) // memory.PAGE_SIZE][address % memory.PAGE_SIZE // 8 :][
+                : length // 8
+            ]
+            for address, length in zip(addresses.tolist(), lengths.tolist())
+        ]
+        return np.concatenate([np.zeros(0, np.uint64), *words]).view(np.uint8), True
+
+    def find(self):
+        return descriptors.find(self, [self.mapping], SIZE, self.cancelled)
+
+
+class SearchTest(base.TestCase):
+    """What looks like arrays, and is none, in a mapping of 1 GiB."""
+
+    MAPPING = 1 << 30
+    PAGES = MAPPING // memory.PAGE_SIZE
+    # Once where there is nothing at all, and once more by mistake
+    MOST = 2 * PAGES + (1 << 20) + 100000
+
+    def page(self, every):
+        """A page full of chains: an address of a frame, so often each."""
+        frames = START + self.MAPPING // 16 // SIZE * SIZE
+        return (frames + np.arange(512) // every * SIZE).astype(np.uint64)
+
+    def test_a_mapping_with_nothing_in_it_is_looked_at_once(self):
+        sparse = SparseMemory(self.MAPPING, {})
+        self.assertIsNone(sparse.find())
+        self.assertLessEqual(sparse.work, self.PAGES)
+
+    def test_the_work_for_a_page_full_of_chains_is_bounded(self):
+        for every in (16, 112):
+            sparse = SparseMemory(self.MAPPING, {0: self.page(every)})
+            self.assertIsNone(sparse.find())
+            self.assertLess(sparse.work, self.MOST)
+
+    def test_the_work_for_many_such_pages_is_bounded(self):
+        pages = {number: self.page(112) for number in range(0, self.PAGES, 64)}
+        sparse = SparseMemory(self.MAPPING, pages)
+        self.assertIsNone(sparse.find())
+        self.assertLess(sparse.work, self.MOST)
+        self.assertIn("given up", self.log.output)
+
+    def test_the_search_can_be_cancelled(self):
+        sparse = SparseMemory(self.MAPPING, {0: self.page(112)}, limit=50000)
+        error = self.assertRaises(exception.AgentError, sparse.find)
+        self.assertEqual("cancelled", error.kwargs["code"])
+        self.assertLess(sparse.work, 100000)
+        sparse = SparseMemory(self.MAPPING, {}, limit=50000)
+        self.assertRaises(exception.AgentError, sparse.find)
+        self.assertLess(sparse.work, 100000)
+
+
 class DescriptorsTest(base.TestCase):
     def find(self, *chunks, before=()):
         content = [page for chunk in chunks for page in chunk.content()]
         start = START - len(before) * SIZE
         self.memory = innodb.FakeMemory([*before, *content], start=start)
-        return descriptors.find(self.memory, self.memory.mappings(), SIZE)
+        return descriptors.find(
+            self.memory, self.memory.mappings(), SIZE, cancellation.Cancellation()
+        )
 
     def dirty(self, found, chunk):
         return np.flatnonzero(found.dirty(self.memory, chunk.addresses)).tolist()
@@ -105,6 +188,16 @@ class DescriptorsTest(base.TestCase):
         chunk = Chunk()
         chunk.word(FRAME)[9:] = 0
         self.assertIsNone(self.find(chunk))
+
+    def test_what_only_looks_like_an_array_hides_no_real_one(self):
+        chunk = Chunk()
+        chunk.change(3)
+        fake = bytearray(SIZE)
+        for number in range(8):
+            address = chunk.frames + (50 + number) * SIZE
+            fake[160 * number : 160 * number + 8] = address.to_bytes(8, "little")
+        found = self.find(chunk, before=[bytes(fake), *[None] * 15])
+        self.assertEqual([3], self.dirty(found, chunk))
 
     def test_frames_that_change_between_two_looks_do_no_harm(self):
         chunk = Chunk()

@@ -43,12 +43,19 @@ class PlaceTableTest(base.TestCase):
             u32(0, 1, 2, 6, 4, 5, 0, 2, 3, 0, 0xFFFFFFFF),
         )
         self.assertEqual([1, 1, 1, 0, 1, 0, 1, 1, 0, 0, 0], known.astype(int).tolist())
-        places = place[known].tolist()
+        places = place[known & (reason < 0)].tolist()
         self.assertEqual(len(places), len(set(places)))
-        self.assertLess(max(places), table.places)
+        self.assertLess(max(places), 9)
         self.assertEqual([1, 1, 0], full_crc32[:3].astype(int).tolist())
         names = [table.reasons[n] if n >= 0 else None for n in reason[known].tolist()]
         self.assertEqual([None, None, None, "encrypted", "compressed", None], names)
+
+    def test_excluded_files_need_no_places_and_there_are_not_too_many(self):
+        most = location.MAX_PLACES
+        location.PlaceTable([file(0, 0, most + 7, excluded="raid"), file(1, 0, most)])
+        for pages in (1, 2**64 - most):  # also where 64 bits wrap
+            files = [file(0, 0, most), file(1, 0, pages)]
+            self.assertRaises(ValueError, location.PlaceTable, files)
 
     def test_without_files_nothing_is_known(self):
         known, *_ = location.PlaceTable([]).find(u32(0, 1), u32(0, 1))

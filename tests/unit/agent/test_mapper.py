@@ -11,6 +11,7 @@ import numpy as np
 
 from nova_dmigrate import exception, findings
 from nova_dmigrate.agent import (
+    bands,
     filesystem,
     mapper,
     memory,
@@ -38,7 +39,8 @@ import base64, collections, pathlib, re, sys, time, types
 import numpy as np
 from nova_dmigrate.cmd import agent
 from nova_dmigrate.rpc import broker, channel
-from nova_dmigrate.agent import assembly, location, maps, memory, options, pages, scan, storage
+from nova_dmigrate.agent import assembly, cancellation, location, maps, memory, options, pages
+from nova_dmigrate.agent import scan, storage
 from nova_dmigrate.buffermap import BufferMap, MapLimits
 
 FRAMES, START, PAGE = 64 << 16, 0x7f0000000000, 16384
@@ -68,7 +70,8 @@ class ServerMap:
         one = lambda n: np.array([n], np.uint64)
         placed = storage.Placed("volume", 1 << 42, one(0), one(1 << 30), one(FRAMES * PAGE))
         table = location.PlaceTable([location.File(7, 0, FRAMES, False, None, (placed,))])
-        found = scan.Scan(table, PAGE, options.MapOptions()).run(Memory())
+        wanted = cancellation.Cancellation()
+        found = scan.Scan(table, PAGE, options.MapOptions(), wanted).run(Memory())
         return assembly.assemble(found, location.BlockTable(table, PAGE), collections.Counter())
 
 store = maps.MapStore(lambda: maps.GuestMap([ServerMap()]), pathlib.Path(sys.argv[2]))
@@ -100,6 +103,7 @@ class MapperTest(base.TestCase):
         self.extents = {}
         self.segments = {DEVICE: (storage.Segment(0, VOLUME_SIZE, "vol", VOLUME_SIZE, 0),)}
         self.kind = "ext4"
+        self.at_read = None
 
     def space(self, space_id, pages, *extents, excluded=None, direct=True, **others):
         """A tablespace; extents are (first page, first byte on the device, pages)."""
@@ -131,6 +135,14 @@ class MapperTest(base.TestCase):
 
     def build(self, frames, guest=None, **settings):
         fake = innodb.FakeMemory(frames, guest=guest)
+        if self.at_read is not None:
+            real = fake.guest_pages
+
+            def guest_pages(address, count):
+                self.at_read()
+                return real(address, count)
+
+            fake.guest_pages = guest_pages
         server = processes.ServerProcess(
             os.getpid(), processes.read_start_time(os.getpid()), "", "/", "/", None, 0
         )
@@ -156,8 +168,11 @@ class MapperTest(base.TestCase):
         with contextlib.ExitStack() as stack:
             for (owner, name), new in replaced.items():
                 stack.enter_context(mock.patch.object(owner, name, new))
-            made = mapper.ServerMap(server, options.MapOptions(**settings))
-            return BufferMap.join(made), made.summary
+            self.made = mapper.ServerMap(server, options.MapOptions(**settings))
+            return BufferMap.join(self.watched(self.made)), self.made.summary
+
+    def watched(self, parts):
+        return parts
 
     def pages(self, built):
         return {
@@ -323,6 +338,63 @@ class MapperTest(base.TestCase):
         _, summary = self.build([innodb.page(5, 1)])
         self.assertEqual(PAGE, summary.page_size)
         self.assertEqual(0, summary.mapped_pages)
+
+    def test_more_pages_than_have_places_are_left_out_with_a_finding(self):
+        at = self.space(5, 10)
+        self.space(6, 2**32 - 1)
+        built, summary = self.build([innodb.page(6, 1), innodb.page(5, 1)])
+        self.assertEqual(self.blocks(at + PAGE, 1), self.pages(built))
+        self.assertEqual({"too-many-pages": 4}, summary.excluded)
+        self.assertEqual({"too-many-pages"}, self.codes(summary))
+
+    def assert_cancelled(self, *arguments, **options):
+        error = self.assertRaises(exception.AgentError, self.build, *arguments, **options)
+        self.assertEqual("cancelled", error.kwargs["code"])
+
+    def test_a_cancelled_search_ends_at_its_next_chunk(self):
+        self.space(5, 100)
+        reads = []
+
+        def at_read():
+            reads.append(1)
+            if len(reads) == 20:
+                self.made.cancel()
+
+        self.at_read = at_read
+        self.assert_cancelled([innodb.page(5, n) for n in range(100)], chunk_frames=1)
+        # Those that were under way come to their end
+        self.assertLess(len(reads), 30)
+
+    def test_a_cancelled_map_ends_at_its_next_part(self):
+        self.space(5, 100)
+        seen = []
+
+        def watched(parts):
+            for part in parts:
+                seen.append(part)
+                parts.cancel()
+                yield part
+
+        self.watched = watched
+        guest = [n * 1000000 + part for n in range(10) for part in range(4)]
+        with mock.patch.object(bands, "MAX_PAGES", 4):
+            self.assert_cancelled([innodb.page(5, n) for n in range(10)], guest)
+        self.assertEqual(1, len(seen))
+
+    def test_a_cancelled_map_places_no_file_any_more(self):
+        self.space(5, 100)
+        self.space(6, 100)
+        placed = []
+
+        class Files(dict):
+            def __getitem__(files, path):
+                placed.append(path)
+                self.made.cancel()
+                return super().__getitem__(path)
+
+        self.extents = Files(self.extents)
+        self.assert_cancelled([innodb.page(5, 1)])
+        self.assertEqual(["/db/5.ibd"], placed)
 
     def test_chunks_of_any_size_give_the_same_map(self):
         self.space(5, 100)

@@ -97,6 +97,8 @@ class MapStoreTest(base.TestCase):
         self.assertEqual("busy", error.kwargs["code"])
         self.assertRaises(exception.AgentError, self.store.chunk, first.map_id, 0)
         self.servers.go.set()
+        while self.store.state(first.map_id).state == "building":
+            pass
         self.assertEqual(1, self.servers.builds)
 
     def test_a_failure_is_the_maps_state(self) -> None:

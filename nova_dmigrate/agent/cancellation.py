@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Giving up a map that nobody wants any more, from another thread."""
+
+from __future__ import annotations
+
+import threading
+
+from nova_dmigrate import exception
+
+
+class Cancellation:
+    """Set once, by any thread; looked at by the work itself, at least at each of its chunks."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def cancel(self) -> None:
+        self._event.set()
+
+    def check(self) -> None:
+        """Go on, or not.
+
+        :raises AgentError: if it is cancelled.
+        """
+        if self._event.is_set():
+            raise exception.AgentError(reason="the map is not wanted any more", code="cancelled")
