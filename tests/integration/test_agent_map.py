@@ -163,11 +163,14 @@ class AnyServer(DatabaseTestCase):
         with self.load():
             pass
         few, summary = self.build()
+        share = self.equal_share(few)
         many, _ = self.build(include_dirty=True)
         self.assertGreater(summary.dirty_frames, 100)
         self.assertEqual(4 * summary.dirty_frames, summary.excluded["dirty"])
         self.assertGreaterEqual(many.page_count, few.page_count + summary.dirty_frames)
-        self.assertLess(self.equal_share(many), self.equal_share(few))
+        # Were MySQL's own notes of what is dirty ignored, some of its dirty frames would be in it
+        self.assertGreaterEqual(share, 0.98)
+        self.assertLess(self.equal_share(many), share - 0.03)
 
     def test_after_the_preparation_mapped_pages_equal_the_volume_under_a_light_load(self) -> None:
         uids = processes.user_ids(["mysql"])

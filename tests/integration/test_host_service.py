@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import time
-import unittest
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ from nova_dmigrate.rpc.dispatcher import Dispatcher
 from nova_dmigrate.rpc.host_client import HostChannelTransport, HostClient
 from nova_dmigrate.rpc.host_messages import HOST, SessionState
 from tests import base
-from tests.lab import processes, relays
+from tests.lab import processes, relays, tls_broker
 from tests.lab.broker import Broker, free_ports
 from tests.lab.guest import Guest
 from tests.lab.host_services import HostService, ServedPair
@@ -46,7 +45,6 @@ MIB = 1 << 20
 SOON = 15.0
 UNIT = Path(__file__).parents[2] / "etc" / "systemd" / "nova-dmigrate-host.service"
 BOUNDING = "CapabilityBoundingSet"
-HAS_BROKER = shutil.which("rabbitmqctl", path="/usr/sbin:/usr/bin") is not None
 
 
 class FakeMigration:
@@ -131,6 +129,7 @@ class Hosts(base.TestCase):
 
     @classmethod
     def setUpClass(cls) -> None:
+        base.require(tls_broker.available())
         super().setUpClass()
         with contextlib.ExitStack() as stack:
             cls.place = stack.enter_context(processes.workspace())
@@ -196,7 +195,6 @@ class Hosts(base.TestCase):
         return str(error)
 
 
-@unittest.skipUnless(HAS_BROKER, "no RabbitMQ")
 class SessionsTest(Hosts):
     def test_a_migration_leaves_nothing_but_its_summaries(self) -> None:
         pair = self.pair().open()
@@ -359,7 +357,6 @@ class SessionsTest(Hosts):
         self.assertEqual(4, self.client_of(self.one).hello().relays)
 
 
-@unittest.skipUnless(HAS_BROKER, "no RabbitMQ")
 class PermissionsTest(Hosts):
     """What the hosts do not allow."""
 
@@ -442,7 +439,6 @@ class PermissionsTest(Hosts):
         self.assertRaises(exception.AgentUnreachable, silent.ping)
 
 
-@unittest.skipUnless(HAS_BROKER, "no RabbitMQ")
 class ServiceLifeTest(Hosts):
     """Services, and the broker, are stopped and killed."""
 
@@ -622,7 +618,6 @@ class ServiceLifeTest(Hosts):
         self.assertLess(time.monotonic() - begin, SOON)
 
 
-@unittest.skipUnless(HAS_BROKER, "no RabbitMQ")
 class SharesTest(Hosts):
     @classmethod
     def options(cls) -> dict[str, object]:
@@ -688,7 +683,6 @@ class SharesTest(Hosts):
             migration.finish()
 
 
-@unittest.skipUnless(HAS_BROKER, "no RabbitMQ")
 class ProductionTest(Hosts):
     """Root with the capabilities of the unit only, a QEMU that is not root, and TLS."""
 
@@ -782,7 +776,6 @@ def as_nobody(program: str, *arguments: Path) -> "subprocess.Popen[bytes]":
     )
 
 
-@unittest.skipUnless(HAS_BROKER, "no RabbitMQ")
 class GuestTest(MigrationTestCase, Hosts):
     """A real QEMU moves through relays that two services run."""
 

@@ -5,11 +5,12 @@ import base64
 import contextlib
 from typing import Any
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nova_dmigrate import exception
-from nova_dmigrate.buffermap import MapLimits
+from nova_dmigrate.buffermap import BufferMap, MapLimits, VolumeExtents
 from nova_dmigrate.rpc import client
 from nova_dmigrate.rpc.transport import Transport
 from tests import base
@@ -114,6 +115,34 @@ class ClientTest(base.TestCase):
         limits = MapLimits(max_chunk_bytes=4096)
         self.assertRaises(exception.AgentRefused, made.fetch_map, limits)
         self.assertEqual(4096, self.transport.asked[0][2]["max_chunk_bytes"])
+
+    def test_a_map_that_claims_more_pages_than_allowed_is_not_fetched(self) -> None:
+        made = self.make(map_begin=state(pages=101), map_chunk=LOST)
+        error = self.assertRaises(
+            exception.BufferMapError, made.fetch_map, MapLimits(max_pages=100)
+        )
+        self.assertIn("101 pages", str(error))
+        self.assertEqual(["map_begin", "map_end"], [asked[0] for asked in self.transport.asked])
+
+    def test_chunks_that_come_too_slowly_are_given_up(self) -> None:
+        page = np.arange(0, 40000, 2, dtype=np.uint64) * 4096
+        extents = VolumeExtents("v", 1 << 30, page, page[::-1], np.full(page.size, 4096, np.uint64))
+        chunks = list(BufferMap.build([extents]).to_chunks(4096))
+        self.assertGreater(len(chunks), 10)
+        took = 0.1
+
+        def chunk(map_id: str, index: int) -> dict[str, Any]:
+            self.now += took
+            return {"result": {"index": index, "data": base64.b64encode(chunks[index]).decode()}}
+
+        made = self.make(map_begin=state(chunks=len(chunks), pages=page.size), map_chunk=chunk)
+        self.assertEqual(page.size, made.fetch_map(MapLimits()).page_count)
+        took = 4
+        made = self.make(map_begin=state(chunks=len(chunks), pages=page.size), map_chunk=chunk)
+        error = self.assertRaises(exception.AgentUnreachable, made.fetch_map, MapLimits())
+        self.assertIn(f"3 of {len(chunks)} chunks", str(error))
+        self.assertIn("10 s", str(error))
+        self.assertEqual("map_end", self.transport.asked[-1][0])
 
     def test_wrong_chunks_are_refused(self) -> None:
         for chunk in (
