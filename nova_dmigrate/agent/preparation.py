@@ -10,12 +10,13 @@ to it: values that we have lowered would be taken for the server's own.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nova_dmigrate import exception
@@ -106,7 +107,9 @@ class Preparation:
         """Change the settings so that the servers write their dirty pages. Returns at once.
 
         :raises ServerNotFound: if there is no server.
-        :raises ServerError: if none can be asked, or one refuses; all is as before then.
+        What one server refuses is no trouble of the others: it is as before, and told.
+
+        :raises ServerError: if none can be asked, or all refuse; all is as before then.
         :raises AgentError: with code ``lost-ledger`` while an earlier one cannot be put back, with
             code ``stopping`` when the agent is about to end.
         """
@@ -182,13 +185,11 @@ class Preparation:
     # Preparing
 
     def _open_all(self) -> tuple[list[Database], list[exception.ServerError]]:
-        databases, failures = [], []
+        databases: list[Database] = []
+        failures: list[exception.ServerError] = []
         for login in self._logins():
-            try:
+            with _noted(failures):
                 databases.append(self._open(login))
-            except exception.ServerError as error:
-                LOG.warning("Not prepared: %s", error)
-                failures.append(error)
         if not databases:
             raise failures[0] if failures else exception.ServerNotFound(reason="none runs here")
         return databases, failures
@@ -205,10 +206,15 @@ class Preparation:
         self,
         arguments: messages.PrepareArguments,
         databases: Sequence[Database],
-        failures: Sequence[exception.ServerError],
+        failures: list[exception.ServerError],
     ) -> messages.LeaseState:
-        entries = [self._plan(database, arguments.seconds) for database in databases]
-        planned = {entry.socket for entry in entries}
+        plans: list[tuple[Database, ledger.Entry]] = []
+        for database in databases:
+            with _noted(failures):
+                plans.append((database, self._plan(database, arguments.seconds)))
+        if not plans:
+            raise failures[-1]
+        planned = {entry.socket for _, entry in plans}
         # A server that cannot be reached now keeps its entry: it is restored when it can be
         kept = [entry for entry in self._entries() if entry.socket not in planned]
         now = self._clock()
@@ -223,16 +229,22 @@ class Preparation:
             ends=ends,
             flush_until=now + arguments.seconds,
             dirty_share=arguments.dirty_share,
-            entries=(*kept, *entries),
+            entries=(*kept, *(entry for _, entry in plans)),
         )
         self._trouble = ""
         try:
             self._file.save(self._held)
-            applied = [
-                _apply(database, entry)
-                for database, entry in zip(databases, entries)  # noqa: B905 - Python 3.9
-            ]
-            self._held = dataclasses.replace(self._held, entries=(*kept, *applied))
+            applied: list[ledger.Entry] = []
+            left: list[ledger.Entry] = []
+            for database, entry in plans:
+                with _noted(failures):
+                    applied.append(_apply(database, entry))
+                    continue
+                if self._restore_server(entry) is not None:
+                    left.append(entry)
+            if not applied:
+                raise failures[-1]
+            self._held = dataclasses.replace(self._held, entries=(*kept, *left, *applied))
             self._file.save(self._held)
         except (exception.ServerError, OSError):
             self._restore()
@@ -387,6 +399,16 @@ class Preparation:
         if problems:
             return 1.0, "; ".join(problems)
         return (min(1.0, dirty / data) if data else 0.0), ""
+
+
+@contextlib.contextmanager
+def _noted(failures: list[exception.ServerError]) -> Iterator[None]:
+    """Go on with the other servers when one fails."""
+    try:
+        yield
+    except exception.ServerError as error:
+        LOG.warning("Not prepared: %s", error)
+        failures.append(error)
 
 
 def _apply(database: Database, entry: ledger.Entry) -> ledger.Entry:

@@ -190,6 +190,28 @@ class BesideTest(base.TestCase):
         health = agent.health(messages.Nothing()).servers
         self.assertEqual([False, True], sorted(each.healthy for each in health))
 
+    def test_a_server_that_lets_us_in_but_not_change_anything(self) -> None:
+        create, _ = database.grants("mariadb", (10, 11))
+        with databases.mariadb() as (other, _):
+            mysql56.execute(other.socket, create.replace("PASSWORD", PASSWORD))
+            agent = self.agent(self.server.pid, other.pid)
+            names = f"@@{flushing.CAPACITY}, @@{flushing.HIGH_WATER}"
+            theirs, ours = other.sql(f"SELECT {names}"), self.settings()
+            state = agent.prepare(messages.PrepareArguments(seconds=1, lease_seconds=60))
+            self.assertIn("SUPER", state.message)
+            self.assertNotEqual(ours, self.settings())
+            self.assertEqual(theirs, other.sql(f"SELECT {names}"))
+            self.assertEqual("idle", agent.restore(messages.LeaseArguments(state.lease_id)).state)
+            self.assertEqual(ours, self.settings())
+            self.assertEqual(
+                ["no-grant"],
+                [
+                    each.code
+                    for each in agent.describe(messages.Nothing()).findings
+                    if each.code == "no-grant"
+                ],
+            )
+
     def test_one_that_is_alone_and_cannot_be_reached_is_told(self) -> None:
         agent = self.agent(self.start("loop").pid)
         health = agent.health(messages.Nothing()).servers

@@ -326,6 +326,25 @@ class TroubleTest(PreparationTestCase):
         self.assertEqual("privilege", error.kwargs["code"])
         self.assert_restored()
 
+    def test_a_server_that_refuses_is_no_trouble_of_the_others(self) -> None:
+        other = FakeServer("mariadb", (11, 8, 2), "/run/other.sock")
+        theirs = dict(other.values)
+        self.guest.servers = [other, self.server]
+        other.refuses.add(flushing.HIGH_WATER)
+        preparation = self.make()
+        state = preparation.prepare(PrepareArguments(seconds=1))
+        self.assertIn("SUPER is needed", state.message)
+        self.assertNotEqual([], other.changes)
+        self.assertEqual(theirs, other.values)
+        self.assertEqual(0, float(self.server.values[flushing.HIGH_WATER]))
+        # Once it allows changes, it is prepared and restored with the others
+        other.refuses.clear()
+        preparation.prepare(PrepareArguments(seconds=1))
+        self.assertEqual(0, float(other.values[flushing.HIGH_WATER]))
+        self.assertEqual("idle", preparation.restore().state)
+        self.assertEqual(theirs, other.values)
+        self.assert_restored()
+
     def test_a_server_that_cannot_be_reached_is_restored_when_it_can(self) -> None:
         preparation = self.make()
         lease = preparation.prepare(PrepareArguments()).lease_id
