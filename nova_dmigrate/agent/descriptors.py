@@ -33,10 +33,13 @@ _PLACES = (4, 64)  # that are looked at in one go, where an array is likely, and
 _STRIDES = range(16, 129)  # sizes that a descriptor may have, in words
 _CHAIN = 4
 _CHECKED = 64  # descriptors inside of an array that have to fit, and at its end that may
-# The work that a search is allowed, in words or entries of the page map that are looked at: what
-# its mappings have pages, and so much for small ones. Real arrays need a quarter of that.
+# The work that a search is allowed, in units of which a processor does some 4000 in a millisecond:
+# one for each page of its mappings, and so much for small ones. An array with its frames, of 16 MiB
+# at least, needs less than it has pages; those of ordinary size need an eighth of that.
 _ALLOWED = 1 << 20
-_WORK_OF_PAGE = 2048  # what looking for chains in one page counts
+_WORK_OF_PAGE = 2048  # to look for chains in one page
+_WORK_OF_LOOK = 400  # to look at some descriptors, and one for so many words or pages of them
+_ENTRIES_OF_WORK = 4
 _BLOCK = 2048  # descriptors that are read in one go
 _SAMPLE = 8192
 _FEWEST_MARKED = 16  # frames with an LSN in their descriptors, for a choice that is no accident
@@ -221,7 +224,7 @@ def _extend(
         at = address + numbers * stride
         if at.size:
             reach = abs(int(at[-1]) - int(at[0])) // memory.PAGE_SIZE + 1
-            allowance.spend(at.size + reach)
+            allowance.spend(_WORK_OF_LOOK + (at.size + reach) // _ENTRIES_OF_WORK)
         present = _present(process, at)
         lengths = np.full(at[present].size, _WORD, np.uint64)
         content, _ = process.read_pieces(at[present].astype(np.uint64), lengths)
@@ -229,11 +232,15 @@ def _extend(
         fitting[present] = content.view(np.int64) == (frame + numbers * page_size)[present]
         return fitting
 
+    # They end where their frames begin, but for a few that would have found no room
+    most = min((frame - address) // stride + 1, (mapping.end - frame) // page_size)
+    # What is near is cheap to look at, and tells nearly all that is something else
+    if not bool(fit(np.arange(min(most, _CHECKED))).all()):
+        return None
     before = np.arange(-1, -min((address - mapping.start) // stride, _STEP // stride) - 1, -1)
     first = -_leading(fit(before))
     frames = frame + first * page_size
-    # They end where their frames begin, but for a few that would have found no room
-    most = min((frames - address) // stride + 1, (mapping.end - frame) // page_size)
+    most = min((frames - address) // stride + 1, most)
     inner = np.linspace(0, max(0, most - _CHECKED), _CHECKED).astype(np.int64)
     if frames <= address or not bool(fit(inner).all()):
         return None

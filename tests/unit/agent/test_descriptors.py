@@ -89,8 +89,8 @@ class SearchTest(base.TestCase):
 
     MAPPING = 1 << 30
     PAGES = MAPPING // memory.PAGE_SIZE
-    # Once where there is nothing at all, and once more by mistake
-    MOST = 2 * PAGES + (1 << 20) + 100000
+    # Once where there is nothing at all, and what is allowed
+    MOST = PAGES + 4 * (PAGES + (1 << 20)) + 10000
 
     def page(self, every):
         """A page full of chains: an address of a frame, so often each."""
@@ -114,6 +114,15 @@ class SearchTest(base.TestCase):
         self.assertIsNone(sparse.find())
         self.assertLess(sparse.work, self.MOST)
         self.assertIn("given up", self.log.output)
+
+    def test_many_short_chains_do_not_use_up_what_the_search_is_allowed(self):
+        words = np.zeros(512, np.uint64)
+        words[:64:16] = self.page(1)[:4]
+        pages = dict.fromkeys(range(0, 200 * 64, 64), words)
+        sparse = SparseMemory(self.MAPPING, pages)
+        self.assertIsNone(sparse.find())
+        self.assertLess(sparse.work, self.PAGES + 200 * 1000)
+        self.assertNotIn("given up", self.log.output)
 
     def test_the_search_can_be_cancelled(self):
         sparse = SparseMemory(self.MAPPING, {0: self.page(112)}, limit=50000)
