@@ -18,9 +18,11 @@ from tests.unit.agent.fakes import FakeServerMap
 
 
 def make_map(pages: int, first: int = 0) -> BufferMap:
-    guest = np.arange(first, first + pages, dtype=np.uint64) * 4096
+    block = np.arange(pages, dtype=np.uint64) * 4096
     length = np.full(pages, 4096, np.uint64)
-    return BufferMap.build([VolumeExtents("a-volume", 1 << 30, guest, guest, length)])
+    return BufferMap.build(
+        [VolumeExtents("a-volume", 1 << 30, block + first * 4096, block, length)]
+    )
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
