@@ -127,7 +127,7 @@ class TestOrchestration(base.TestCase):
         self.assertLess(summary.misses, 0.1 * summary.pages_referenced)
         self.assertLess(summary.wire_bytes, summary.guest_bytes - (32 << 20))
         self.assertEqual(before, self.settings())
-        for phase in ("preparing", "mapping", "starting relays", "migrating", "converging"):
+        for phase in ("preparing", "mapping", "starting relays", "migrating"):
             self.assertIn(phase, summary.phases)
 
     def test_and_back_when_relays_are_required(self) -> None:
