@@ -21,7 +21,7 @@ from nova_dmigrate.agent import mapper, maps, options, processes
 from nova_dmigrate.buffermap import BufferMap
 from nova_dmigrate.rpc import lines, messages
 
-_NICE = 5
+_NICE = 10
 _CHUNK = messages.MapArguments().max_chunk_bytes
 
 
