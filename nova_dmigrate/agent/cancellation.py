@@ -24,3 +24,11 @@ class Cancellation:
         """
         if self._event.is_set():
             raise exception.AgentError(reason="the map is not wanted any more", code="cancelled")
+
+    def wait(self, seconds: float) -> None:
+        """Go on after so many seconds, or not.
+
+        :raises AgentError: as soon as it is cancelled.
+        """
+        self._event.wait(seconds)
+        self.check()

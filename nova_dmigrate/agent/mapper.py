@@ -25,6 +25,7 @@ from nova_dmigrate.agent import (
     location,
     memory,
     options,
+    pacing,
     processes,
     scan,
     storage,
@@ -89,14 +90,15 @@ class ServerMap:
         :raises AgentError: if it is cancelled.
         """
         began = time.monotonic()
-        server = self._server
+        server, settings = self._server, self._settings
+        pace = pacing.Pace(settings.cpu_share, settings.time_limit, self._cancellation)
         notes = _Notes()
         spaces = tablespaces.discover(server, notes.unreadable)
         page_size = _common_page_size(spaces)
         table = location.PlaceTable(
-            _Locator(server, self._settings, notes).locate(spaces, page_size, self._cancellation)
+            _Locator(server, settings, notes).locate(spaces, page_size, self._cancellation)
         )
-        search = scan.Scan(table, page_size, self._settings, self._cancellation)
+        search = scan.Scan(table, page_size, settings, pace, self._cancellation)
         with memory.ProcessMemory(server.pid) as process:
             found = search.run(process)
         mapped = 0

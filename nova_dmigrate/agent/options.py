@@ -24,6 +24,9 @@ class MapOptions:
 
     ``chunk_frames``: frames that are worked on at a time; bounds memory.
 
+    ``cpu_share``: of all of the guest's processors, that the search through memory takes while
+    others leave none idle, as long as it does not last more than ``time_limit`` seconds.
+
     ``min_mapping_bytes``: smaller anonymous mappings of the server are not searched.
     """
 
@@ -32,5 +35,7 @@ class MapOptions:
     )
     include_dirty: bool = False
     sync_buffered: bool = True
-    chunk_frames: int = 8192
+    chunk_frames: int = 4096
+    cpu_share: float = 0.02
+    time_limit: float = 5.0
     min_mapping_bytes: int = 1 << 20

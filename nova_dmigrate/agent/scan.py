@@ -15,7 +15,16 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from nova_dmigrate.agent import cancellation, descriptors, frames, location, memory, options, pages
+from nova_dmigrate.agent import (
+    cancellation,
+    descriptors,
+    frames,
+    location,
+    memory,
+    options,
+    pacing,
+    pages,
+)
 
 # More would take the guest's processors from its database
 _READERS = 2
@@ -26,6 +35,20 @@ Bools = NDArray[np.bool_]
 _Stretch = tuple[pages.Headers, Bools, NDArray[np.int64]]
 
 
+class _Progress:
+    """How much of all mappings has been searched, and with that how fast to go on."""
+
+    def __init__(self, pace: pacing.Pace, size: int) -> None:
+        self._pace = pace
+        self._size = size
+        self._done = 0
+
+    def goes_on(self, size: int) -> None:
+        """So many bytes come next."""
+        self._pace.wait(self._done / self._size)
+        self._done += size
+
+
 class Scan:
     """One search through the server's memory. What it counts is read when it has run."""
 
@@ -34,12 +57,14 @@ class Scan:
         table: location.PlaceTable,
         page_size: int,
         settings: options.MapOptions,
+        pace: pacing.Pace,
         cancelled: cancellation.Cancellation,
     ) -> None:
         self._table = table
         self._page_size = page_size
         self._per_frame = page_size // memory.PAGE_SIZE
         self._settings = settings
+        self._pace = pace
         self._cancelled = cancelled
         self._descriptors: descriptors.Descriptors | None = None
         self.pool_frames = 0
@@ -57,12 +82,15 @@ class Scan:
         found = frames.FrameTable(self._per_frame)
         readers = min(_READERS, os.cpu_count() or 1)
         mappings = process.mappings(self._settings.min_mapping_bytes)
+        progress = _Progress(self._pace, sum(mapping.size for mapping in mappings))
         self._descriptors = descriptors.find(process, mappings, self._page_size, self._cancelled)
         with concurrent.futures.ThreadPoolExecutor(readers, "scan") as pool:
             for mapping in mappings:
                 before = self.candidate_frames
                 present_frames = unknown = 0
-                for headers, marked, guest in self._read_ahead(pool, readers, process, mapping):
+                for headers, marked, guest in self._read_ahead(
+                    pool, readers, process, mapping, progress
+                ):
                     present_frames += len(guest)
                     unknown += self._choose(headers, marked, guest, found)
                 # Elsewhere what looks like a page is something else.
@@ -77,12 +105,14 @@ class Scan:
         readers: int,
         process: memory.ProcessMemory,
         mapping: memory.Mapping,
+        progress: _Progress,
     ) -> Iterator[_Stretch]:
         """What `_read` returns for the chunks of a mapping, in their order."""
         pending: collections.deque[concurrent.futures.Future[_Stretch]] = collections.deque()
         try:
             for address, count in self._chunks(mapping):
                 self._cancelled.check()
+                progress.goes_on(count * self._page_size)
                 pending.append(pool.submit(self._read, process, address, count))
                 if len(pending) > readers:
                     yield pending.popleft().result()

@@ -105,7 +105,11 @@ def settings_from(config: cfg.ConfigOpts) -> service.AgentSettings:
             max_lease_seconds=agent.max_lease,
             max_seconds=agent.max_preparation,
         ),
-        mapping=options.MapOptions(volume_names=dict(agent.volume_names)),
+        mapping=options.MapOptions(
+            volume_names=dict(agent.volume_names),
+            cpu_share=agent.map_cpu_share,
+            time_limit=agent.map_time_limit,
+        ),
     )
 
 

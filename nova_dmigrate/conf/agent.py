@@ -121,6 +121,31 @@ and the volume's id, e.g. ``vdb:4dc3...``.
     ),
 ]
 
+MAPPING = [
+    cfg.FloatOpt(
+        "map_cpu_share",
+        default=0.02,
+        min=0.001,
+        max=1,
+        help="""
+Share of all of the guest's processors that the search through the server's
+memory takes while the guest leaves none of them idle.
+
+With idle processors it goes as fast as it can. 1 never holds it back.
+""",
+    ),
+    cfg.FloatOpt(
+        "map_time_limit",
+        default=5,
+        min=0,
+        max=600,
+        help="""
+Seconds for which ``map_cpu_share`` may draw out the search. A migration waits
+for the map, so a guest that is always busy is not spared for longer.
+""",
+    ),
+]
+
 PREPARATION = [
     cfg.IntOpt(
         "max_flush_rate",
@@ -156,4 +181,4 @@ host asks again.
     ),
 ]
 
-OPTIONS: list[cfg.Opt] = [*REQUESTS, *SERVERS, *PREPARATION]
+OPTIONS: list[cfg.Opt] = [*REQUESTS, *SERVERS, *MAPPING, *PREPARATION]

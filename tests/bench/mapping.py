@@ -3,13 +3,11 @@
 
 ``python -m tests.bench.mapping PID DEVICE DIRECTORY``: maps server PID, whose data lie on DEVICE,
 once for each line that it reads, and answers each with a line of JSON. DIRECTORY is for the map's
-file. It builds, serialises and keeps maps as the agent does, and is as modest about the processor
-(the unit file's ``Nice``).
+file. It builds, serialises and keeps maps as the agent does.
 """
 
 import dataclasses
 import json
-import os
 import re
 import sys
 import time
@@ -21,7 +19,6 @@ from nova_dmigrate.agent import mapper, maps, options, processes
 from nova_dmigrate.buffermap import BufferMap
 from nova_dmigrate.rpc import lines, messages
 
-_NICE = 10
 _CHUNK = messages.MapArguments().max_chunk_bytes
 
 
@@ -92,7 +89,6 @@ def _peak_kib() -> int:
 
 def main() -> None:
     pid, device, directory = sys.argv[1:]
-    os.nice(_NICE)
     work = Mapper(int(pid), device, Path(directory))
     for _ in sys.stdin:
         result = work.run()

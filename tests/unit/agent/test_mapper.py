@@ -39,8 +39,8 @@ import base64, collections, pathlib, re, sys, time, types
 import numpy as np
 from nova_dmigrate.cmd import agent
 from nova_dmigrate.rpc import broker, channel
-from nova_dmigrate.agent import assembly, cancellation, location, maps, memory, options, pages
-from nova_dmigrate.agent import scan, storage
+from nova_dmigrate.agent import assembly, cancellation, location, maps, memory, options, pacing
+from nova_dmigrate.agent import pages, scan, storage
 from nova_dmigrate.buffermap import BufferMap, MapLimits
 
 FRAMES, START, PAGE = 64 << 16, 0x7f0000000000, 16384
@@ -71,7 +71,8 @@ class ServerMap:
         placed = storage.Placed("volume", 1 << 42, one(0), one(1 << 30), one(FRAMES * PAGE))
         table = location.PlaceTable([location.File(7, 0, FRAMES, False, None, (placed,))])
         wanted = cancellation.Cancellation()
-        found = scan.Scan(table, PAGE, options.MapOptions(), wanted).run(Memory())
+        pace = pacing.Pace(1, 0, wanted)
+        found = scan.Scan(table, PAGE, options.MapOptions(), pace, wanted).run(Memory())
         return assembly.assemble(found, location.BlockTable(table, PAGE), collections.Counter())
 
 store = maps.MapStore(lambda: maps.GuestMap([ServerMap()]), pathlib.Path(sys.argv[2]))

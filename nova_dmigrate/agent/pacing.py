@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How fast the search through memory may go, so that the database does not feel it.
+
+As fast as it can while processors are idle: nobody is kept waiting then. When the guest leaves
+none, the search pauses between its pieces, so that it takes a small share of all processors; but
+not for longer than a limit, because a map that comes too late is of no use either.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from nova_dmigrate.agent import cancellation
+
+# Processors are in use when less than this share of them was idle ...
+_IDLE_SHARE = 0.1
+# ... in so many seconds: the kernel counts in hundredths
+_WINDOW = 0.05
+_STAT = Path("/proc/stat")
+
+
+class Pace:
+    """Between two pieces of work call :meth:`wait`. The first of them begins now.
+
+    :param share: of all processors, that the work takes while others use all the rest.
+    :param limit: seconds that all of the work may take before it does not pause any more.
+    :param idle: seconds in which the guest's processors were idle since it was booted, all
+        together; None if nobody knows.
+    """
+
+    def __init__(
+        self,
+        share: float,
+        limit: float,
+        cancelled: cancellation.Cancellation,
+        idle: Callable[[], float | None] | None = None,
+    ) -> None:
+        self._processors = os.cpu_count() or 1
+        self._rate = share * self._processors
+        self._limit = limit
+        self._cancelled = cancelled
+        self._idle = idle or idle_seconds
+        self._began = self._since = self._judged = time.monotonic()
+        self._cpu = time.process_time()
+        self._idle_then = self._idle()
+        self._contended = False
+
+    def wait(self, done: float) -> None:
+        """Pause if the processors are in use.
+
+        :param done: how much of the work is done, from 0 to 1.
+        :raises AgentError: if the work is cancelled.
+        """
+        now, cpu = time.monotonic(), time.process_time()
+        self._judge(now)
+        if self._contended:
+            until = self._since + (cpu - self._cpu) / self._rate
+            # Whoever has done half of the work may have taken half of the time
+            pause = min(until, self._began + done * self._limit) - now
+            if pause > 0:
+                self._cancelled.wait(pause)
+        self._since, self._cpu = time.monotonic(), cpu
+
+    def _judge(self, now: float) -> None:
+        """Find out whether the processors are in use, if that was not asked a moment ago."""
+        seconds = now - self._judged
+        if seconds < _WINDOW:
+            return
+        idle = self._idle()
+        if idle is None or self._idle_then is None:
+            return
+        self._contended = idle - self._idle_then < _IDLE_SHARE * self._processors * seconds
+        self._judged, self._idle_then = now, idle
+
+
+def idle_seconds() -> float | None:
+    """Of all processors together, waiting for disks included; None if the kernel does not tell.
+
+    Source of the format: proc(5), /proc/stat.
+    """
+    try:
+        fields = _STAT.read_text().split("\n", 1)[0].split()
+        return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError):
+        return None
