@@ -72,7 +72,7 @@ class Migration:
     """Carries out one request. Call :meth:`run` once.
 
     :param migration_id: names it in files, logs and on the hosts.
-    :param on_progress: called a few times a second.
+    :param on_progress: called when a phase begins, and a few times a second while memory is sent.
     :param cancelled: gives the migration up when it is set; a finished switchover stands.
     """
 
@@ -133,7 +133,7 @@ class Migration:
 
         :raises FallBack: before libvirt was asked for anything.
         """
-        self._phases.enter("checking")
+        self._enter("checking")
         guest, request, settings = self._guest, self._request, self._settings
         preflight.examine(guest.facts, request)
         source, destination = self._ask_hosts()
@@ -294,6 +294,7 @@ class Migration:
         if self._cancelled.is_set():
             raise exception.MigrationCancelled(instance=self._instance, reason=_CANCELLED)
         self._phases.enter(phase)
+        self._report({})
 
     def _may_switch(self, told: Report | None, heard: float) -> bool:
         if told is None:
