@@ -142,7 +142,7 @@ class RelayProcess:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._descriptor, number)
 
-    def ask(self, command: str, timeout: float, **values: float) -> Report | None:
+    def ask(self, command: str, timeout: float, **values: float | str) -> Report | None:
         """Its answer to a command; None if it has none within ``timeout`` seconds."""
         try:
             answer = ask(self._files.control, command, timeout, **values)

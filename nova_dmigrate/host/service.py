@@ -31,6 +31,7 @@ from nova_dmigrate.rpc.host_messages import (
     SessionState,
     SummaryArguments,
     SummaryChunk,
+    UseMap,
 )
 from nova_dmigrate.volumes import DRIVERS
 
@@ -113,6 +114,11 @@ class HostService:
 
     def renew(self, arguments: RenewSession) -> SessionState:
         return self._sessions.renew(arguments.session_id, arguments.lease_seconds)
+
+    def use_map(self, arguments: UseMap) -> SessionState:
+        return self._sessions.use_map(
+            arguments.session_id, arguments.buffer_map, arguments.memory_layout
+        )
 
     def close(self, arguments: SessionReference) -> SessionState:
         return self._sessions.close(arguments.session_id)

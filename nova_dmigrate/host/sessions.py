@@ -225,6 +225,23 @@ class Sessions:
                 self._save(session)
         return self.session(session_id)
 
+    def use_map(self, session_id: str, buffer_map: str, memory_layout: str) -> SessionState:
+        """Have the relay load a map that has come only now.
+
+        :raises RequestRefused: there is no such session, or its relay takes none.
+        """
+        session = self._find(session_id)
+        answer = None
+        process = session.process
+        if process is not None and session.record.role == "source":
+            answer = process.ask(
+                "map", _ASK_TIMEOUT, buffer_map=buffer_map, memory_layout=memory_layout
+            )
+        if answer is None:
+            raise exception.RequestRefused(reason="the relay takes no map", code="no-relay")
+        with self._lock:
+            return self._state(session)
+
     def close(self, session_id: str) -> SessionState:
         """End a session and remove what belongs to it; its last state.
 

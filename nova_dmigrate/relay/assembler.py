@@ -79,7 +79,6 @@ class Assembler:
         self._layout: MemoryLayout | None = None
         self._chunks: list[bytes] = []
         self._chunk_bytes = 0
-        self._buffer_map: BufferMap | None = None
         self._page_map: PageMap | None = None
         self._setup: RamSetup | None = None
         self._writer: StreamWriter | None = None
@@ -136,22 +135,40 @@ class Assembler:
                 raise ValueError(f"more than {_MAX_MAP_BYTES} bytes of map")
             self._chunks.append(bytes(payload))
         elif flags == protocol.MAP_COMPLETE:
-            self._take_map()
+            self._take_map(protocol.parse_first(payload))
         else:
             raise ValueError(f"unknown flags {flags}")
 
-    def _take_map(self) -> None:
+    def _take_map(self, first: int) -> None:
         """The source waits to hear whether the map is taken: its entries are numbered alike at both
         ends, so it must not be used at one only.
+
+        :param first: position of the first page that the source may still refer to.
         """
+        if self._setup is None or self._layout is None or len(self.table) or self.ram_complete:
+            raise ValueError("a map out of place")
         refused = ""
+        page_map = None
         try:
-            self._buffer_map = BufferMap.from_chunks(self._chunks, self._settings.map_limits)
+            buffer_map = BufferMap.from_chunks(self._chunks, self._settings.map_limits)
+            page_map = PageMap.place_map(self._setup.blocks, buffer_map, self._layout)
         except exception.BufferMapError as error:
             refused = str(error)
             LOG.warning("Instance %s migrates without a buffer map: %s", self._instance, error)
         self._chunks = []
+        self._layout = None
         self._answers.put(FrameType.MAP_TAKEN, refused.encode()[:1024])
+        if page_map is not None and len(page_map):
+            self._use_map(page_map, first)
+
+    def _use_map(self, page_map: PageMap, first: int) -> None:
+        self._page_map = page_map
+        self.table = EntryTable(len(page_map))
+        # What has been sent by now is newer than any block
+        sent = int(np.searchsorted(page_map.position, first))
+        self.table.pages(np.arange(sent))
+        if sent < len(page_map):
+            self._start_prefetch(page_map)
 
     def _handle_setup(self, payload: memoryview) -> None:
         if self._setup is not None:
@@ -159,15 +176,7 @@ class Assembler:
         # The frame's memory is used again: what is kept is a copy.
         self._setup = protocol.parse_setup(memoryview(bytes(payload)))
         self._emit([self._setup.data])
-        if self._buffer_map is None or self._layout is None:
-            self._page_map = PageMap.empty(self._setup.blocks)
-            return
-        page_map = PageMap.place_map(self._setup.blocks, self._buffer_map, self._layout)
-        self._buffer_map = self._layout = None
-        self._page_map = page_map
-        self.table = EntryTable(len(page_map))
-        if len(page_map):
-            self._start_prefetch(page_map)
+        self._page_map = PageMap.empty(self._setup.blocks)
 
     def _start_prefetch(self, page_map: PageMap) -> None:
         readers = [self._readers.get(volume.volume_id) for volume in page_map.volumes]

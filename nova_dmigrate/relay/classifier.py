@@ -44,16 +44,20 @@ class Classifier:
     """
 
     def __init__(self, page_map: PageMap, window: Window, outbox: Outbox) -> None:
-        self._map = page_map
         self._window = window
         self._outbox = outbox
-        self._spoken = np.zeros(len(page_map), np.bool_)
         self._front = -1
+        self.use_map(page_map)
         #: QEMU's passes over RAM that have begun; the first is the bulk.
         self.passes = 0
         #: Whether mapped pages may be referenced at this moment.
         self.referring = True
         self.counts = PageCounts()
+
+    def use_map(self, page_map: PageMap) -> None:
+        """Refer by this map from now on; what has been sent by now has been spoken of."""
+        self._map = page_map
+        self._spoken = page_map.position <= self._front
 
     @property
     def position(self) -> int:

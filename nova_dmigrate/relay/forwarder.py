@@ -11,11 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from oslo_log import log
 
-from nova_dmigrate.buffermap import BufferMap
-from nova_dmigrate.memory_layout import MemoryLayout
 from nova_dmigrate.relay import protocol
 from nova_dmigrate.relay.buffers import PooledBuffer
 from nova_dmigrate.relay.classifier import Classifier, PageCounts, Run, continued
+from nova_dmigrate.relay.handover import MapHandover
 from nova_dmigrate.relay.intake import Intake
 from nova_dmigrate.relay.monitor import Stages
 from nova_dmigrate.relay.outbox import Outbox, Parcel
@@ -28,6 +27,7 @@ from nova_dmigrate.stream.elements import (
     Element,
     Opaque,
     PageRun,
+    RamBlock,
     RamSetup,
     SectionFinish,
     SectionStart,
@@ -69,22 +69,24 @@ class Forwarder:
         parser: StreamParser,
         window: Window,
         outbox: Outbox,
+        handover: MapHandover,
         stages: Stages,
         *,
         stopped: Callable[[], bool],
     ) -> None:
-        """:param stopped: whether the migration has failed: then nothing is waited for any more."""
+        """:param handover: of the buffer map, whenever it comes.
+        :param stopped: whether the migration has failed: then nothing is waited for any more."""
         self._instance = instance
         self._settings = settings
         self._parser = parser
         self._window = window
         self._outbox = outbox
+        self._handover = handover
         self._stages = stages
         self._stopped = stopped
-        self._buffer_map: BufferMap | None = None
-        self._layout: MemoryLayout | None = None
         self._page_map: PageMap | None = None
         self._classifier: Classifier | None = None
+        self._blocks: tuple[RamBlock, ...] = ()
         self._last_record: tuple[FrameType, int, bytes] | None = None
         self._reason: str | None = None
         self._late = False
@@ -95,10 +97,6 @@ class Forwarder:
         self.bulk_resolved = False
         #: Seconds that QEMU was held back.
         self.held_seconds = 0.0
-
-    def use_map(self, buffer_map: BufferMap, layout: MemoryLayout) -> None:
-        """Refer to the volumes by this map; the destination has taken the same."""
-        self._buffer_map, self._layout = buffer_map, layout
 
     @property
     def counts(self) -> PageCounts:
@@ -124,6 +122,7 @@ class Forwarder:
         """Relay a whole stream, until QEMU closes its end."""
         for elements, buffer in intake.batches():
             self._handle(elements, buffer)
+            self._take_map()
             if self._late:
                 self._hold(intake)
                 intake.limit = _LATE_LIMIT if self.passes <= 1 else self._pace()
@@ -219,22 +218,39 @@ class Forwarder:
         self._holding = False
 
     def _handle_setup(self, setup: RamSetup) -> None:
-        if self._buffer_map is not None and self._layout is not None:
-            self._page_map = PageMap.place_map(setup.blocks, self._buffer_map, self._layout)
-            self._buffer_map = self._layout = None
-        else:
-            self._page_map = PageMap.empty(setup.blocks)
+        self._blocks = setup.blocks
+        self._page_map = PageMap.empty(setup.blocks)
         self._classifier = Classifier(self._page_map, self._window, self._outbox)
         LOG.info(
-            "Instance %s: machine %s, %d RAMBlocks, %d MiB of RAM, %d pages mapped, %d dropped",
+            "Instance %s: machine %s, %d RAMBlocks, %d MiB of RAM",
             self._instance,
             self._parser.machine,
             len(setup.blocks),
             self._parser.total_ram >> 20,
-            len(self._page_map),
-            self._page_map.dropped,
         )
         self._outbox.put(protocol.setup_parcel(setup))
+        self._take_map()
+
+    def _take_map(self) -> None:
+        """Between two pages: use the map from here on, if there is one that is of use."""
+        if not self._handover.waiting or self._classifier is None:
+            return
+        if self._late or self._ending or self._reason is not None:
+            self._handover.decline("it has come when the bulk was nearly over")
+            return
+        first = self._classifier.position + 1
+        page_map = self._handover.hand_over(self._blocks, first)
+        if page_map is None:
+            return
+        self._page_map = page_map
+        self._classifier.use_map(page_map)
+        LOG.info(
+            "Instance %s: %d pages mapped from page %d on, %d dropped",
+            self._instance,
+            len(page_map),
+            first,
+            page_map.dropped,
+        )
 
     def _handle_section_start(self, element: SectionStart) -> None:
         if element.end:

@@ -91,9 +91,11 @@ class Sampler:
 class ControlServer:
     """Answers requests on a UNIX socket, one JSON object a line: ``{"command": "progress"}``,
     ``"cancel"``, or ``"limit"`` with ``network_bandwidth`` and ``volume_bandwidth`` (bytes a
-    second, 0 for no cap), which are in effect at once.
+    second, 0 for no cap), which are in effect at once; the source's also ``"map"`` with
+    ``buffer_map`` and ``memory_layout`` (paths of files, see `relay.session`).
 
     :param limit: takes network and volume bandwidth; a relay heeds the one that it has a use for.
+    :param use_map: takes the two paths; None where there is no use for a map.
 
     Only the owner of the socket file may connect (mode 0600).
     """
@@ -104,11 +106,13 @@ class ControlServer:
         progress: Callable[[], Report],
         cancel: Callable[[], None],
         limit: Callable[[float, float], None],
+        use_map: Callable[[Path, Path], None] | None = None,
     ) -> None:
         self._path = path
         self._progress = progress
         self._cancel = cancel
         self._limit = limit
+        self._use_map = use_map
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         path.unlink(missing_ok=True)
         mask = os.umask(0o177)
@@ -160,6 +164,12 @@ class ControlServer:
                 return {"error": "expected network_bandwidth and volume_bandwidth, 0 or more"}
             self._limit(*rates)
             return {"limited": True}
+        if command == "map" and self._use_map is not None:
+            paths = [request.get(name) for name in ("buffer_map", "memory_layout")]
+            if not all(isinstance(path, str) and path for path in paths):
+                return {"error": "expected buffer_map and memory_layout, paths of files"}
+            self._use_map(*map(Path, paths))
+            return {"loading": True}
         return {"error": f"unknown command {command!r}"}
 
 
@@ -169,7 +179,7 @@ def _is_rate(value: Any) -> bool:
     )
 
 
-def ask(path: Path, command: str, timeout: float = 5.0, **values: float) -> Report:
+def ask(path: Path, command: str, timeout: float = 5.0, **values: float | str) -> Report:
     """Ask the relay whose control socket is at ``path``; returns its answer.
 
     :param values: what goes with the command.

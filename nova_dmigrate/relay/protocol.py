@@ -46,6 +46,7 @@ END_ABORTED = 1
 
 _PROGRESS = struct.Struct("<QdQ")
 _LENGTH = struct.Struct("<I")
+_FIRST = struct.Struct("<Q")
 
 
 class MissReason(enum.IntEnum):
@@ -107,16 +108,28 @@ def parse_report(payload: memoryview) -> dict[str, Any] | None:
     return report if isinstance(report, dict) else None
 
 
-def map_parcels(mapping: tuple[BufferMap, MemoryLayout] | None) -> Iterator[Parcel]:
-    """The frames that hand over a buffer map and its layout; none where there is none."""
-    if mapping is None:
-        return
-    buffer_map, layout = mapping
+def map_parcels(buffer_map: BufferMap, layout: MemoryLayout, first: int) -> Iterator[Parcel]:
+    """The frames that hand over a buffer map and its layout.
+
+    :param first: position of the first page that may be referenced.
+    """
     text = json.dumps([[r.gpa, r.length, r.block, r.offset] for r in layout.ranges]).encode()
     yield Parcel(FrameType.MAP, [memoryview(text)], len(text), flags=MAP_LAYOUT)
     for chunk in buffer_map.to_chunks():
         yield Parcel(FrameType.MAP, [memoryview(chunk)], len(chunk), flags=MAP_CHUNK)
-    yield Parcel(FrameType.MAP, [], 0, flags=MAP_COMPLETE)
+    end = _FIRST.pack(first)
+    yield Parcel(FrameType.MAP, [memoryview(end)], len(end), flags=MAP_COMPLETE)
+
+
+def parse_first(payload: memoryview) -> int:
+    """The position in the last frame of a map.
+
+    :raises ValueError: the payload is not what :func:`map_parcels` makes.
+    """
+    if len(payload) != _FIRST.size:
+        raise ValueError(f"a map that ends with {len(payload)} bytes")
+    first: int = _FIRST.unpack(payload)[0]
+    return first
 
 
 def parse_layout(payload: memoryview) -> MemoryLayout:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import socket
 import threading
+from pathlib import Path
 
 import numpy as np
 from oslo_log import log
@@ -20,6 +21,7 @@ from nova_dmigrate.relay import protocol
 from nova_dmigrate.relay.buffers import BufferPool
 from nova_dmigrate.relay.connections import Connections
 from nova_dmigrate.relay.forwarder import BULK_DELAY, Forwarder
+from nova_dmigrate.relay.handover import MapHandover
 from nova_dmigrate.relay.intake import Intake, QemuListener
 from nova_dmigrate.relay.lifecycle import Lifecycle
 from nova_dmigrate.relay.monitor import ControlServer, Report, Sampler, Stages, write_summary
@@ -60,18 +62,17 @@ class SourceRelay:
         )
         self._pool = BufferPool(settings.batch_size + MAX_ELEMENT, _BUFFERS + settings.channels)
         self._parser = StreamParser()
+        self._handover = MapHandover(session.instance, self._outbox, settings.stall_timeout)
         self._forwarder = Forwarder(
             session.instance,
             settings,
             self._parser,
             self._window,
             self._outbox,
+            self._handover,
             self._stages,
             stopped=lambda: self._life.failed,
         )
-        self._map: tuple[BufferMap, MemoryLayout] | None = None
-        self._map_answered = threading.Event()
-        self._map_refused: str | None = None
         self._wire = Connections()
         self._listener: QemuListener | None = None
         self._qemu: socket.socket | None = None
@@ -86,18 +87,23 @@ class SourceRelay:
     # Before the migration
 
     def prepare(self) -> None:
-        """Load the map, connect to the destination relay, hand it the map, and listen for QEMU.
+        """Load the map if there is one, connect to the destination relay, and listen for QEMU.
 
         :raises DMigrateError: the destination cannot be reached or refuses, or the socket cannot be
             made.
         """
         try:
-            self._load_map()
+            if self._session.buffer_map is not None and self._session.memory_layout is not None:
+                self._load_map(self._session.buffer_map, self._session.memory_layout)
             self._connect()
             self._listener = QemuListener(self._session.qemu_socket, self._session.instance)
             if self._session.control_socket is not None:
                 self._control = ControlServer(
-                    self._session.control_socket, self.progress, self.cancel, self._limit
+                    self._session.control_socket,
+                    self.progress,
+                    self.cancel,
+                    self._limit,
+                    self._use_map,
                 )
         except BaseException:
             self._close()
@@ -105,21 +111,28 @@ class SourceRelay:
         self._life.on_failure(self._wake_all)
         self._stages.enter("waiting")
 
-    def _load_map(self) -> None:
+    def _use_map(self, buffer_map: Path, memory_layout: Path) -> None:
+        """Have a map loaded that has come only now; it is used as soon as it is there."""
+        threading.Thread(
+            target=self._load_map, args=(buffer_map, memory_layout), name="map", daemon=True
+        ).start()
+
+    def _load_map(self, buffer_map: Path, memory_layout: Path) -> None:
         """The map comes from the guest: one that is of no use costs the gain, not the migration."""
-        session, settings = self._session, self._settings
-        if session.buffer_map is None or session.memory_layout is None:
-            return
+        instance = self._session.instance
         try:
-            layout = MemoryLayout.from_mtree(session.memory_layout.read_text())
-            self._map = BufferMap.load(session.buffer_map, settings.map_limits), layout
+            layout = MemoryLayout.from_mtree(memory_layout.read_text())
+            loaded = BufferMap.load(buffer_map, self._settings.map_limits)
         except (
             OSError,
             ValueError,
             exception.BufferMapError,
             exception.MemoryLayoutError,
         ) as error:
-            LOG.warning("Instance %s migrates without a buffer map: %s", session.instance, error)
+            LOG.warning("Instance %s migrates without a buffer map: %s", instance, error)
+            return
+        if not self._handover.offer(loaded, layout):
+            LOG.warning("Instance %s: one buffer map more is not used", instance)
 
     def _connect(self) -> None:
         session, settings = self._session, self._settings
@@ -171,7 +184,6 @@ class SourceRelay:
 
     def _relay_stream(self) -> None:
         assert self._listener is not None
-        self._hand_over_map()
         self._qemu = self._listener.accept()
         self._life.start("watch", self._listener.watch)
         self._stages.enter("setup")
@@ -179,24 +191,6 @@ class SourceRelay:
         self._intake.limit = self._settings.batch_size
         self._forwarder.relay(self._intake)
         self._end()
-
-    def _hand_over_map(self) -> None:
-        """Both relays number the entries of the map, so both take it or neither does."""
-        for parcel in protocol.map_parcels(self._map):
-            self._outbox.put(parcel)
-        if self._map is None:
-            return
-        if not self._map_answered.wait(self._settings.stall_timeout):
-            self._map_refused = "it did not answer"
-        if self._map_refused is None:
-            self._forwarder.use_map(*self._map)
-        else:
-            LOG.warning(
-                "Instance %s migrates without a buffer map, which the destination refused: %s",
-                self._session.instance,
-                self._map_refused,
-            )
-        self._map = None
 
     def _end(self) -> None:
         """QEMU closed its connection."""
@@ -272,8 +266,7 @@ class SourceRelay:
         elif kind is FrameType.RETURN_END:
             self._end_return_path()
         elif kind is FrameType.MAP_TAKEN:
-            self._map_refused = protocol.parse_text(payload) or None
-            self._map_answered.set()
+            self._handover.answer(protocol.parse_text(payload))
         elif kind is FrameType.FAILED:
             raise exception.PeerLost(
                 peer=self._wire.peer,
@@ -307,7 +300,7 @@ class SourceRelay:
     def _wake_all(self) -> None:
         """After a failure: make everything that blocks return."""
         self._bucket.release()
-        self._map_answered.set()
+        self._handover.release()
         self._window.close()
         failure = self._life.failure
         self._outbox.abort(protocol.abort_parcel(str(failure)))
@@ -371,6 +364,7 @@ class SourceRelay:
             "pass_through": forwarder.pass_through,
             "machine": self._parser.machine,
             "ram_bytes": self._parser.total_ram,
+            "map": self._handover.state.value,
             "mapped_pages": forwarder.mapped_pages,
             "guest_bytes": self._intake.bytes if self._intake else 0,
             "wire_bytes": sum(connection.bytes_sent for connection in self._wire.data),

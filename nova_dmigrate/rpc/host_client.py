@@ -81,6 +81,10 @@ class HostClient:
         """Keep a session alive, and learn how far it is."""
         return self._session("renew", host_messages.RenewSession(session_id, lease_seconds))
 
+    def use_map(self, session_id: str, buffer_map: str, memory_layout: str) -> SessionState:
+        """Have the source relay load a map, two files on the host, while the stream flows."""
+        return self._session("use_map", host_messages.UseMap(session_id, buffer_map, memory_layout))
+
     def close_session(self, session_id: str) -> SessionState:
         """End a session, whatever its relay does; its last state. The summary stays."""
         return self._session("close", host_messages.SessionReference(session_id))

@@ -134,6 +134,19 @@ class RenewSession:
 
 
 @dataclasses.dataclass(frozen=True)
+class UseMap:
+    """Have a source relay that runs use a buffer map that has come only now.
+
+    ``buffer_map`` and ``memory_layout``: files on this host. The answer tells whether the relay
+    has begun to load them; how that goes is in its progress.
+    """
+
+    session_id: str = checked(token())
+    buffer_map: str = checked(path())
+    memory_layout: str = checked(path())
+
+
+@dataclasses.dataclass(frozen=True)
 class SummaryArguments:
     """``offset``: in the compressed summary, bytes."""
 
@@ -232,6 +245,7 @@ METHODS = {
     "open_source": Method(OpenSource, SessionState),
     "session": Method(SessionReference, SessionState),
     "renew": Method(RenewSession, SessionState),
+    "use_map": Method(UseMap, SessionState),
     "close": Method(SessionReference, SessionState, remembered=True),
     "summary": Method(SummaryArguments, SummaryChunk),
     # The agent itself knows repeated requests by their identifiers

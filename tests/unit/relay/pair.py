@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nova_dmigrate.buffermap import BufferMap, VolumeExtents
 from nova_dmigrate.relay.destination import DestinationRelay
-from nova_dmigrate.relay.monitor import Report
+from nova_dmigrate.relay.monitor import Report, ask
 from nova_dmigrate.relay.session import DestinationSession, RelaySettings, SourceSession
 from nova_dmigrate.relay.source import SourceRelay
 from nova_dmigrate.relay.wire.handshake import Credentials
@@ -59,6 +59,8 @@ class Pair:
     destination_tls: TlsSettings | None = None
     #: In place of the map that ``pages`` and ``blocks`` make.
     extents: Sequence[VolumeExtents] | None = None
+    #: Bytes of the stream after which the source gets its map; None to have it from the start.
+    map_after: int | None = None
     #: In place of the one volume that the destination has.
     volumes: Sequence[VolumeSpec] | None = None
     #: In place of the layout with one RAMBlock.
@@ -112,8 +114,9 @@ class Pair:
         if self.source_token is not None:
             credentials = Credentials("session", self.source_token)
         self._save_map()
-        layout = self.directory / "layout"
+        self._layout = layout = self.directory / "layout"
         layout.write_text(self.layout or MTREE.format(end=self.ram_size - 1))
+        at_once = self.map_path is not None and self.map_after is None
         self.source = SourceRelay(
             SourceSession(
                 instance="instance",
@@ -124,8 +127,8 @@ class Pair:
                 tls=self.source_tls,
                 control_socket=self.directory / "source.control",
                 summary=self.directory / "source.json",
-                buffer_map=self.map_path,
-                memory_layout=layout if self.map_path is not None else None,
+                buffer_map=self.map_path if at_once else None,
+                memory_layout=layout if at_once else None,
             ),
             self.source_settings,
         )
@@ -156,6 +159,16 @@ class Pair:
         ]
         for thread in self._threads:
             thread.start()
+
+    def offer_map(self) -> None:
+        """Have the source load the map now, and wait until it has."""
+        control = self.directory / "source.control"
+        paths = {"buffer_map": str(self.map_path), "memory_layout": str(self._layout)}
+        assert ask(control, "map", **paths) == {"loading": True}
+        deadline = time.monotonic() + HANGS
+        while ask(control, "progress")["map"] == "none":
+            assert time.monotonic() < deadline, "the map is not loaded"
+            time.sleep(0.01)
 
     def join(self) -> None:
         """Wait for everybody.
@@ -194,7 +207,12 @@ class Pair:
                     self.sender(qemu)
                     return
                 for chunk in self.chunks:
-                    qemu.sendall(chunk)
+                    if self.map_after is None:
+                        qemu.sendall(chunk)
+                        continue
+                    qemu.sendall(chunk[: self.map_after])
+                    self.offer_map()
+                    qemu.sendall(chunk[self.map_after :])
                 while len(self.answered) < len(self.answer):
                     data = qemu.recv(4096)
                     if not data:

@@ -11,6 +11,7 @@ from nova_dmigrate.buffermap import BufferMap
 from nova_dmigrate.memory_layout import MemoryLayout, MemoryRange
 from nova_dmigrate.relay.buffers import BufferPool, PooledBuffer
 from nova_dmigrate.relay.forwarder import Forwarder
+from nova_dmigrate.relay.handover import MapHandover
 from nova_dmigrate.relay.intake import Intake
 from nova_dmigrate.relay.monitor import Stages
 from nova_dmigrate.relay.outbox import Outbox
@@ -64,18 +65,21 @@ class TestWaits(TestCase):
         self.parser = StreamParser()
         self.failed = False
         # A 16th of RAM, 32 pages, is what the bulk is held before.
+        self.handover = MapHandover("instance", self.outbox, LONG)
+        self.handover.answer("")
         self.forwarder = Forwarder(
             "instance",
             RelaySettings(),
             self.parser,
             self.window,
             self.outbox,
+            self.handover,
             Stages("setup"),
             stopped=lambda: self.failed,
         )
         volume = extents_of("volume", RAM_PAGES * PAGE, MAPPED, MAPPED)
         layout = MemoryLayout((MemoryRange(0, RAM_PAGES * PAGE, "pc.ram", 0),))
-        self.forwarder.use_map(BufferMap.build([volume]), layout)
+        self.handover.offer(BufferMap.build([volume]), layout)
         self.addCleanup(setattr, self, "failed", True)
 
     def relay(self, *parts: range, delta: bool = False) -> tuple[FakeIntake, threading.Thread]:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nova_dmigrate import exception
+from nova_dmigrate.relay.monitor import ask
 from nova_dmigrate.relay.session import RelaySettings
 from nova_dmigrate.volumes import DRIVERS, BlockReader, VolumeSpec
 from tests.unit.relay.guest import PAGE, FakeGuest
@@ -192,6 +193,67 @@ class TestMaps(MapTestCase):
         self.assert_as_if_direct(stream, pair)
         self.assertEqual(2 * PAGES - 256, pair.source_summary["referenced_pages"])
         self.assertEqual({}, pair.source_summary["misses"])
+
+
+class TestLateMaps(MapTestCase):
+    """The map comes while the stream is under way."""
+
+    def relay(self, guest: FakeGuest, share: float) -> Pair:
+        """:param share: of the bytes of the first pass that go before the map comes."""
+        first_pass = int(np.count_nonzero(guest.said & guest.memory.any(axis=1))) * PAGE
+        return self.migrate(guest, source_settings=SETTINGS, map_after=int(share * first_pass))
+
+    def test_what_has_not_been_sent_yet_is_referenced(self) -> None:
+        for share in (0.01, 0.3, 0.6):
+            guest = FakeGuest(3, ram_pages=PAGES, mapped=1.0, stale=0.1, silent=0.1, dirty=0.1)
+            pair = self.relay(guest, share)
+            self.assertEqual("taken", pair.source_summary["map"])
+            referenced = pair.source_summary["referenced_pages"]
+            self.assertGreater(referenced, 0)
+            self.assertLess(referenced, (1 - share) * PAGES)
+            self.assertGreater(pair.destination_summary["hits"], 0)
+
+    def test_what_was_sent_before_is_never_replaced_by_a_block(self) -> None:
+        guest = FakeGuest(4, ram_pages=PAGES, mapped=1.0, stale=1.0, zero=0.0, dirty=0.0, passes=1)
+        pair = self.relay(guest, 0.5)
+        # None of the blocks is right: each reference is a miss
+        self.assertEqual(0, pair.destination_summary["hits"])
+        self.assertLess(pair.destination_summary["speculated_pages"], 0.6 * PAGES)
+
+    def test_after_the_bulk_it_is_of_no_use(self) -> None:
+        guest = FakeGuest(5, ram_pages=PAGES, mapped=1.0, dirty=0.5)
+        pair = self.relay(guest, 1.2)
+        self.assertEqual("refused", pair.source_summary["map"])
+        self.assertEqual(0, pair.source_summary["referenced_pages"])
+        self.assertEqual(0, pair.destination_summary["volume_bytes"])
+        self.assertIn("when the bulk was nearly over", self.log.output)
+
+    def test_a_second_map_is_not_used(self) -> None:
+        guest = self.guest()
+        pair = self.pair(guest, source_settings=SETTINGS)
+        pair.prepare()
+        pair.offer_map()
+        pair.start()
+        pair.join()
+        self.assert_exact(guest, pair)
+        self.assertEqual(len(guest.pages), pair.source_summary["mapped_pages"])
+        self.assertIn("one buffer map more is not used", self.log.output)
+
+    def test_a_late_map_that_is_damaged_costs_the_gain_only(self) -> None:
+        guest = self.guest()
+        pair = self.pair(guest, map_after=PAGE)
+        pair.prepare()
+        assert pair.map_path is not None
+        pair.map_path.write_bytes(b"nonsense")
+        pair.map_after = None
+        pair.start()
+        control = pair.directory / "source.control"
+        self.assertIn("error", ask(control, "map", buffer_map=str(pair.map_path)))
+        paths = {"buffer_map": str(pair.map_path), "memory_layout": str(pair.map_path)}
+        ask(control, "map", **paths)
+        pair.join()
+        self.assert_exact(guest, pair)
+        self.assertEqual(0, pair.source_summary["referenced_pages"])
 
 
 class TestVolumes(MapTestCase):

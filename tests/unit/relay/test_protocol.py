@@ -29,16 +29,15 @@ class MapTest(TestCase):
         layout = MemoryLayout((MemoryRange(1 << 20, 1 << 20, "pc.ram", 4096),))
         extents = extents_of("volume", 1 << 20, np.arange(256, 300), np.arange(44))
         buffer_map = BufferMap.build([extents])
-        first, *chunks, last = protocol.map_parcels((buffer_map, layout))
+        first, *chunks, last = protocol.map_parcels(buffer_map, layout, 77)
         self.assertEqual(protocol.MAP_LAYOUT, first.flags)
         self.assertEqual(layout, protocol.parse_layout(payload(first)))
         self.assertEqual({protocol.MAP_CHUNK}, {chunk.flags for chunk in chunks})
         received = BufferMap.from_chunks([bytes(payload(chunk)) for chunk in chunks], LIMITS)
         self.assertEqual(44, received.page_count)
-        self.assertEqual((protocol.MAP_COMPLETE, 0), (last.flags, last.size))
-
-    def test_without_a_map_nothing_is_said(self) -> None:
-        self.assertEqual([], list(protocol.map_parcels(None)))
+        self.assertEqual(protocol.MAP_COMPLETE, last.flags)
+        self.assertEqual(77, protocol.parse_first(payload(last)))
+        self.assertRaises(ValueError, protocol.parse_first, memoryview(b""))
 
     def test_a_layout_that_makes_no_sense_is_refused(self) -> None:
         for rows in (
