@@ -49,13 +49,16 @@ migrates in the ordinary way.
     ),
     cfg.FloatOpt(
         "prepare_time",
-        default=5,
+        default=0,
         min=0,
         max=600,
         help="""
 Seconds, at most, that the database gets to write dirty pages before its memory
-is mapped. They count as time of the migration; what is still dirty then goes
-over the network. 0 leaves the database alone.
+is mapped. What is dirty then goes over the network.
+
+0 leaves the database alone, and the agent needs no account there. The stream
+begins meanwhile in any case, so that other seconds pay only where the database
+writes its pages faster than the migration network carries them.
 """,
     ),
     cfg.FloatOpt(

@@ -9,12 +9,17 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 from nova_dmigrate import exception
 from nova_dmigrate.host import permissions
 from nova_dmigrate.rpc.channel import ChannelTransport, open_port
 from nova_dmigrate.rpc.host_messages import MAX_ANSWER, AgentAnswer, AgentRequest
 from nova_dmigrate.rpc.messages import AGENT
+
+#: Seconds for which a port stays open when it has been used: a guest that is busy takes its time to
+#: notice that somebody has come, and whoever asks once mostly asks again.
+_KEPT = 2.0
 
 
 class AgentProxy:
@@ -42,18 +47,14 @@ class AgentProxy:
         end = time.monotonic() + request.timeout
         path = permissions.channel(request.channel_path, self._directories)
         with self._lock:
-            port = self._ports.setdefault(path, _Port())
+            port = self._ports.setdefault(path, _Port(path))
         if not port.lock.acquire(timeout=request.timeout):
             raise _refused("others are asking it all the time", "agent-unreachable")
-        transport = ChannelTransport(request.instance, lambda: open_port(path))
         try:
-            answer = transport.call(
-                request.method, request.request_id, arguments, end - time.monotonic()
-            )
+            answer = port.ask(request, arguments, end)
         except exception.AgentUnreachable as error:
             raise _refused(str(error), "agent-unreachable") from error
         finally:
-            transport.close()
             port.lock.release()
         text = json.dumps(answer)
         if len(text) > MAX_ANSWER:
@@ -62,10 +63,60 @@ class AgentProxy:
 
 
 class _Port:
-    """Exists while somebody asks through it, or waits for that."""
+    """Exists while somebody asks through it, or waits for that, and as long as it is open.
 
-    def __init__(self) -> None:
+    All but the lock belongs to who has the lock.
+    """
+
+    def __init__(self, path: str) -> None:
         self.lock = threading.Lock()
+        self._path = path
+        self._transport: ChannelTransport | None = None
+        self._used = 0.0
+
+    def ask(self, request: AgentRequest, arguments: dict[str, Any], end: float) -> Any:
+        """The agent's answer, until ``end``.
+
+        :raises AgentUnreachable: it has none.
+        """
+        if self._transport is not None:
+            try:
+                return self._ask(self._transport, request, arguments, end)
+            except exception.AgentUnreachable:
+                # The guest may have been stopped, and be another one by now
+                self._close()
+        self._transport = ChannelTransport(request.instance, lambda: open_port(self._path))
+        try:
+            return self._ask(self._transport, request, arguments, end)
+        except exception.AgentUnreachable:
+            self._close()
+            raise
+
+    def _ask(
+        self,
+        transport: ChannelTransport,
+        request: AgentRequest,
+        arguments: dict[str, Any],
+        end: float,
+    ) -> Any:
+        answer = transport.call(
+            request.method, request.request_id, arguments, end - time.monotonic()
+        )
+        self._used = time.monotonic()
+        timer = threading.Timer(_KEPT, self._close_unused)
+        timer.daemon = True
+        timer.start()
+        return answer
+
+    def _close_unused(self) -> None:
+        with self.lock:
+            if time.monotonic() >= self._used + _KEPT:
+                self._close()
+
+    def _close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+            self._transport = None
 
 
 def _refused(reason: str, code: str) -> exception.RequestRefused:

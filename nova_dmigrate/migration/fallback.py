@@ -34,6 +34,9 @@ class Reason(enum.Enum):
     BAD_MAP = ("bad-map", "the agent's buffer map is refused: {error}")
     SMALL_MAP = ("small-map", "only {share:.1%} of the guest's memory could be read from volumes")
     MEMORY_LAYOUT = ("memory-layout", "QEMU does not tell how its memory lies: {error}")
+    NO_STATE = ("no-state", "the buffer map cannot be kept for the relay: {error}")
+    LATE_MAP = ("late-map", "the buffer map came when the memory had been sent")
+    MAP_REFUSED = ("map-refused", "the relays do not use the buffer map, see their logs")
     RELAY_FAILED = ("relay-failed", "{error}")
 
     def __init__(self, code: str, sentence: str) -> None:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from nova_dmigrate import exception
-from nova_dmigrate.buffermap import PAGE_SIZE, BufferMap, MapLimits
+from nova_dmigrate.buffermap import PAGE_SIZE, MapLimits
 from nova_dmigrate.migration import preflight
 from nova_dmigrate.migration.fallback import Reason, because
+from nova_dmigrate.migration.guest_map import GuestMapFetch
 from nova_dmigrate.migration.libvirt_guest import Job, LibvirtGuest, Order, RunningMigration
 from nova_dmigrate.migration.prepared_database import PreparedDatabase
 from nova_dmigrate.migration.progress import Progress
@@ -94,7 +95,8 @@ class Migration:
         self._on_progress = on_progress
         self._instance = request.instance or guest.facts.uuid
         self._phases = _Phases()
-        self._map: BufferMap | None = None
+        self._mapping_s: float | None = None
+        self._without_volumes: exception.FallBack | None = None
         self._relays: Report = {}
         self._last: Report = {}
         self._job: Job | None = None
@@ -146,6 +148,8 @@ class Migration:
             # The last thing that is done: the guest is where it will be by then.
             stack.callback(self._restore, database)
             files = stack.enter_context(self._files())
+            self._look_at(agent, files)
+            mapping = stack.enter_context(self._fetch_map(agent, database, files))
             sessions = RelaySessions(
                 self._id,
                 self._instance,
@@ -165,11 +169,14 @@ class Migration:
             stack.callback(self._close, sessions)
             self._enter("waiting")
             sessions.order_destination(volumes)
-            # It starts while the database is looked after
-            self._map_memory(agent, database, files)
             self._enter("starting relays")
-            sessions.open(files.buffer_map, files.memory_layout)
-            return self._migrate_relayed(sessions, socket)
+            sessions.open()
+            if request.mode is Mode.REQUIRED:
+                # Nothing shall have been done when there is none
+                self._enter("mapping")
+                mapping.wait(self._cancelled)
+            mapping.check()
+            return self._migrate_relayed(sessions, _MapOnItsWay(mapping, sessions, files), socket)
 
     def _run_ordinary(self) -> str | None:
         """Migrate as libvirt does; why it failed, None if it has not."""
@@ -207,35 +214,29 @@ class Migration:
         except exception.HostRefused as error:
             raise because(Reason.HOST_REFUSED, self._instance, error=error) from error
 
-    def _map_memory(self, agent: AgentClient, database: PreparedDatabase, files: "_Files") -> None:
-        """Have the database prepared, and write the two files of the source relay.
+    def _look_at(self, agent: AgentClient, files: "_Files") -> None:
+        """See that the guest has what is needed, before anything is begun.
 
-        :raises FallBack: there is no map that would be worth it.
+        :raises FallBack: it has not.
         """
-        settings = self._settings
         try:
             agent.ping()
-            if settings.prepare_time:
-                self._enter("preparing")
-                database.prepare(settings.dirty_share, settings.prepare_time, self._cancelled)
-                database.keep()
-            self._enter("mapping")
-            self._map = agent.fetch_map(self._map_limits())
         except exception.AgentUnreachable as error:
             raise because(Reason.AGENT_UNREACHABLE, self._instance, error=error) from error
         except exception.AgentRefused as error:
             raise because(Reason.AGENT_REFUSED, self._instance, error=error) from error
-        except exception.BufferMapError as error:
-            raise because(Reason.BAD_MAP, self._instance, error=error) from error
-        share = self._map.page_count * PAGE_SIZE / self._guest.facts.memory
-        if share < settings.min_mapped_share:
-            raise because(Reason.SMALL_MAP, self._instance, share=share)
         try:
-            layout = self._guest.memory_layout()
+            files.memory_layout.write_text(self._guest.memory_layout())
         except exception.MigrationError as error:
             raise because(Reason.MEMORY_LAYOUT, self._instance, error=error) from error
-        self._map.save(files.buffer_map)
-        files.memory_layout.write_text(layout)
+
+    def _fetch_map(
+        self, agent: AgentClient, database: PreparedDatabase, files: "_Files"
+    ) -> GuestMapFetch:
+        memory = self._guest.facts.memory
+        return GuestMapFetch(
+            agent, database, self._settings, self._map_limits(), memory, files.buffer_map
+        )
 
     def _map_limits(self) -> MapLimits:
         """No page of the guest is mapped twice: a map with more is not worth reading."""
@@ -243,8 +244,11 @@ class Migration:
         pages = self._guest.facts.memory // PAGE_SIZE
         return dataclasses.replace(limits, max_pages=min(limits.max_pages, pages))
 
-    def _migrate_relayed(self, sessions: RelaySessions, socket: Path) -> str | None:
+    def _migrate_relayed(
+        self, sessions: RelaySessions, coming: "_MapOnItsWay", socket: Path
+    ) -> str | None:
         request = self._request
+        coming.hand_over()
         limit = self._downtime_limit() or self._guest.max_downtime_ms
         self._enter("migrating")
         # QEMU itself is not capped: the relays are, and only what goes over the network counts
@@ -256,15 +260,23 @@ class Migration:
                 post_copy=request.post_copy,
             )
         )
-        self._hold_back(running, sessions, limit)
+        self._hold_back(running, sessions, coming, limit)
         self._phases.enter("ended")
+        self._mapping_s, self._without_volumes = coming.seconds, coming.lost(self._last)
         return running.error
 
-    def _hold_back(self, running: RunningMigration, sessions: RelaySessions, limit: int) -> None:
+    def _hold_back(
+        self,
+        running: RunningMigration,
+        sessions: RelaySessions,
+        coming: "_MapOnItsWay",
+        limit: int,
+    ) -> None:
         """Follow the migration; QEMU gets its downtime limit when the bulk is resolved."""
         held = released = False
         heard = time.monotonic()
         while not self._over(running):
+            coming.hand_over()
             if not held and self._job is not None:
                 held = self._guest.set_max_downtime(_HELD_DOWNTIME_MS)
             told = sessions.look()
@@ -315,6 +327,8 @@ class Migration:
         self._relays = {**sessions.close(), "failure": sessions.failure}
 
     def _restore(self, database: PreparedDatabase) -> None:
+        if not database.held:
+            return
         here = self._peers.source if self._guest.runs_here else self._peers.destination
         with self._peers.agent(here) as agent:
             database.restore(agent)
@@ -362,6 +376,7 @@ class Migration:
         source = self._relays.get("source", {}) if fallback is None else {}
         destination = self._relays.get("destination", {}) if fallback is None else {}
         job = self._guest.completed_job() or self._job or Job()
+        reason = fallback or self._without_volumes
         state = COMPLETED if error is None else CANCELLED if self._cancelled.is_set() else FAILED
         return MigrationSummary(
             id=self._id,
@@ -370,8 +385,8 @@ class Migration:
             source=self._request.source_host or "?",
             destination=self._request.destination_host or self._request.destination_uri,
             mode=DMIGRATE if fallback is None else ORDINARY,
-            fallback_reason=None if fallback is None else str(fallback.kwargs["code"]),
-            fallback_message=None if fallback is None else str(fallback.kwargs["reason"]),
+            fallback_reason=None if reason is None else str(reason.kwargs["code"]),
+            fallback_message=None if reason is None else str(reason.kwargs["reason"]),
             state=state,
             error=error,
             started=began.isoformat(timespec="seconds"),
@@ -383,6 +398,7 @@ class Migration:
             pages_referenced=source.get("referenced_pages", 0),
             misses=sum(source.get("misses", {}).values()),
             mapped_pages=source.get("mapped_pages", 0),
+            mapping_s=None if fallback is not None else self._mapping_s,
             phases=self._phases.seconds(),
             series={
                 role: tuple(relay["series"])
@@ -390,6 +406,40 @@ class Migration:
                 if relay.get("series")
             },
         )
+
+
+class _MapOnItsWay:
+    """From the agent to the source relay, which has it used when it has come."""
+
+    def __init__(self, mapping: GuestMapFetch, sessions: RelaySessions, files: "_Files") -> None:
+        self._mapping = mapping
+        self._sessions = sessions
+        self._files = files
+        self._given: bool | None = None
+
+    def hand_over(self) -> None:
+        """Hand it over if it is there and that was not done yet."""
+        if self._given is None and self._mapping.ready:
+            self._given = self._sessions.use_map(self._files.buffer_map, self._files.memory_layout)
+
+    @property
+    def seconds(self) -> float | None:
+        """Seconds until it was there; None if it never was."""
+        seconds = self._mapping.seconds
+        return None if seconds is None else round(seconds, 3)
+
+    def lost(self, told: Report) -> exception.FallBack | None:
+        """Why it was of no use; None if it was.
+
+        :param told: the last that the source relay has told.
+        """
+        instance = self._mapping.instance
+        if self._mapping.failure is not None:
+            return self._mapping.failure
+        if self._given and told.get("map") in ("offered", "taken"):
+            return None
+        refused = self._given is False or told.get("map") == "refused"
+        return because(Reason.MAP_REFUSED if refused else Reason.LATE_MAP, instance)
 
 
 class _Files:

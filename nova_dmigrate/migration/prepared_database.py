@@ -27,6 +27,11 @@ class PreparedDatabase:
         self._stopped = threading.Event()
         self._keeper: threading.Thread | None = None
 
+    @property
+    def held(self) -> bool:
+        """Whether something may have to be restored."""
+        return self._lease_id is not None
+
     def prepare(
         self, dirty_share: float, seconds: float, cancelled: threading.Event
     ) -> messages.LeaseState:

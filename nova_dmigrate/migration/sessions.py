@@ -97,7 +97,7 @@ class RelaySessions:
         )
         self._start(self._destination, order)
 
-    def open(self, buffer_map: Path, memory_layout: Path) -> None:
+    def open(self) -> None:
         """Start the source relay, too, and wait until both are ready.
 
         :raises FallBack: one of them cannot be had.
@@ -107,14 +107,22 @@ class RelaySessions:
             **self._common,
             host=self._terms.address or ready.host or self._destination.host,
             port=ready.port or 0,
-            buffer_map=str(buffer_map),
-            memory_layout=str(memory_layout),
             tls_peer_name=self._terms.destination_name,
             network_bandwidth=self._terms.network_bandwidth,
             wait_seconds=self._terms.patience,
         )
         self._start(self._source, order)
         self._ready(self._source)
+
+    def use_map(self, buffer_map: Path, memory_layout: Path) -> bool:
+        """Hand the source relay its map, at any time; whether its host has taken it."""
+        session_id = self._common["session_id"]
+        try:
+            self._source.use_map(session_id, str(buffer_map), str(memory_layout))
+        except exception.HostError as error:
+            LOG.warning("Instance %s: %s", self._instance, error)
+            return False
+        return True
 
     def look(self) -> dict[str, Any] | None:
         """What the source relay tells of itself, None if it does not.

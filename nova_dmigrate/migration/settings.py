@@ -17,7 +17,7 @@ class OrchestrationSettings:
 
     state_directory: Path
     agent_timeout: float = 5.0
-    prepare_time: float = 5.0
+    prepare_time: float = 0.0
     dirty_share: float = 0.01
     map_time: float = 120.0
     min_mapped_share: float = 0.05

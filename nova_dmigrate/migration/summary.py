@@ -57,7 +57,8 @@ class MigrationSummary:
     :ivar total_s: seconds from the request to the end, preparation included.
     :ivar downtime_ms: milliseconds for which the guest stood still, as QEMU reckons it; None if it
         does not tell.
-    :ivar fallback_reason: stable code for why it did not, or not to its end, go through the relays.
+    :ivar fallback_reason: stable code for why it did not go through the relays, or did so without
+        the use of volumes.
     :ivar fallback_message: the same as a sentence.
     :ivar error: why it has failed or was cancelled.
     :ivar guest_bytes: bytes of QEMU's stream.
@@ -66,6 +67,8 @@ class MigrationSummary:
     :ivar pages_referenced: guest pages that were sent as references.
     :ivar misses: references that did not match, or whose block could not be read.
     :ivar mapped_pages: guest pages in the buffer map.
+    :ivar mapping_s: seconds until the buffer map was there, beside all the rest; None if it never
+        was.
     :ivar phases: seconds by phase, in their order.
     :ivar findings: what was found on the way.
     :ivar series: rows of the ``source`` and the ``destination`` relay, oldest first.
@@ -91,6 +94,7 @@ class MigrationSummary:
     pages_referenced: int = 0
     misses: int = 0
     mapped_pages: int = 0
+    mapping_s: float | None = None
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     series: Mapping[str, tuple[Row, ...]] = dataclasses.field(default_factory=dict)
@@ -153,7 +157,7 @@ class MigrationSummary:
         way = "through the relays" if self.mode == DMIGRATE else "in the ordinary way"
         if self.fallback_reason is None:
             return way
-        link = "because" if self.mode == ORDINARY else "although not to its end, because"
+        link = "because" if self.mode == ORDINARY else "but without the volumes, because"
         return f"{way}, {link} {self.fallback_message or self.fallback_reason}"
 
     def _figures(self) -> str:
@@ -175,7 +179,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("guest_bytes", "wire_bytes", "volume_bytes"), (int,)),
     **dict.fromkeys(("pages_referenced", "misses", "mapped_pages"), (int,)),
     "total_s": _NUMBER,
-    "downtime_ms": (*_NUMBER, NoneType),
+    **dict.fromkeys(("downtime_ms", "mapping_s"), (*_NUMBER, NoneType)),
 }
 _CHOICES = {"mode": (DMIGRATE, ORDINARY), "state": (COMPLETED, FAILED, CANCELLED)}
 

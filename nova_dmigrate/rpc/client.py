@@ -116,8 +116,11 @@ class AgentClient:
         )
         return result
 
-    def fetch_map(self, limits: MapLimits) -> BufferMap:
+    def fetch_map(self, limits: MapLimits, wanted: Callable[[], bool] = lambda: True) -> BufferMap:
         """Have a map built, and fetch it.
+
+        :param wanted: asked again and again; when it returns false there is an AgentRefused with
+            code ``not-wanted``.
 
         Chunks are asked for one by one and decoded as they come: no more than one of them is
         under way. A lost answer is asked for again; if the agent has forgotten the map, because
@@ -126,30 +129,32 @@ class AgentClient:
         :raises BufferMapError: if what comes is no buffer map within ``limits``.
         """
         try:
-            return self._fetch_map(limits)
+            return self._fetch_map(limits, wanted)
         except exception.AgentRefused as error:
             if error.kwargs.get("code") != _UNKNOWN_MAP:
                 raise
             LOG.info("Instance %s: the agent has lost its buffer map; once more", self.instance)
-            return self._fetch_map(limits)
+            return self._fetch_map(limits, wanted)
 
-    def _fetch_map(self, limits: MapLimits) -> BufferMap:
+    def _fetch_map(self, limits: MapLimits, wanted: Callable[[], bool]) -> BufferMap:
         size = min(self._settings.chunk_bytes, limits.max_chunk_bytes, messages.MAX_CHUNK_BYTES)
         state: messages.MapState = self._caller.call("map_begin", messages.MapArguments(size))
         try:
-            state = self._wait_for_map(state)
+            state = self._wait_for_map(state, wanted)
             if state.pages > limits.max_pages:
                 raise exception.BufferMapError(
                     reason=f"it has {state.pages} pages, allowed are {limits.max_pages}"
                 )
-            chunks = self._chunks(state, size)
+            chunks = self._chunks(state, size, wanted)
             return BufferMap.from_chunks(chunks, limits)
         finally:
             # The agent forgets an abandoned map by itself after some time
             with contextlib.suppress(exception.RpcError):
                 self._caller.call("map_end", messages.MapReference(state.map_id), attempts=1)
 
-    def _wait_for_map(self, state: messages.MapState) -> messages.MapState:
+    def _wait_for_map(
+        self, state: messages.MapState, wanted: Callable[[], bool]
+    ) -> messages.MapState:
         end = self._clock() + self._settings.map_timeout
         reference = messages.MapReference(state.map_id)
         while state.state == "building":
@@ -158,6 +163,7 @@ class AgentClient:
                     instance=self.instance,
                     reason=f"no buffer map after {self._settings.map_timeout:g} s",
                 )
+            self._check(wanted)
             self._sleep(self._settings.poll_interval)
             state = self._caller.call("map_state", reference)
             if state.map_id != reference.map_id:
@@ -168,9 +174,18 @@ class AgentClient:
             )
         return state
 
-    def _chunks(self, state: messages.MapState, size: int) -> Iterator[bytes]:
+    def _check(self, wanted: Callable[[], bool]) -> None:
+        if not wanted():
+            raise exception.AgentRefused(
+                instance=self.instance, reason="its map is not wanted any more", code="not-wanted"
+            )
+
+    def _chunks(
+        self, state: messages.MapState, size: int, wanted: Callable[[], bool]
+    ) -> Iterator[bytes]:
         end = self._clock() + self._settings.map_timeout
         for index in range(state.chunks):
+            self._check(wanted)
             if self._clock() >= end:
                 raise exception.AgentUnreachable(
                     instance=self.instance,

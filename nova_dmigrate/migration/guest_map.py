@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The buffer map of the guest that is migrated: fetched in a thread, while all the rest begins.
+
+The agent may need a while in a guest that is busy. Nothing has to wait for it: the stream begins
+without a map, and what has not been sent when it comes is referenced from there on.
+"""
+
+import logging
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+from nova_dmigrate import exception
+from nova_dmigrate.buffermap import PAGE_SIZE, MapLimits
+from nova_dmigrate.migration.fallback import Reason, because
+from nova_dmigrate.migration.prepared_database import PreparedDatabase
+from nova_dmigrate.migration.settings import OrchestrationSettings
+from nova_dmigrate.rpc.client import AgentClient
+
+LOG = logging.getLogger(__name__)
+
+
+class GuestMapFetch:
+    """One request for the map, from the moment at which this context is entered to its end.
+
+    :param memory: bytes of the guest's memory.
+    :param path: where the map is put for the source relay.
+    """
+
+    def __init__(
+        self,
+        agent: AgentClient,
+        database: PreparedDatabase,
+        settings: OrchestrationSettings,
+        limits: MapLimits,
+        memory: int,
+        path: Path,
+    ) -> None:
+        self._agent = agent
+        self._database = database
+        self._settings = settings
+        self._limits = limits
+        self._memory = memory
+        self.path = path
+        self._needless = threading.Event()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="guest-map", daemon=True)
+        #: Why there is none, once that is known.
+        self.failure: exception.FallBack | None = None
+        #: Seconds from the request to the map, its preparation included; None as long as there is
+        #: none.
+        self.seconds: float | None = None
+
+    def __enter__(self) -> "GuestMapFetch":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # It ends with the answer that it waits for, for which there is a time limit
+        self._needless.set()
+        self._thread.join()
+
+    @property
+    def instance(self) -> str:
+        """Whose map it is."""
+        return self._agent.instance
+
+    @property
+    def ready(self) -> bool:
+        """Whether the map is in its file."""
+        return self.seconds is not None
+
+    def wait(self, cancelled: threading.Event) -> None:
+        """Wait until it is there, or known that it will not be, or ``cancelled`` is set."""
+        while not self._done.wait(0.1) and not cancelled.is_set():
+            pass
+
+    def check(self) -> None:
+        """Go on, unless it is known by now that there will be no map.
+
+        :raises FallBack: it is.
+        """
+        if self.failure is not None:
+            raise self.failure
+
+    def _run(self) -> None:
+        began = time.monotonic()
+        try:
+            self._fetch()
+            self.seconds = time.monotonic() - began
+        except exception.FallBack as reason:
+            LOG.info("%s", reason)
+            self.failure = reason
+        finally:
+            self._done.set()
+
+    def _fetch(self) -> None:
+        settings, instance = self._settings, self._agent.instance
+        try:
+            if settings.prepare_time:
+                self._database.prepare(settings.dirty_share, settings.prepare_time, self._needless)
+                self._database.keep()
+            fetched = self._agent.fetch_map(
+                self._limits, wanted=lambda: not self._needless.is_set()
+            )
+            share = fetched.page_count * PAGE_SIZE / self._memory
+            if share < settings.min_mapped_share:
+                raise because(Reason.SMALL_MAP, instance, share=share)
+            fetched.save(self.path)
+        except exception.AgentUnreachable as error:
+            raise because(Reason.AGENT_UNREACHABLE, instance, error=error) from error
+        except exception.AgentRefused as error:
+            raise because(Reason.AGENT_REFUSED, instance, error=error) from error
+        except exception.BufferMapError as error:
+            raise because(Reason.BAD_MAP, instance, error=error) from error
+        except OSError as error:
+            raise because(Reason.NO_STATE, instance, error=error) from error
