@@ -127,6 +127,13 @@ class RelayProcess:
             # It may be on its way out; `wait` tells how.
             return None
 
+    def use_map(self, saved: "SavedMap") -> None:
+        """Have it load a map now."""
+        files = {name: str(getattr(saved, name)) for name in ("buffer_map", "memory_layout")}
+        answer = ask(self.control_socket, "map", timeout=PATIENCE, **files)
+        if answer != {"loading": True}:
+            raise RelayFailed(f"the {self.role} relay takes no map: {answer}")
+
     def wait(self, timeout: float = PATIENCE) -> int:
         """Wait for the relay's end; returns its exit status.
 
