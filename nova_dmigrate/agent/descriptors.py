@@ -80,17 +80,20 @@ class Descriptors:
     def dirty(self, process: memory.ProcessMemory, addresses: U64) -> Bools:
         """Which frames the server takes for dirty: addresses u64 (n,), ascending; bool (n,).
 
-        A frame without a descriptor is none.
+        A written page that is in none of its frames is a copy that waits to be written (MySQL 5.6
+        keeps those of its doublewrite buffer). It is dirty, too: the next page takes its place.
         """
         dirty = np.zeros(addresses.size, np.bool_)
         if not addresses.size:
             return dirty
+        outside = np.ones(addresses.size, np.bool_)
         low, high = int(addresses[0]), int(addresses[-1])
         for array in self._arrays:
             behind = array.frames + array.count * self._page_size
             if behind <= low or array.frames > high:
                 continue
             first, last = np.searchsorted(addresses, np.array([array.frames, behind], np.uint64))
+            outside[first:last] = False
             numbers = (addresses[first:last] - np.uint64(array.frames)) // np.uint64(
                 self._page_size
             )
@@ -98,6 +101,10 @@ class Descriptors:
                 part = numbers[start : start + _BLOCK].astype(np.int64)
                 words = _read_words(process, array, part, self._oldest)
                 dirty[first + start : first + start + part.size] = words != 0
+        if outside.any():
+            headers = pages.read_headers(process, addresses[outside], self._page_size)
+            no_crc32 = np.zeros(headers.page.size, np.bool_)
+            dirty[outside] = headers.has_lsn & headers.written(no_crc32)
         return dirty
 
 

@@ -161,13 +161,18 @@ class DescriptorsTest(base.TestCase):
         self.assertEqual([5], self.dirty(found, first))
         self.assertEqual([0, 299], self.dirty(found, second))
 
-    def test_frames_without_a_descriptor_are_not_dirty(self):
+    def test_pages_without_a_descriptor_are_copies_that_wait_to_be_written(self):
         chunk = Chunk(frames=1000)
-        chunk.change(*range(100))
-        found = self.find(chunk, before=[None] * 2)
-        others = np.array([START - SIZE, chunk.end], np.uint64)
-        self.assertEqual([False, False], found.dirty(self.memory, others).tolist())
-        self.assertEqual(0, found.dirty(self.memory, others[:0]).size)
+        chunk.change(3)
+        copies = [innodb.page(7, 1, 1001), innodb.page(7, 2, 1002, dirty=True), bytes(SIZE)]
+        found = self.find(chunk, before=copies)
+        first = START - len(copies) * SIZE
+        addresses = np.arange(first, chunk.end, SIZE, np.uint64)
+        self.assertEqual(
+            [first, chunk.frames + 3 * SIZE],
+            addresses[found.dirty(self.memory, addresses)].tolist(),
+        )
+        self.assertEqual(0, found.dirty(self.memory, addresses[:0]).size)
 
     def test_pages_that_were_read_and_never_written_have_no_lsn_in_their_descriptors(self):
         chunk = Chunk()
