@@ -116,22 +116,20 @@ class AnyServer(base.TestCase):
         self.assertEqual(before, opened.variables(flushing.ORDER))
 
 
+@contextlib.contextmanager
+def on_a_volume(make: Callable[[Path, loop.LoopVolume], databases.Server]) -> Iterator[Path]:
+    with databases.running(make) as (server, _):
+        yield server.socket
+
+
 class MySQL56Test(AnyServer):
     FLAVOUR = "mysql"
     VERSION = (5, 6, 24)
 
     @classmethod
     def running(cls) -> AbstractContextManager[Path]:
-        server = mysql56.fetch()
-        base.require(None if server else "MySQL 5.6 cannot be fetched: no npm, or no network")
-        assert server is not None
-        return mysql56.running(server)
-
-
-@contextlib.contextmanager
-def in_chroot(make: Callable[[Path, loop.LoopVolume], databases.Server]) -> Iterator[Path]:
-    with databases.running(make) as (server, _):
-        yield server.socket
+        base.require(mysql56.available())
+        return on_a_volume(mysql56.MySQL56)
 
 
 class MySQL9Test(AnyServer):
@@ -140,7 +138,7 @@ class MySQL9Test(AnyServer):
 
     @classmethod
     def running(cls) -> AbstractContextManager[Path]:
-        return in_chroot(chroots.MySQL9)
+        return on_a_volume(chroots.MySQL9)
 
 
 class MariaDB105Test(AnyServer):
@@ -149,7 +147,7 @@ class MariaDB105Test(AnyServer):
 
     @classmethod
     def running(cls) -> AbstractContextManager[Path]:
-        return in_chroot(chroots.MariaDB105)
+        return on_a_volume(chroots.MariaDB105)
 
 
 class MariaDB11Test(AnyServer):
@@ -158,7 +156,7 @@ class MariaDB11Test(AnyServer):
 
     @classmethod
     def running(cls) -> AbstractContextManager[Path]:
-        return in_chroot(chroots.MariaDB11)
+        return on_a_volume(chroots.MariaDB11)
 
 
 # Only its subclasses have a server.

