@@ -6,6 +6,7 @@ was expected to fail and passed. Exits non-zero if any test failed, or if none r
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import subunit
@@ -14,6 +15,19 @@ import testtools
 PASSED = {"success", "xfail"}
 SKIPPED = {"skip"}
 NO_OUTCOME = {"exists"}
+
+
+@dataclass(frozen=True)
+class Count:
+    """``failed``: a line for each test that failed, its last status and its name."""
+
+    passed: int
+    skipped: int
+    failed: list[str]
+
+    @property
+    def good(self) -> bool:
+        return bool(self.passed) and not self.failed
 
 
 def outcomes(path: Path) -> dict[str, str]:
@@ -35,21 +49,32 @@ def outcomes(path: Path) -> dict[str, str]:
     return found
 
 
-def main(paths: list[str]) -> int:
-    """Print the names of the failed tests, then the count; return the exit status."""
+def count(paths: list[Path]) -> Count:
+    """Add up the results in files; one that is not there has none."""
     results = {
         f"{path}:{name}": status
-        for path in map(Path, paths)
+        for path in paths
         if path.exists()
         for name, status in outcomes(path).items()
     }
-    passed = sum(status in PASSED for status in results.values())
-    skipped = sum(status in SKIPPED for status in results.values())
-    failed = [name for name, status in results.items() if status not in PASSED | SKIPPED]
-    for name in failed:
-        print(f"{results[name].upper()}: {name.partition(':')[2]}")
-    print(f"{passed} passed, {len(failed)} failed, {skipped} skipped")
-    return 1 if failed or not passed else 0
+    return Count(
+        passed=sum(status in PASSED for status in results.values()),
+        skipped=sum(status in SKIPPED for status in results.values()),
+        failed=[
+            f"{status.upper()}: {name.partition(':')[2]}"
+            for name, status in results.items()
+            if status not in PASSED | SKIPPED
+        ],
+    )
+
+
+def main(paths: list[str]) -> int:
+    """Print the names of the failed tests, then the count; return the exit status."""
+    counted = count([Path(path) for path in paths])
+    for line in counted.failed:
+        print(line)
+    print(f"{counted.passed} passed, {len(counted.failed)} failed, {counted.skipped} skipped")
+    return 0 if counted.good else 1
 
 
 if __name__ == "__main__":

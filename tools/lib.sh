@@ -5,7 +5,8 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
 VENV=$ROOT/.venv
-STATE=$ROOT/.make # results of the last run, kept for a look; "make clean" removes it
+# Results of the last run, kept for a look; "make clean" removes them
+STATE=${NDM_STATE:-$ROOT/.make}
 mkdir -p "$STATE"
 
 say() { printf '\n=== %s\n' "$*"; }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams of the QEMU 7.2 of this machine, recorded now and held to the corpus's standards."""
+"""Streams of the lab's QEMU, recorded now and held to the corpus's standards."""
 
 import functools
 import logging
@@ -7,13 +7,14 @@ from collections.abc import Callable
 
 from nova_dmigrate.stream import format as fmt
 from tests import base
+from tests.lab import hypervisors
 from tests.unit.stream import corpus_checks as checks
 from tests.unit.stream.corpus_checks import Recorded
 from tools.corpus import emulators
 from tools.corpus.record import HugepagesError, record
 from tools.corpus.variants import Variant, select
 
-SERIES = "7.2"
+SERIES = next(each for each, suite in emulators.SUITES.items() if suite == hypervisors.suite())
 PIECE = 65_536
 
 
@@ -42,7 +43,10 @@ class TestRecordedNow(base.TestCase):
 
 @functools.cache
 def _emulator() -> emulators.Emulator:
-    return emulators.find(SERIES)
+    found = hypervisors.emulator()
+    if found.series != SERIES:
+        raise emulators.EmulatorError(f"{hypervisors.suite()} now has QEMU {found.version}")
+    return found
 
 
 def _test_of(variant: Variant) -> Callable[[TestRecordedNow], None]:

@@ -222,7 +222,7 @@ class TestDomains(LabTestCase):
 
     def test_memory_is_exact(self) -> None:
         (block,) = re.findall(
-            r" pc\.ram .* (0x\w+)\s*$", self.domain.guest.hmp("info ramblock"), re.M
+            r" pc\.ram +\d+ \w+ +0x\w+ +0x\w+ +(0x\w+)", self.domain.guest.hmp("info ramblock")
         )
         self.assertEqual(self.domain.spec.ram_bytes, int(block, 16))
         self.assertNotEqual(0, int(block, 16) % (256 << 10))

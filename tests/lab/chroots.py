@@ -1,56 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Database servers of other releases of Debian, in a chroot on this machine.
 
-``mmdebstrap --variant=extract`` unpacks a server with its libraries in seconds; nothing of it is
-installed or configured. The tree is kept in the cache and never written to: what a server needs is
-mounted into it in the namespace of its volume, where no one else sees it.
+What a server needs is mounted into its tree in the namespace of its volume, where no one else sees
+it.
 """
 
-import hashlib
 import json
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
-from tests.lab import databases, image, loop
-from tools.corpus import emulators
+from tests.lab import databases, loop
+from tests.lab.trees import MOUNT_POINT, Release
 
 # Where the directory of a server is seen in its tree
-_INSIDE = Path("/lab")
+_INSIDE = MOUNT_POINT
 _PLUGINS = "usr/lib/mysql/plugin"
-
-
-@dataclass(frozen=True)
-class Release:
-    """Packages of a suite, and files (path to content) that they need in their tree."""
-
-    suite: str
-    packages: str
-    program: str
-    files: tuple[tuple[str, str], ...] = ()
-
-    def tree(self) -> Path:
-        """Their tree, from the cache if it is there. Safe in several processes at once.
-
-        :raises EmulatorError: they are not to be had.
-        :raises DatabaseError: the suite no longer has that server.
-        """
-        cache = image.cache_directory()
-        digest = hashlib.sha256(repr(self).encode()).hexdigest()[:16]
-        target = cache / f"server-{self.suite}-{digest}"
-        with image.locked(cache / f"server-{self.suite}.lock"):
-            if not target.is_dir():
-                image.into_place(target, self._build)
-        return target
-
-    def _build(self, directory: Path) -> None:
-        emulators.unpack(self.suite, self.packages, directory)
-        if not (directory / self.program.lstrip("/")).exists():
-            raise loop.DatabaseError(f"{self.suite} has no {self.program} any more")
-        directory.chmod(0o755)
-        (directory / _INSIDE.relative_to("/")).mkdir()
-        for name, content in self.files:
-            (directory / name).write_text(content)
 
 
 # Which keyring there is says each data directory for itself.

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tests.lab import hypervisors
 from tests.lab.hosts import Host
 from tests.lab.image import guest_image
 from tests.lab.processes import drop_workspace, end, make_workspace, spawn
@@ -62,7 +63,7 @@ class GuestSpec:
     numa_nodes: int = 1
     machine: str = "pc"
     cpu: str = "qemu64"
-    qemu: tuple[str, ...] = ("qemu-system-x86_64",)
+    qemu: tuple[str, ...] = field(default_factory=hypervisors.qemu)
     extra: tuple[str, ...] = field(default=())
 
     @property

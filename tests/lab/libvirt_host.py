@@ -17,7 +17,7 @@ from pathlib import Path
 
 import libvirt
 
-from tests.lab import emulator, subreaper
+from tests.lab import emulator, hypervisors, subreaper
 from tests.lab.hosts import Host
 from tests.lab.processes import end, spawn
 
@@ -121,7 +121,7 @@ class LibvirtHost(Host):
         """
         with open(self.log_file, "ab") as log:
             self._libvirtd = self.popen(
-                [sys.executable, "-I", subreaper.__file__, "libvirtd", "--listen"],
+                [sys.executable, "-I", subreaper.__file__, *hypervisors.libvirtd(), "--listen"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

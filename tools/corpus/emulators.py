@@ -65,33 +65,53 @@ def find(series: str) -> Emulator:
 
     :raises EmulatorError: when neither is to be had
     """
-    installed = shutil.which(BINARY)
-    if installed:
-        emulator = _identify((installed,))
-        if emulator.series == series:
-            return emulator
-    root = _root(SUITES[series])
-    loader = (
-        str(root / "lib64/ld-linux-x86-64.so.2"),
-        "--library-path",
-        str(root / LIBRARIES),
-        str(root / "usr/bin" / BINARY),
-    )
-    data = tuple(arg for name in DATA_DIRECTORIES for arg in ("-L", str(root / name)))
-    emulator = _identify((*loader, *data))
+    if shutil.which(BINARY) and (emulator := installed()).series == series:
+        return emulator
+    emulator = in_tree(_root(SUITES[series]))
     if emulator.series != series:
         raise EmulatorError(f"Debian {SUITES[series]} now has QEMU {emulator.version}")
     return emulator
 
 
-def _identify(command: tuple[str, ...]) -> Emulator:
+def installed() -> Emulator:
+    """The QEMU of this machine.
+
+    :raises EmulatorError: it has none
+    """
+    path = shutil.which(BINARY)
+    if path is None:
+        raise EmulatorError(f"{BINARY} is not installed")
+    return _identify((path,))
+
+
+def in_tree(root: pathlib.Path) -> Emulator:
+    """The QEMU of an unpacked tree, started by the tree's own dynamic loader."""
+    data = (arg for name in DATA_DIRECTORIES for arg in ("-L", str(root / name)))
+    return _identify((*loaded(root, f"usr/bin/{BINARY}"), *data))
+
+
+def loaded(root: pathlib.Path, program: str) -> tuple[str, ...]:
+    """The start of a command line: a program of an unpacked tree, by the tree's loader."""
+    loader = (str(root / "lib64/ld-linux-x86-64.so.2"), "--library-path", str(root / LIBRARIES))
+    return (*loader, str(root / program))
+
+
+def version(command: tuple[str, ...]) -> str:
+    """What a program says to ``--version``, such as ``7.2.22``.
+
+    :raises EmulatorError: when that has no such number
+    """
     text = subprocess.run(
         [*command, "--version"], check=True, capture_output=True, text=True, timeout=60
     ).stdout
-    found = re.search(r"version (\d+\.\d+\.\d+)", text)
+    found = re.search(r"\b\d+\.\d+\.\d+", text)
     if not found:
         raise EmulatorError(f"{command[-1]} does not tell its version: {text!r}")
-    return Emulator(command, found.group(1))
+    return found.group()
+
+
+def _identify(command: tuple[str, ...]) -> Emulator:
+    return Emulator(command, version(command))
 
 
 def _root(suite: str) -> pathlib.Path:
