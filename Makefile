@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test unit integration guests style format docs sample bench corpus demo scenarios clean
+.PHONY: help setup test unit integration guests style format docs sample compat bench corpus demo scenarios clean
 
 # What of "make bench": BENCH_SHAPES=50:50,50:100 (network:volume in MB/s), BENCH_ONLY=relay
 export BENCH_SHAPES BENCH_ONLY
@@ -12,6 +12,8 @@ export BENCH_SHAPES BENCH_ONLY
 export NETWORK VOLUME POOL LOAD DB RAM ONLY
 # Which tests of a suite: make unit TESTS=stream
 TESTS ?=
+# Releases of Debian whose QEMU and libvirt "make compat" takes
+SUITES ?= trixie,sid
 
 help:           ## Say what can be made
 	@sed -n 's/^\([a-z]*\): *[a-z]* *## /\1\t/p' $(MAKEFILE_LIST)
@@ -43,6 +45,9 @@ docs: setup     ## Build the documentation into doc/build
 
 sample: setup   ## Write the sample configuration anew from the options
 	@.venv/bin/oslo-config-generator --config-file etc/nova-dmigrate/nova-dmigrate-config-generator.conf
+
+compat: setup   ## Run what depends on QEMU and libvirt with newer ones: SUITES=trixie,sid
+	@.venv/bin/python tools/compat.py $(SUITES)
 
 bench: setup    ## Measure; writes bench.json
 	@.venv/bin/python -m tests.bench
