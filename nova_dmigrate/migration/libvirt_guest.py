@@ -40,7 +40,8 @@ class Job:
 
 
 class LibvirtGuest:
-    """A domain on the host of one libvirt connection. A context manager.
+    """A domain on the host of one libvirt, to which it is connected anew when that was restarted.
+    A context manager.
 
     :param connect: URI of the libvirt on the domain's host.
     :param name: the domain's name or UUID.
@@ -52,12 +53,11 @@ class LibvirtGuest:
         self._connect = connect
         _start_event_loop()
         try:
-            self._connection = libvirt.open(connect)
+            self._connection = self._open()
         except libvirt.libvirtError as error:
             raise self._error(f"libvirt at {connect} cannot be reached", error) from error
         try:
-            self._connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
-            self._domain = self._look_up(name)
+            self._handle = self._look_up(name)
             if not self._domain.isActive():
                 raise exception.MigrationError(instance=name, reason="the domain does not run")
             self.facts: Domain = parse_domain(self._domain.XMLDesc())
@@ -156,6 +156,28 @@ class LibvirtGuest:
     def migrate(self, order: "Order") -> "RunningMigration":
         """Begin a migration."""
         return RunningMigration(self._connect, self.facts.uuid, order)
+
+    @property
+    def _domain(self) -> Any:
+        """libvirt's handle of it.
+
+        :raises libvirtError: there is no libvirt, or no such domain any more.
+        """
+        if not self._connection.isAlive():
+            connection = self._open()
+            try:
+                self._handle = connection.lookupByUUIDString(self.facts.uuid)
+            except libvirt.libvirtError:
+                connection.close()
+                raise
+            self.close()
+            self._connection = connection
+        return self._handle
+
+    def _open(self) -> Any:
+        connection = libvirt.open(self._connect)
+        connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
+        return connection
 
     def _look_up(self, name: str) -> Any:
         try:
