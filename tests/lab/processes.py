@@ -102,14 +102,24 @@ def terminate(process: "subprocess.Popen[Any]", patience: float = 10) -> int:
     return end(process, [(signal.SIGTERM, patience)])
 
 
+def inmates(namespace: str) -> dict[int, list[str]]:
+    """The processes in a network namespace and their command lines, by process number."""
+    listed = subprocess.run(
+        ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False
+    )
+    found = {}
+    for pid in map(int, listed.stdout.split()):
+        with contextlib.suppress(OSError):
+            arguments = Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+            found[pid] = arguments.split("\0")[:-1]
+    return found
+
+
 def end_inmates(namespace: str, patience: float = 30) -> None:
     """Kill all processes in a network namespace, also those that they start meanwhile."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
-        listed = subprocess.run(
-            ["ip", "netns", "pids", namespace], capture_output=True, text=True, check=False
-        )
-        pids = [int(pid) for pid in listed.stdout.split()]
+        pids = inmates(namespace)
         if not pids:
             return
         for pid in pids:

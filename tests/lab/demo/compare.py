@@ -14,6 +14,7 @@ from nova_dmigrate.report import format_table, write_report
 from tests.lab.demo.machine import machine
 from tests.lab.demo.measure import Run, measure
 from tests.lab.demo.stage import Content, Shape, Stage, WorkingGuest
+from tests.lab.demo.tables import table_errors
 
 _began = time.monotonic()
 #: What goes on besides, while guests migrate: entered for each migration.
@@ -93,7 +94,7 @@ def compare(scenario: Scenario, directory: Path, result: Comparison) -> None:
 
 def _check(guest: WorkingGuest) -> bool:
     guest.stop_clients()
-    entries, wrong = guest.ledger.check(), guest.check_tables()
+    entries, wrong = guest.ledger.check(), table_errors(guest.guest)
     for line in wrong:
         say(f"CHECK TABLE: {line}")
     say(

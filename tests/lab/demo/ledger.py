@@ -79,6 +79,10 @@ class Ledger(Client):
             self.stop()
             raise
 
+    def acknowledged(self) -> int:
+        """How many commits have been so far."""
+        return self.file.read_bytes().count(b"\nack ")
+
     def check(self) -> LedgerCheck:
         """Compare the table with the file.
 

@@ -40,8 +40,12 @@ _STATE = "/run/nova-dmigrate-state"
 class MigrationServices:
     """A broker, and the service of each host. A context manager."""
 
-    def __init__(self, hosts: LibvirtHosts, directory: Path) -> None:
-        """:param directory: for configuration, logs and the history of migrations."""
+    def __init__(self, hosts: LibvirtHosts, directory: Path, **options: object) -> None:
+        """:param directory: for configuration, logs and the history of migrations.
+        :param options: of the operator's group ``[migration]``.
+        """
+        # An emulated guest, and hosts that share two processors with it, take their time
+        self._more = {"agent_timeout": 30, "host_timeout": 10, **options}
         self._hosts = (hosts.a, hosts.b)
         self._directory = directory
         self._ends = contextlib.ExitStack()
@@ -102,6 +106,23 @@ class MigrationServices:
         """Start a host's service, and wait until it answers."""
         self._start(host)
 
+    @property
+    def broker(self) -> Broker:
+        """What services and operator speak over."""
+        return self._broker
+
+    def pid(self, host: LibvirtHost) -> int:
+        """The process of a host's service."""
+        return self._processes[host.name].pid
+
+    def left_behind(self) -> list[Path]:
+        """Files of migrations that should be over: sockets, sessions, maps; not what is kept of
+        them, their summaries."""
+        places = [host.outside(Path(_SOCKETS)) for host in self._hosts]
+        places += [host.outside(Path(_STATE)) / "sessions" for host in self._hosts]
+        places.append(self._directory / "maps")
+        return [path for place in places if place.is_dir() for path in place.iterdir()]
+
     def last_words(self) -> str:
         """What the services have said last, for error messages."""
         return "\n".join(
@@ -134,13 +155,12 @@ class MigrationServices:
             wait_until(answers, f"the service of {host.name} answers")
 
     def _operator_configuration(self) -> cfg.ConfigOpts:
-        # An emulated guest, and hosts that share two processors with it, take their time
         path = self._directory / "operator.conf"
+        options = "".join(f"{name} = {value}\n" for name, value in self._more.items())
         path.write_text(
             f"[DEFAULT]\ntransport_url = {self._broker.services_url()}\n"
             f"[host]\nstate_directory = {self._directory}\n"
-            f"[migration]\nhistory_directory = {self._directory}/history\n"
-            "agent_timeout = 30\nhost_timeout = 10\n"
+            f"[migration]\nhistory_directory = {self._directory}/history\n{options}"
         )
         config = cfg.ConfigOpts()
         conf.register_opts(config)

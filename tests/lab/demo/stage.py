@@ -77,6 +77,13 @@ class Content:
         return max(rest / network, self.used / (network + volume))
 
 
+def admit(server: Server) -> str:
+    """The command in the guest after which its server lets clients in that have no TLS."""
+    # With TLS and once: it then knows the password
+    login = f"client --host=127.0.0.1 --user={server.user} --password={server.password}"
+    return f"{login} -e 'SELECT 1' >/dev/null"
+
+
 class WorkingGuest:
     """A database guest on the stage's first host, its load, ledger and probe at work."""
 
@@ -102,10 +109,8 @@ class WorkingGuest:
         self.domain = enter(Domain(stage.hosts, spec, f"guest{number}"))
         self.domain.start(stage.hosts.a)
         self._fill_pool()
-        server = Server(host=address, clients=stage.network.clients)
-        # With TLS and once: the server then knows the password of clients that have none
-        login = f"client --host=127.0.0.1 --user={server.user} --password={server.password}"
-        self.guest.run(f"{login} -e 'SELECT 1'")
+        self.server = server = Server(host=address, clients=stage.network.clients)
+        self.guest.run(admit(server))
         self.probe = enter(Probe(server, directory))
         self.ledger = enter(Ledger(server, directory))
         self.load = enter(Load(server, command(shape.load, server, shape.pool_mb), directory))
@@ -130,16 +135,6 @@ class WorkingGuest:
             for first in range(0, len(words), step):
                 used += int(words[first : first + step].any(axis=1).sum())
         return used * PAGE_SIZE
-
-    def check_tables(self) -> list[str]:
-        """What is wrong with the tables, as CHECK TABLE EXTENDED says."""
-        schemas = "'sbtest', 'lab', 'ledger', 'tpcc'"
-        names = self.guest.sql(
-            "SELECT CONCAT(table_schema, '.', table_name) FROM information_schema.tables"
-            f" WHERE table_type = 'BASE TABLE' AND table_schema IN ({schemas})"
-        ).split()
-        lines = self.guest.sql(f"CHECK TABLE {', '.join(names)} EXTENDED", timeout=900).splitlines()
-        return [line for line in lines if line.split("\t")[2:] != ["status", "OK"]]
 
     def stop_clients(self) -> None:
         """Let the clients finish; what they have noted stays."""
@@ -173,9 +168,11 @@ class Stage:
         directory: Path,
         say: Callable[[str], None] = lambda text: None,
         guests: int = 1,
+        **options: object,
     ) -> None:
         """:param directory: an empty one, for all files; not beneath /run.
         :param say: is told what goes on.
+        :param options: of `MigrationServices`.
         """
         self.shape = shape
         self._ends = contextlib.ExitStack()
@@ -184,7 +181,7 @@ class Stage:
             say("Starting two hosts, their libvirt, the services of both, and a broker")
             self.hosts = enter(LibvirtHosts(directory))
             self.network = enter(GuestNetwork(self.hosts))
-            self.services = enter(MigrationServices(self.hosts, directory))
+            self.services = enter(MigrationServices(self.hosts, directory, **options))
             self.hosts.shape(shape.network)
             self.guests = []
             for number in range(guests):
