@@ -202,7 +202,9 @@ class LibvirtHost(Host):
         for addresses, here in ways:
             argv = ["socat", *addresses]
             start = self.popen if here else spawn
-            self._forwarders.append(start(argv, stdin=subprocess.DEVNULL))
+            # It complains of each connection while there is no broker
+            quiet = {"stdin": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            self._forwarders.append(start(argv, **quiet))
         self._wait_for_listener(port)
 
     def outside(self, path: Path) -> Path:
