@@ -3,13 +3,15 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test unit integration guests style format docs sample compat bench corpus demo scenarios clean
+.PHONY: help setup test unit integration guests style format docs sample compat bench corpus demo scenarios soak clean
 
 # What of "make bench": BENCH_SHAPES=50:50,50:100 (network:volume in MB/s), BENCH_ONLY=relay
 export BENCH_SHAPES BENCH_ONLY
 # What of "make demo": NETWORK=50 VOLUME=100 (MB/s) POOL=0.5 (share of RAM) LOAD=oltp_read_write
 # DB=mysql|mariadb RAM=2048 (MiB); "make scenarios" takes ONLY=scenario,... and all but LOAD and POOL
 export NETWORK VOLUME POOL LOAD DB RAM ONLY
+# "make soak": COUNT=50 DRILLS=all|none|part of a name,... and what "make demo" takes
+export COUNT DRILLS
 # Which tests of a suite: make unit TESTS=stream
 TESTS ?=
 # Releases of Debian whose QEMU and libvirt "make compat" takes
@@ -60,6 +62,9 @@ demo: setup     ## Move a live database between two hosts in three ways; writes 
 
 scenarios: setup ## Compare many loads, sizes and troubles; writes scenarios-report/. Takes hours
 	@.venv/bin/python -m tests.lab.demo.scenarios
+
+soak: setup     ## COUNT=50 migrations back and forth under load, then drills; fails on a lost commit or a leak
+	@.venv/bin/python -m tests.lab.demo.soak
 
 clean:          ## Remove what was made, the virtual environment too
 	rm -rf .venv .make .stestr .mypy_cache .ruff_cache .hypothesis doc/build *.egg-info build dist
