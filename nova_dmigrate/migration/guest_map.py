@@ -42,7 +42,7 @@ class GuestMapFetch:
         self._settings = settings
         self._limits = limits
         self._memory = memory
-        self.path = path
+        self._path = path
         self._needless = threading.Event()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="guest-map", daemon=True)
@@ -67,19 +67,13 @@ class GuestMapFetch:
         self._thread.join()
 
     @property
-    def instance(self) -> str:
-        """Whose map it is."""
-        return self._agent.instance
-
-    @property
     def ready(self) -> bool:
         """Whether the map is in its file."""
         return self.seconds is not None
 
-    def wait(self, cancelled: threading.Event) -> None:
-        """Wait until it is there, or known that it will not be, or ``cancelled`` is set."""
-        while not self._done.wait(0.1) and not cancelled.is_set():
-            pass
+    def wait(self, seconds: float) -> bool:
+        """Wait so long at most; whether it is there, or known that it will not be."""
+        return self._done.wait(seconds)
 
     def check(self) -> None:
         """Go on, unless it is known by now that there will be no map.
@@ -112,7 +106,7 @@ class GuestMapFetch:
             share = fetched.page_count * PAGE_SIZE / self._memory
             if share < settings.min_mapped_share:
                 raise because(Reason.SMALL_MAP, instance, share=share)
-            fetched.save(self.path)
+            fetched.save(self._path)
         except exception.AgentUnreachable as error:
             raise because(Reason.AGENT_UNREACHABLE, instance, error=error) from error
         except exception.AgentRefused as error:

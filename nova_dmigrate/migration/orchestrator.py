@@ -3,30 +3,23 @@
 
 Up to the moment at which libvirt is told to migrate, whatever is amiss makes the migration the
 ordinary one (`FallBack`). After that it succeeds or fails as one of libvirt's does, and the guest
-runs on exactly one side. What was changed on the way (settings of the database, relays) is put
-back in any case, or goes by itself when its lease ends.
+runs on exactly one side.
 """
 
-import contextlib
-import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
 
 from nova_dmigrate import exception
-from nova_dmigrate.buffermap import PAGE_SIZE, MapLimits
 from nova_dmigrate.migration import preflight
 from nova_dmigrate.migration.fallback import Reason, because
-from nova_dmigrate.migration.guest_map import GuestMapFetch
 from nova_dmigrate.migration.libvirt_guest import Job, LibvirtGuest, Order, RunningMigration
-from nova_dmigrate.migration.prepared_database import PreparedDatabase
 from nova_dmigrate.migration.progress import Progress
+from nova_dmigrate.migration.relayed import Guest, Peers, RelayedMigration, Report
 from nova_dmigrate.migration.request import MigrationRequest, Mode
-from nova_dmigrate.migration.sessions import RelaySessions, Terms
+from nova_dmigrate.migration.sessions import Terms
 from nova_dmigrate.migration.settings import OrchestrationSettings
 from nova_dmigrate.migration.summary import (
     CANCELLED,
@@ -36,37 +29,12 @@ from nova_dmigrate.migration.summary import (
     ORDINARY,
     MigrationSummary,
 )
-from nova_dmigrate.rpc.client import AgentClient
-from nova_dmigrate.rpc.host_client import HostClient
 from nova_dmigrate.rpc.host_messages import HostState
 
 LOG = logging.getLogger(__name__)
 
-#: Until the bulk is resolved QEMU must not switch over; see "downtime" in the architecture.
-_HELD_DOWNTIME_MS = 1
 _POLL = 0.25
 _CANCELLED = "it was cancelled"
-#: A source relay that tells nothing for so many seconds does not hold the switchover back any more.
-_SILENCE = 15.0
-
-Report = dict[str, Any]
-
-
-class Peers:
-    """Ways to the services of both hosts, and to the agent.
-
-    :ivar agent: makes a client of the agent, given the service of the host where the guest runs.
-    """
-
-    def __init__(
-        self,
-        source: HostClient,
-        destination: HostClient,
-        agent: Callable[[HostClient], AgentClient],
-    ) -> None:
-        self.source = source
-        self.destination = destination
-        self.agent = agent
 
 
 class Migration:
@@ -97,8 +65,8 @@ class Migration:
         self._phases = _Phases()
         self._mapping_s: float | None = None
         self._without_volumes: exception.FallBack | None = None
-        self._relays: Report = {}
-        self._last: Report = {}
+        self._relays: dict[str, Report] = {}
+        self._relay_failure: str | None = None
         self._job: Job | None = None
         self._cancelled = cancelled
 
@@ -140,43 +108,29 @@ class Migration:
         preflight.examine(guest.facts, request)
         source, destination = self._ask_hosts()
         preflight.hosts_agree(guest.facts, source, destination)
-        socket = Path(source.socket_directory) / self._id / "qemu"
-        volumes = preflight.volumes_of(guest.facts, destination.drivers)
-        with contextlib.ExitStack() as stack:
-            agent = stack.enter_context(self._peers.agent(self._peers.source))
-            database = PreparedDatabase(agent, settings.lease)
-            # The last thing that is done: the guest is where it will be by then.
-            stack.callback(self._restore, database)
-            files = stack.enter_context(self._files())
-            self._look_at(agent, files)
-            mapping = stack.enter_context(self._fetch_map(agent, database, files))
-            sessions = RelaySessions(
-                self._id,
-                self._instance,
-                self._peers.source,
-                self._peers.destination,
-                socket,
-                settings.lease,
-                Terms(
-                    source.host if source.tls else None,
-                    destination.host if source.tls else None,
-                    request.migration_address,
-                    request.network_bandwidth,
-                    request.volume_bandwidth,
-                    settings.queue_time if request.wait_seconds is None else request.wait_seconds,
-                ),
-            )
-            stack.callback(self._close, sessions)
-            self._enter("waiting")
-            sessions.order_destination(volumes)
-            self._enter("starting relays")
-            sessions.open()
-            if request.mode is Mode.REQUIRED:
-                # Nothing shall have been done when there is none
-                self._enter("mapping")
-                mapping.wait(self._cancelled)
-            mapping.check()
-            return self._migrate_relayed(sessions, _MapOnItsWay(mapping, sessions, files), socket)
+        subject = Guest(
+            memory=guest.facts.memory,
+            volumes=preflight.volumes_of(guest.facts, destination.drivers),
+            layout=guest.memory_layout,
+            runs_here=lambda: guest.runs_here,
+        )
+        relayed = RelayedMigration(
+            self._id,
+            self._instance,
+            subject,
+            self._peers,
+            settings,
+            self._terms(source, destination),
+            source.socket_directory,
+            self._downtime_limit() or guest.max_downtime_ms,
+            enter=self._enter,
+            map_first=request.mode is Mode.REQUIRED,
+        )
+        try:
+            with relayed:
+                return self._migrate_relayed(relayed)
+        finally:
+            self._relays, self._relay_failure = relayed.reports, relayed.failure
 
     def _run_ordinary(self) -> str | None:
         """Migrate as libvirt does; why it failed, None if it has not."""
@@ -214,80 +168,38 @@ class Migration:
         except exception.HostRefused as error:
             raise because(Reason.HOST_REFUSED, self._instance, error=error) from error
 
-    def _look_at(self, agent: AgentClient, files: "_Files") -> None:
-        """See that the guest has what is needed, before anything is begun.
-
-        :raises FallBack: it has not.
-        """
-        try:
-            agent.ping()
-        except exception.AgentUnreachable as error:
-            raise because(Reason.AGENT_UNREACHABLE, self._instance, error=error) from error
-        except exception.AgentRefused as error:
-            raise because(Reason.AGENT_REFUSED, self._instance, error=error) from error
-        try:
-            files.memory_layout.write_text(self._guest.memory_layout())
-        except exception.MigrationError as error:
-            raise because(Reason.MEMORY_LAYOUT, self._instance, error=error) from error
-
-    def _fetch_map(
-        self, agent: AgentClient, database: PreparedDatabase, files: "_Files"
-    ) -> GuestMapFetch:
-        memory = self._guest.facts.memory
-        return GuestMapFetch(
-            agent, database, self._settings, self._map_limits(), memory, files.buffer_map
+    def _terms(self, source: HostState, destination: HostState) -> Terms:
+        request, wait = self._request, self._request.wait_seconds
+        return Terms(
+            source.host if source.tls else None,
+            destination.host if source.tls else None,
+            request.migration_address,
+            request.network_bandwidth,
+            request.volume_bandwidth,
+            self._settings.queue_time if wait is None else wait,
         )
 
-    def _map_limits(self) -> MapLimits:
-        """No page of the guest is mapped twice: a map with more is not worth reading."""
-        limits = self._settings.map_limits
-        pages = self._guest.facts.memory // PAGE_SIZE
-        return dataclasses.replace(limits, max_pages=min(limits.max_pages, pages))
-
-    def _migrate_relayed(
-        self, sessions: RelaySessions, coming: "_MapOnItsWay", socket: Path
-    ) -> str | None:
+    def _migrate_relayed(self, relayed: RelayedMigration) -> str | None:
         request = self._request
-        coming.hand_over()
-        limit = self._downtime_limit() or self._guest.max_downtime_ms
         self._enter("migrating")
         # QEMU itself is not capped: the relays are, and only what goes over the network counts
         running = self._guest.migrate(
             Order(
                 request.destination_uri,
-                uri=f"unix:{socket}",
+                uri=relayed.uri,
                 auto_converge=request.auto_converge,
                 post_copy=request.post_copy,
             )
         )
-        self._hold_back(running, sessions, coming, limit)
-        self._phases.enter("ended")
-        self._mapping_s, self._without_volumes = coming.seconds, coming.lost(self._last)
-        return running.error
-
-    def _hold_back(
-        self,
-        running: RunningMigration,
-        sessions: RelaySessions,
-        coming: "_MapOnItsWay",
-        limit: int,
-    ) -> None:
-        """Follow the migration; QEMU gets its downtime limit when the bulk is resolved."""
-        held = released = False
-        heard = time.monotonic()
         while not self._over(running):
-            coming.hand_over()
-            if not held and self._job is not None:
-                held = self._guest.set_max_downtime(_HELD_DOWNTIME_MS)
-            told = sessions.look()
-            if told is not None:
-                heard = time.monotonic()
-                self._last = told
-            if not released and self._may_switch(told, heard):
-                released = self._guest.set_max_downtime(limit)
-                if released:
-                    self._phases.enter("converging")
-            self._report(self._last)
+            told = relayed.follow(self._guest.set_max_downtime if self._job is not None else None)
+            if relayed.converging and self._phases.current == "migrating":
+                self._phases.enter("converging")
+            self._report(told)
+        self._phases.enter("ended")
+        self._mapping_s = relayed.mapping_seconds
+        self._without_volumes = relayed.without_volumes()
+        return running.error
 
     def _over(self, running: RunningMigration) -> bool:
         """Wait a moment; whether libvirt is done."""
@@ -308,45 +220,19 @@ class Migration:
         self._phases.enter(phase)
         self._report({})
 
-    def _may_switch(self, told: Report | None, heard: float) -> bool:
-        if told is None:
-            return time.monotonic() > heard + _SILENCE
-        return bool(told.get("bulk_resolved") or told.get("pass_through"))
-
     def _may_retry(self) -> bool:
         """Whether a migration that has failed was the relays' failure, and nothing is lost."""
         return bool(
             self._settings.retry_ordinary
             and self._request.mode is Mode.AUTO
             and not self._cancelled.is_set()
-            and self._relays.get("failure")
+            and self._relay_failure
             and self._guest.runs_here
         )
-
-    def _close(self, sessions: RelaySessions) -> None:
-        self._relays = {**sessions.close(), "failure": sessions.failure}
-
-    def _restore(self, database: PreparedDatabase) -> None:
-        if not database.held:
-            return
-        here = self._peers.source if self._guest.runs_here else self._peers.destination
-        with self._peers.agent(here) as agent:
-            database.restore(agent)
 
     def _downtime_limit(self) -> int | None:
         """The limit that was asked for, in milliseconds; None to keep libvirt's."""
         return self._request.max_downtime_ms or self._settings.max_downtime_ms or None
-
-    @contextlib.contextmanager
-    def _files(self) -> Iterator["_Files"]:
-        """Places for the files that the source relay reads; gone afterwards."""
-        files = _Files(self._settings.state_directory, self._id)
-        try:
-            files.buffer_map.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            yield files
-        finally:
-            files.buffer_map.unlink(missing_ok=True)
-            files.memory_layout.unlink(missing_ok=True)
 
     # What is told
 
@@ -406,46 +292,6 @@ class Migration:
                 if relay.get("series")
             },
         )
-
-
-class _MapOnItsWay:
-    """From the agent to the source relay, which has it used when it has come."""
-
-    def __init__(self, mapping: GuestMapFetch, sessions: RelaySessions, files: "_Files") -> None:
-        self._mapping = mapping
-        self._sessions = sessions
-        self._files = files
-        self._given: bool | None = None
-
-    def hand_over(self) -> None:
-        """Hand it over if it is there and that was not done yet."""
-        if self._given is None and self._mapping.ready:
-            self._given = self._sessions.use_map(self._files.buffer_map, self._files.memory_layout)
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds until it was there; None if it never was."""
-        seconds = self._mapping.seconds
-        return None if seconds is None else round(seconds, 3)
-
-    def lost(self, told: Report) -> exception.FallBack | None:
-        """Why it was of no use; None if it was.
-
-        :param told: the last that the source relay has told.
-        """
-        instance = self._mapping.instance
-        if self._mapping.failure is not None:
-            return self._mapping.failure
-        if self._given and told.get("map") in ("offered", "taken"):
-            return None
-        refused = self._given is False or told.get("map") == "refused"
-        return because(Reason.MAP_REFUSED if refused else Reason.LATE_MAP, instance)
-
-
-class _Files:
-    def __init__(self, directory: Path, migration_id: str) -> None:
-        self.buffer_map = directory / f"{migration_id}.map"
-        self.memory_layout = directory / f"{migration_id}.mtree"
 
 
 class _Phases:

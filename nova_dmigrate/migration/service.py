@@ -20,8 +20,9 @@ from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.migration import preflight
 from nova_dmigrate.migration.history import History
 from nova_dmigrate.migration.libvirt_guest import LibvirtGuest
-from nova_dmigrate.migration.orchestrator import Migration, Peers
+from nova_dmigrate.migration.orchestrator import Migration
 from nova_dmigrate.migration.progress import Progress
+from nova_dmigrate.migration.relayed import Peers
 from nova_dmigrate.migration.request import AgentTransport, MigrationRequest
 from nova_dmigrate.migration.settings import OrchestrationSettings
 from nova_dmigrate.migration.summary import MigrationSummary, new_id

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that a migration through relays needs around libvirt's own part, whoever calls libvirt.
+
+What was changed on the way (settings of the database, relays) is put back in any case, or goes by
+itself when its lease ends.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nova_dmigrate import exception
+from nova_dmigrate.buffermap import PAGE_SIZE, MapLimits
+from nova_dmigrate.migration.fallback import Reason, because
+from nova_dmigrate.migration.guest_map import GuestMapFetch
+from nova_dmigrate.migration.prepared_database import PreparedDatabase
+from nova_dmigrate.migration.sessions import RelaySessions, Terms
+from nova_dmigrate.migration.settings import OrchestrationSettings
+from nova_dmigrate.rpc.client import AgentClient
+from nova_dmigrate.rpc.host_client import HostClient
+from nova_dmigrate.volumes import VolumeSpec
+
+#: Until the bulk is resolved QEMU must not switch over; see "downtime" in the architecture.
+_HELD_DOWNTIME_MS = 1
+#: A source relay that tells nothing for so many seconds does not hold the switchover back any more.
+_SILENCE = 15.0
+
+Report = dict[str, Any]
+
+
+class Peers:
+    """Ways to the services of both hosts, and to the agent.
+
+    :ivar agent: makes a client of the agent, given the service of the host where the guest runs.
+    """
+
+    def __init__(
+        self,
+        source: HostClient,
+        destination: HostClient,
+        agent: Callable[[HostClient], AgentClient],
+    ) -> None:
+        self.source = source
+        self.destination = destination
+        self.agent = agent
+
+
+@dataclasses.dataclass(frozen=True)
+class Guest:
+    """What there is to know of the guest.
+
+    :ivar memory: bytes of it.
+    :ivar volumes: that the destination may read.
+    :ivar layout: asks QEMU where memory lies (``info mtree -f``); raises MigrationError.
+    :ivar runs_here: asks whether the guest runs on the source host.
+    """
+
+    memory: int
+    volumes: Sequence[VolumeSpec]
+    layout: Callable[[], str]
+    runs_here: Callable[[], bool]
+
+
+class RelayedMigration:
+    """Relays on both hosts and the buffer map on its way, from entering this context to leaving it.
+
+    While it is entered, libvirt migrates to :attr:`uri` and whoever has called it also calls
+    :meth:`follow` several times a second.
+
+    :param socket_directory: of both hosts, for the sockets of QEMU.
+    :param enter: is told the name of each step before it begins; what it raises ends all.
+    :param map_first: wait for the map, and fall back if there is none, before anything is begun.
+    :ivar downtime_limit: QEMU's, in milliseconds, once it may switch over; may be changed.
+    :ivar reports: of the relays by role, when it has been left.
+    :ivar failure: why a relay has failed, if one has.
+    """
+
+    def __init__(
+        self,
+        migration_id: str,
+        instance: str,
+        guest: Guest,
+        peers: Peers,
+        settings: OrchestrationSettings,
+        terms: Terms,
+        socket_directory: str,
+        downtime_limit: int,
+        enter: Callable[[str], None],
+        map_first: bool = False,
+    ) -> None:
+        self._id = migration_id
+        self._instance = instance
+        self._guest = guest
+        self._peers = peers
+        self._settings = settings
+        self._enter = enter
+        self._map_first = map_first
+        self._socket = Path(socket_directory) / migration_id / "qemu"
+        self._buffer_map = settings.state_directory / f"{migration_id}.map"
+        self._layout = settings.state_directory / f"{migration_id}.mtree"
+        self._sessions = RelaySessions(
+            migration_id,
+            instance,
+            peers.source,
+            peers.destination,
+            self._socket,
+            settings.lease,
+            terms,
+        )
+        self._ends = contextlib.ExitStack()
+        self._mapping: GuestMapFetch | None = None
+        self._given: bool | None = None
+        self._told: Report = {}
+        self._heard = 0.0
+        self._held = False
+        self.downtime_limit = downtime_limit
+        self._applied: int | None = None
+        self.reports: dict[str, Report] = {}
+
+    def __enter__(self) -> "RelayedMigration":
+        """:raises FallBack: libvirt shall migrate as it would without us.
+        :raises MigrationCancelled: ``enter`` has.
+        """
+        with contextlib.ExitStack() as stack:
+            self._open(stack)
+            self._ends = stack.pop_all()
+        self._heard = time.monotonic()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._ends.close()
+
+    @property
+    def uri(self) -> str:
+        """Where the source's QEMU sends its stream, and the destination's receives it."""
+        return f"unix:{self._socket}"
+
+    @property
+    def failure(self) -> str | None:
+        return self._sessions.failure
+
+    @property
+    def converging(self) -> bool:
+        """Whether QEMU may switch over."""
+        return self._applied is not None
+
+    @property
+    def mapping_seconds(self) -> float | None:
+        """Seconds until the map was there; None if it never was."""
+        seconds = self._mapping.seconds if self._mapping is not None else None
+        return None if seconds is None else round(seconds, 3)
+
+    def follow(self, set_max_downtime: Callable[[int], bool] | None) -> Report:
+        """Have the map used when it comes, and hold QEMU back until the bulk is resolved; the last
+        that the source relay has told.
+
+        :param set_max_downtime: takes milliseconds, returns whether that was possible; None as long
+            as QEMU has not begun.
+        """
+        self._hand_over_map()
+        told = self._sessions.look()
+        if told is not None:
+            self._told, self._heard = told, time.monotonic()
+        if set_max_downtime is not None:
+            if self._may_switch(told):
+                if self._applied != self.downtime_limit and set_max_downtime(self.downtime_limit):
+                    self._applied = self.downtime_limit
+            elif not self._held:
+                self._held = set_max_downtime(_HELD_DOWNTIME_MS)
+        return self._told
+
+    def without_volumes(self) -> exception.FallBack | None:
+        """Why the volumes were of no use; None if they were."""
+        assert self._mapping is not None
+        if self._mapping.failure is not None:
+            return self._mapping.failure
+        if self._given and self._told.get("map") in ("offered", "taken"):
+            return None
+        refused = self._given is False or self._told.get("map") == "refused"
+        return because(Reason.MAP_REFUSED if refused else Reason.LATE_MAP, self._instance)
+
+    # The beginning
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
+        agent = stack.enter_context(self._peers.agent(self._peers.source))
+        database = PreparedDatabase(agent, self._settings.lease)
+        # The last thing that is done: the guest is where it will be by then.
+        stack.callback(self._restore, database)
+        stack.enter_context(self._files())
+        self._look_at_guest(agent)
+        self._mapping = stack.enter_context(self._fetch_map(agent, database))
+        stack.callback(self._close_sessions)
+        self._enter("waiting")
+        self._sessions.order_destination(self._guest.volumes)
+        self._enter("starting relays")
+        self._sessions.open()
+        if self._map_first:
+            self._enter("mapping")
+            while not self._mapping.wait(0.5):
+                self._enter("mapping")  # ends it if it was cancelled
+        self._mapping.check()
+        self._hand_over_map()
+
+    def _look_at_guest(self, agent: AgentClient) -> None:
+        """See that the guest has what is needed, before anything is begun.
+
+        :raises FallBack: it has not.
+        """
+        try:
+            agent.ping()
+        except exception.AgentUnreachable as error:
+            raise because(Reason.AGENT_UNREACHABLE, self._instance, error=error) from error
+        except exception.AgentRefused as error:
+            raise because(Reason.AGENT_REFUSED, self._instance, error=error) from error
+        try:
+            self._layout.write_text(self._guest.layout())
+        except exception.MigrationError as error:
+            raise because(Reason.MEMORY_LAYOUT, self._instance, error=error) from error
+        except OSError as error:
+            raise because(Reason.NO_STATE, self._instance, error=error) from error
+
+    def _fetch_map(self, agent: AgentClient, database: PreparedDatabase) -> GuestMapFetch:
+        memory, settings = self._guest.memory, self._settings
+        return GuestMapFetch(
+            agent, database, settings, _map_limits(settings, memory), memory, self._buffer_map
+        )
+
+    @contextlib.contextmanager
+    def _files(self) -> Iterator[None]:
+        """A place for the files that the source relay reads; they are gone afterwards."""
+        try:
+            self._layout.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise because(Reason.NO_STATE, self._instance, error=error) from error
+        try:
+            yield
+        finally:
+            for path in (self._buffer_map, self._layout):
+                path.unlink(missing_ok=True)
+
+    # On the way, and the end
+
+    def _hand_over_map(self) -> None:
+        if self._given is None and self._mapping is not None and self._mapping.ready:
+            self._given = self._sessions.use_map(self._buffer_map, self._layout)
+
+    def _may_switch(self, told: Report | None) -> bool:
+        if self.converging:
+            return True
+        if told is None:
+            return time.monotonic() > self._heard + _SILENCE
+        return bool(told.get("bulk_resolved") or told.get("pass_through"))
+
+    def _close_sessions(self) -> None:
+        self.reports = self._sessions.close()
+
+    def _restore(self, database: PreparedDatabase) -> None:
+        if not database.held:
+            return
+        here = self._peers.source if self._guest.runs_here() else self._peers.destination
+        with self._peers.agent(here) as agent:
+            database.restore(agent)
+
+
+def _map_limits(settings: OrchestrationSettings, memory: int) -> MapLimits:
+    """No page of the guest is mapped twice: a map with more is not worth reading."""
+    limits = settings.map_limits
+    return dataclasses.replace(limits, max_pages=min(limits.max_pages, memory // PAGE_SIZE))
