@@ -13,6 +13,7 @@ from types import TracebackType
 
 from nova_dmigrate import exception
 from nova_dmigrate.buffermap import PAGE_SIZE, MapLimits
+from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.prepared_database import PreparedDatabase
 from nova_dmigrate.migration.settings import OrchestrationSettings
@@ -48,6 +49,8 @@ class GuestMapFetch:
         self._thread = threading.Thread(target=self._run, name="guest-map", daemon=True)
         #: Why there is none, once that is known.
         self.failure: exception.FallBack | None = None
+        #: What the agent has found on the way.
+        self.findings: tuple[Finding, ...] = ()
         #: Seconds from the request to the map, its preparation included; None as long as there is
         #: none.
         self.seconds: float | None = None
@@ -102,6 +105,10 @@ class GuestMapFetch:
                 self._database.keep()
             fetched = self._agent.fetch_map(
                 self._limits, wanted=lambda: not self._needless.is_set()
+            )
+            self.findings = tuple(
+                Finding(each.code, Severity(each.severity), each.message)
+                for each in self._agent.map_findings
             )
             share = fetched.page_count * PAGE_SIZE / self._memory
             if share < settings.min_mapped_share:

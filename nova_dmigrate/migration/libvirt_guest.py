@@ -10,6 +10,7 @@ import dataclasses
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -30,13 +31,17 @@ _loop_runs = False
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """How far a migration is, as QEMU tells it; bytes, and milliseconds."""
+    """How far a migration is, as QEMU tells it; bytes, and milliseconds.
+
+    :ivar statistics: all of it, by libvirt's own names.
+    """
 
     remaining: int = 0
     transferred: int = 0
     total: int = 0
     passes: int = 0
     downtime_ms: float | None = None
+    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class LibvirtGuest:
@@ -269,6 +274,7 @@ def _job(stats: dict[str, Any]) -> Job:
         total=int(stats.get("memory_total", 0)),
         passes=int(stats.get("memory_iteration", 0)),
         downtime_ms=stats.get("downtime_net", stats.get("downtime")),
+        statistics=stats,
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from datetime import datetime, timezone
 
 from nova_dmigrate import exception
+from nova_dmigrate.findings import Finding
 from nova_dmigrate.migration import preflight
 from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.libvirt_guest import Job, LibvirtGuest, Order, RunningMigration
@@ -63,6 +64,7 @@ class Migration:
         self._on_progress = on_progress
         self._instance = request.instance or guest.facts.uuid
         self._phases = _Phases()
+        self._findings: tuple[Finding, ...] = ()
         self._mapping_s: float | None = None
         self._without_volumes: exception.FallBack | None = None
         self._relays: dict[str, Report] = {}
@@ -153,7 +155,7 @@ class Migration:
         while not self._over(running):
             if not limited and self._job is not None and limit is not None:
                 limited = self._guest.set_max_downtime(limit)
-            self._report({})
+            self._report({}, limit if limited else None)
         self._phases.enter("ended")
         return running.error
 
@@ -195,8 +197,9 @@ class Migration:
             told = relayed.follow(self._guest.set_max_downtime if self._job is not None else None)
             if relayed.converging and self._phases.current == "migrating":
                 self._phases.enter("converging")
-            self._report(told)
+            self._report(told, relayed.applied_downtime_limit)
         self._phases.enter("ended")
+        self._findings = relayed.findings
         self._mapping_s = relayed.mapping_seconds
         self._without_volumes = relayed.without_volumes()
         return running.error
@@ -236,7 +239,7 @@ class Migration:
 
     # What is told
 
-    def _report(self, told: Report) -> None:
+    def _report(self, told: Report, max_downtime_ms: int | None = None) -> None:
         job = self._job or Job()
         self._on_progress(
             Progress(
@@ -253,6 +256,7 @@ class Migration:
                 unresolved=told.get("unresolved_pages", 0),
                 misses=sum(told.get("misses", {}).values()),
                 passes=told.get("passes", job.passes),
+                max_downtime_ms=max_downtime_ms,
             )
         )
 
@@ -286,6 +290,8 @@ class Migration:
             mapped_pages=source.get("mapped_pages", 0),
             mapping_s=None if fallback is not None else self._mapping_s,
             phases=self._phases.seconds(),
+            findings=self._findings,
+            libvirt=job.statistics,
             series={
                 role: tuple(relay["series"])
                 for role, relay in (("source", source), ("destination", destination))

@@ -15,6 +15,7 @@ from typing import Any
 
 from nova_dmigrate import exception
 from nova_dmigrate.buffermap import PAGE_SIZE, MapLimits
+from nova_dmigrate.findings import Finding
 from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.guest_map import GuestMapFetch
 from nova_dmigrate.migration.prepared_database import PreparedDatabase
@@ -24,8 +25,9 @@ from nova_dmigrate.rpc.client import AgentClient
 from nova_dmigrate.rpc.host_client import HostClient
 from nova_dmigrate.volumes import VolumeSpec
 
-#: Until the bulk is resolved QEMU must not switch over; see "downtime" in the architecture.
-_HELD_DOWNTIME_MS = 1
+#: Until the bulk is resolved QEMU must not switch over (milliseconds); see "downtime" in the
+#: architecture.
+_HELD = 1
 #: A source relay that tells nothing for so many seconds does not hold the switchover back any more.
 _SILENCE = 15.0
 
@@ -159,6 +161,16 @@ class RelayedMigration:
         seconds = self._mapping.seconds if self._mapping is not None else None
         return None if seconds is None else round(seconds, 3)
 
+    @property
+    def findings(self) -> tuple[Finding, ...]:
+        """What the agent has found when it made the map."""
+        return self._mapping.findings if self._mapping is not None else ()
+
+    @property
+    def applied_downtime_limit(self) -> int | None:
+        """QEMU's limit at this moment, in milliseconds; None if it was not set."""
+        return self._applied if self._applied is not None else _HELD if self._held else None
+
     def follow(self, set_max_downtime: Callable[[int], bool] | None) -> Report:
         """Have the map used when it comes, and hold QEMU back until the bulk is resolved; the last
         that the source relay has told.
@@ -175,7 +187,7 @@ class RelayedMigration:
                 if self._applied != self.downtime_limit and set_max_downtime(self.downtime_limit):
                     self._applied = self.downtime_limit
             elif not self._held:
-                self._held = set_max_downtime(_HELD_DOWNTIME_MS)
+                self._held = set_max_downtime(_HELD)
         return self._told
 
     def without_volumes(self) -> exception.FallBack | None:

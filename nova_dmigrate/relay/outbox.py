@@ -38,6 +38,12 @@ class Parcel:
     unasked: bool = False
     direct: bool = False
 
+    @property
+    def occupies(self) -> bool:
+        """Whether it is something to do for the network that cannot be left undone. References are
+        so small that it idles beside them."""
+        return not self.unasked and self.type is not FrameType.REFERENCES
+
 
 def copies_parcel(
     entries: NDArray[np.int64], slots: NDArray[np.uint32], pages: NDArray[np.uint8]
@@ -198,7 +204,7 @@ class Outbox:
         if not self._in_hand:
             self._busy_since = time.monotonic()
         self._in_hand += 1
-        self._needed_in_hand += not parcel.unasked
+        self._needed_in_hand += parcel.occupies
 
     def sent(self, parcel: Parcel) -> None:
         """Account for a frame whose bytes the kernel has taken."""
@@ -208,13 +214,13 @@ class Outbox:
             self._busy_seconds += now - self._busy_since
             self._busy_since = now
             self._in_hand -= 1
-            self._needed_in_hand -= not parcel.unasked
+            self._needed_in_hand -= parcel.occupies
             if parcel.direct:
                 self._direct_in_hand = False
                 if self._held_up:
                     self._held_up = False
                     self._work.notify_all()
-            if not parcel.unasked:
+            if parcel.occupies:
                 self._idle_since = None
             bytes_then, seconds_then = self._rate_mark
             if self._busy_seconds - seconds_then >= 0.1:

@@ -66,6 +66,8 @@ class AgentClient:
             settings.retry_delay,
             sleep,
         )
+        #: What the agent had to say of the last map that it has built.
+        self.map_findings: tuple[messages.Finding, ...] = ()
         self._clock = clock
         self._sleep = sleep
 
@@ -141,6 +143,7 @@ class AgentClient:
         state: messages.MapState = self._caller.call("map_begin", messages.MapArguments(size))
         try:
             state = self._wait_for_map(state, wanted)
+            self.map_findings = state.findings
             if state.pages > limits.max_pages:
                 raise exception.BufferMapError(
                     reason=f"it has {state.pages} pages, allowed are {limits.max_pages}"
