@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nova_dmigrate import exception
-from nova_dmigrate.host import permissions
+from nova_dmigrate.host import confinement, permissions
 from nova_dmigrate.host.agents import AgentProxy
 from nova_dmigrate.host.sessions import Sessions
 from nova_dmigrate.host.store import Record, Store
@@ -84,6 +84,7 @@ class HostService:
             draining=self._sessions.draining,
             migration_address=self._settings.migration_address,
             socket_directory=str(self._store.sockets),
+            obstacle=confinement.obstacle(self._store.sockets),
         )
 
     def open_destination(self, order: OpenDestination) -> SessionState:

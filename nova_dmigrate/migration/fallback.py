@@ -21,6 +21,7 @@ class Reason(enum.Enum):
     HOST_UNREACHABLE = ("host-unreachable", "{error}")
     HOST_REFUSED = ("host-refused", "{error}")
     HOST_DRAINING = ("host-draining", "the service of host {host} is being shut down")
+    CONFINED = ("confined", "guests of host {host} may not use the sockets of relays: {why}")
     NO_ROOM = ("no-room", "host {host} has no relay free: {detail}")
     TLS_DIFFERS = ("tls-differs", "one host demands TLS between relays, the other has none")
     WIRE_DIFFERS = ("wire-differs", "the relays of both hosts have no common version of the wire")

@@ -80,6 +80,8 @@ def hosts_agree(domain: Domain, source: HostState, destination: HostState) -> No
     for host in (source, destination):
         if host.draining:
             raise because(Reason.HOST_DRAINING, domain.name, host=host.host)
+        if host.obstacle:
+            raise because(Reason.CONFINED, domain.name, host=host.host, why=host.obstacle)
     if source.tls != destination.tls:
         raise because(Reason.TLS_DIFFERS, domain.name)
     if not set(source.wire_versions) & set(destination.wire_versions):

@@ -180,7 +180,8 @@ class HostState:
     another one after every start of the service. ``tls``: whether it migrates with TLS only.
     ``drivers``: of volumes that its relays can read. ``relays``: how many run, of both roles;
     ``max_relays``: how many of each role may. ``draining``: it takes no new session.
-    ``migration_address``: where its relays listen, None if everywhere.
+    ``migration_address``: where its relays listen, None if everywhere. ``obstacle``: what keeps
+    its guests from the relays' sockets, empty if nothing is known that does.
     """
 
     host: str = checked(_NAME)
@@ -195,6 +196,7 @@ class HostState:
     draining: bool = checked(boolean)
     migration_address: str | None = checked(optional(_NAME))
     socket_directory: str = checked(path())
+    obstacle: str = checked(_SENTENCE, default="")
 
 
 @dataclasses.dataclass(frozen=True)
