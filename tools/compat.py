@@ -20,7 +20,8 @@ from tools.count_results import count  # noqa: E402
 
 # Streams as they are, migrations through relays, faults; domains of libvirt; whole migrations
 PARTS = {
-    "integration": r"test_corpus_live|test_bit_exact|test_faults|TestDomains|GuestTest",
+    "integration": r"test_(corpus_live|pass_through|bit_exact)"
+    r"|Test(Killed|Ended|Unsupported|Domains)|GuestTest",
     "guests": r"test_orchestration|TestPartition",
 }
 VERSIONS = (
