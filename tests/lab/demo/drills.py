@@ -29,10 +29,11 @@ from tests.lab.libvirt_host import LibvirtHost
 from tests.lab.relays import wait_until
 
 CANCEL = "cancel"
-EARLY = ("checking", "waiting", "preparing", "mapping", "starting relays")
+#: Meanwhile, and for a while in the next, the guest's database is prepared and its memory mapped.
+EARLY = ("checking", "waiting", "starting relays")
 PHASES = (*EARLY, "migrating", "converging")
-#: Phases that take a while: what shall happen does so when they have begun to do something.
-_LATER = {"preparing": 0.5, "mapping": 0.3, "starting relays": 0.1}
+#: Seconds after which it happens in phases that take a while: they have begun to do something.
+_LATER = {"starting relays": 0.1}
 #: MB/s until it has happened, so that there is time in the middle, and bytes that make the middle.
 _SLOW, _MIDDLE = 60, 48 << 20
 #: How often it is tried to come to a phase that may be over too soon.
@@ -72,7 +73,7 @@ class Outcome:
 
 #: By victim: phases in which it is there, or matters; and the ends that a migration may come to.
 _DRILLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "source relay": (PHASES[4:], (COMPLETED,)),
+    "source relay": (PHASES[2:], (COMPLETED,)),
     "destination relay": (PHASES[2:], (COMPLETED,)),
     "source service": (PHASES, (COMPLETED,)),
     "destination service": (PHASES, (COMPLETED,)),
