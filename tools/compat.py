@@ -20,7 +20,7 @@ from tools.count_results import count  # noqa: E402
 
 # Streams as they are, migrations through relays, faults; domains of libvirt; whole migrations
 PARTS = {
-    "integration": r"test_(corpus_live|pass_through|bit_exact)"
+    "integration": r"test_(corpus_live|streams|bit_exact)"
     r"|Test(Killed|Ended|Unsupported|Domains)|GuestTest",
     "guests": r"test_orchestration|TestPartition",
 }

@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams that are not known for certain: the relays pass them through, and the guest arrives.
+"""Streams beside the usual one: whatever the relays make of them, the guest arrives and goes on.
 
 Each is one that QEMU really writes. What no QEMU writes yet is in the unit tests of the relays.
 """
 
+import dataclasses
 from typing import Any
 
 from nova_dmigrate.stream import format as fmt
 from tests.lab import hypervisors, migrations
+from tests.lab.guest import Guest
 from tests.lab.migrations import Migration
 from tests.lab.relays import PATIENCE
+from tools.corpus import emulators
 
 
-class PassThroughTestCase(migrations.MigrationTestCase):
+class ArrivalTestCase(migrations.MigrationTestCase):
     """The guest is stopped: it must be the same at both ends."""
 
     def deliver(self, migration: Migration) -> dict[str, Any]:
@@ -37,7 +40,7 @@ class PassThroughTestCase(migrations.MigrationTestCase):
         return summary
 
 
-class TestBitmaps(PassThroughTestCase):
+class TestBitmaps(ArrivalTestCase):
     guest = {"ram_mb": 128, "fill_mb": 32}
 
     def test_bitmaps_of_a_disk_travel_as_a_section_that_is_not_ram(self) -> None:
@@ -50,7 +53,7 @@ class TestBitmaps(PassThroughTestCase):
         self.assertEqual(0, summary["referenced_pages"])
 
 
-class TestVirtioMem(PassThroughTestCase):
+class TestVirtioMem(ArrivalTestCase):
     guest = {
         "ram_mb": 256,
         "fill_mb": 32,
@@ -67,3 +70,22 @@ class TestVirtioMem(PassThroughTestCase):
         early = hypervisors.emulator().series != "7.2"
         self.assertEqual(fmt.FULL_BEFORE_RAM if early else None, summary["pass_through"])
         self.assertEqual(early, summary["referenced_pages"] == 0)
+
+
+class TestNewerDestination(ArrivalTestCase):
+    """As hosts are upgraded: the source has this machine's QEMU."""
+
+    guest = {"ram_mb": 128, "fill_mb": 32, "machine": "pc-i440fx-7.2"}
+
+    @classmethod
+    def boot(cls) -> Guest:
+        if cls._source is None:
+            older = dataclasses.replace(cls.spec, qemu=emulators.installed().command)
+            cls._source = Guest.start_source(older)
+        return cls._source
+
+    def test_a_guest_moves_by_its_map_to_the_qemu_of_the_lab(self) -> None:
+        with self.migration(saved=self.map_of(), tap=False) as migration:
+            summary = self.deliver(migration)
+        self.assertIsNone(summary["pass_through"])
+        self.assertGreater(summary["referenced_pages"], 0)
