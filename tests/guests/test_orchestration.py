@@ -2,12 +2,8 @@
 """Whole migrations of a database guest between two libvirt hosts, as an operator orders them."""
 
 import contextlib
-import os
-import signal
-import subprocess
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 from nova_dmigrate import exception
@@ -69,7 +65,7 @@ class TestOrchestration(base.TestCase):
         summary = self.order(**options)
         self.check_guest(summary)
         self.assertEqual(1, len(self.running()), summary)
-        self.assertEqual([], self.left_behind())
+        self.assertEqual([], self.services.left_behind())
         return summary
 
     def order(self, **options: Any) -> MigrationSummary:
@@ -96,14 +92,6 @@ class TestOrchestration(base.TestCase):
             with contextlib.closing(host.connect()) as connection:
                 found += [host.name for each in connection.listAllDomains() if each.isActive()]
         return found
-
-    def left_behind(self) -> list[Path]:
-        """Sockets of migrations that are over."""
-        return [
-            path
-            for host in (self.hosts.a, self.hosts.b)
-            for path in host.outside(Path("/run/nova-dmigrate")).iterdir()
-        ]
 
     def settings(self) -> str:
         return self.domain.guest.sql(
@@ -172,49 +160,6 @@ class TestOrchestration(base.TestCase):
 
     # What fails on the way
 
-    def test_a_killed_relay_makes_it_start_anew_in_the_ordinary_way(self) -> None:
-        for host in (self.source, self.destination):
-            self.hosts.shape(SLOW)
-            with self.subTest(relay=host.name):
-                summary = self.migrate(on_progress=self.in_the_middle(lambda h=host: self.kill(h)))
-                self.assertEqual(("completed", "ordinary", "relay-failed"), _way(summary), summary)
-            self.source, self.destination = self.destination, self.source
-
-    def kill(self, host: Any) -> None:
-        """Kill the relay that runs on a host."""
-        listed = subprocess.run(
-            ["ip", "netns", "pids", host.namespace], capture_output=True, text=True, check=True
-        )
-        found = [
-            pid
-            for pid in map(int, listed.stdout.split())
-            if b"nova_dmigrate.cmd.relay" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
-        self.assertEqual(1, len(found))
-        os.kill(found[0], signal.SIGKILL)
-
-    def test_a_cancelled_migration_leaves_the_guest_where_it_was(self) -> None:
-        self.hosts.shape(SLOW)
-        cancelled = threading.Event()
-        before = self.settings()
-        summary = self.migrate(on_progress=self.in_the_middle(cancelled.set), cancelled=cancelled)
-        self.assertEqual("cancelled", summary.state, summary)
-        self.assertEqual([self.source.name], self.running())
-        self.assertEqual(before, self.settings())
-
-    def test_a_service_that_is_killed_in_the_middle_harms_no_migration(self) -> None:
-        for host in (self.source, self.destination):
-            self.hosts.shape(SLOW)
-            with self.subTest(service=host.name):
-
-                def crash(host: Any = host) -> None:
-                    self.services.kill(host)
-                    self.services.start(host)
-
-                summary = self.migrate(on_progress=self.in_the_middle(crash))
-                self.assertEqual(("completed", "dmigrate", None), _way(summary), summary)
-            self.source, self.destination = self.destination, self.source
-
     def test_a_cut_network_fails_it_and_the_guest_goes_on(self) -> None:
         before = self.settings()
         self.hosts.shape(SLOW)
@@ -227,7 +172,7 @@ class TestOrchestration(base.TestCase):
         self.check_guest(summary)
         self.assertEqual(before, self.settings())
         wait_until(
-            lambda: self.running() == [self.source.name] and not self.left_behind(),
+            lambda: self.running() == [self.source.name] and not self.services.left_behind(),
             "nothing is left of the migration",
         )
         self.hosts.heal()
