@@ -19,7 +19,8 @@ from tests.lab import database_image
 from tests.lab.demo.clients import ClientError
 from tests.lab.demo.compare import Comparison, Scenario, compare, say
 from tests.lab.demo.load import SYSBENCH_LOADS
-from tests.lab.demo.measure import AUTO_CONVERGE, DMIGRATE, MODES, POST_COPY, PRE_COPY
+from tests.lab.demo.measure import DMIGRATE, MODES, POST_COPY, PRE_COPY
+from tests.lab.demo.remote_volume import shared_link
 from tests.lab.demo.settings import WrongSetting, available_release, shape_from
 from tests.lab.demo.stage import Shape
 from tests.lab.demo.troubles import background_traffic, failing_volume, narrow_network
@@ -31,8 +32,8 @@ REPORT = Path("scenarios-report")
 POOLS = (0.25, 0.5, 0.75)
 #: MiB of a guest in which a pool of three quarters has room.
 _RAM = "2560"
-#: Where pages come from makes no difference to these.
-_FEW = (PRE_COPY, AUTO_CONVERGE, POST_COPY, DMIGRATE)
+#: MB/s at which such a guest takes as long as one of 128 GiB does on 10 Gbit/s.
+_NETWORK = _VOLUME = "25"
 
 
 def scenarios(usual: Shape) -> Iterator[Scenario]:
@@ -46,19 +47,22 @@ def scenarios(usual: Shape) -> Iterator[Scenario]:
     for pool in POOLS:
         yield Scenario(TPCC, dataclasses.replace(usual, load=TPCC, pool=pool), MODES)
     most = dataclasses.replace(usual, pool=0.75)
-    for factor in (1, 2):
-        shape = dataclasses.replace(most, volume=factor * usual.network)
-        yield Scenario(f"storage {factor}x as fast as the network", shape, _FEW)
+    for load in (usual.load, TPCC):
+        fast = dataclasses.replace(most, load=load, volume=2 * usual.network)
+        yield Scenario(f"{load}, storage twice as fast", fast, MODES)
     slow = dataclasses.replace(most, volume=usual.network / 2)
-    yield Scenario("slow storage", slow, _FEW)
-    yield Scenario("background traffic", most, _FEW, trouble=background_traffic)
-    yield Scenario("network drops and returns", most, _FEW, trouble=narrow_network)
+    yield Scenario("slow storage", slow, MODES)
+    yield Scenario("background traffic", most, MODES, trouble=background_traffic)
+    yield Scenario("network drops and returns", most, MODES, trouble=narrow_network)
     # In this order, so that the guest is on the first host for it
     modes = (PRE_COPY, POST_COPY, DMIGRATE)
     yield Scenario("storage fails midway", most, modes, trouble=failing_volume)
+    # What the volume brings, the network has to carry: there is no bandwidth of its own
+    same = dataclasses.replace(most, volume=0)
+    yield Scenario("storage on the same link", same, modes, trouble=shared_link)
     half = dataclasses.replace(usual, ram_mb=usual.ram_mb // 2)
-    yield Scenario("eviction of 2 in turn", half, _FEW, guests=2)
-    yield Scenario("batch of 2 at once", half, _FEW, guests=2, at_once=True)
+    yield Scenario("eviction of 2 in turn", half, MODES, guests=2)
+    yield Scenario("batch of 2 at once", half, MODES, guests=2, at_once=True)
 
 
 def _chosen(usual: Shape, only: str) -> list[Scenario]:
@@ -81,7 +85,12 @@ def main() -> int:
         return 2
     try:
         usual = shape_from(
-            {"RAM": _RAM, **{name: text for name, text in os.environ.items() if text}}
+            {
+                "RAM": _RAM,
+                "NETWORK": _NETWORK,
+                "VOLUME": _VOLUME,
+                **{name: text for name, text in os.environ.items() if text},
+            }
         )
         chosen = _chosen(usual, os.environ.get("ONLY", ""))
     except WrongSetting as error:

@@ -179,6 +179,8 @@ class Stage:
         enter = self._ends.enter_context
         try:
             say("Starting two hosts, their libvirt, the services of both, and a broker")
+            #: What guests' volumes need: it ends after all guests.
+            self.storage = enter(contextlib.ExitStack())
             self.hosts = enter(LibvirtHosts(directory))
             self.network = enter(GuestNetwork(self.hosts))
             self.services = enter(MigrationServices(self.hosts, directory, **options))

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A volume that the destination reaches over the same link as the migration: nothing is won there.
+
+At the source qemu-storage-daemon serves it by NBD; at the destination another one has it as a file,
+which is made a block device again, at the path that the volume has for the guest. What the guest
+writes after its arrival takes that way as well, so there is one volume.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.lab.demo.stage import Stage
+from tests.lab.loop_device import LoopDevice
+from tests.lab.processes import terminate
+from tests.lab.relays import wait_until
+
+_PORT = 10809
+_NAME = "volume"
+
+
+@contextlib.contextmanager
+def shared_link(stage: Stage) -> Iterator[None]:
+    """The first guest's destination has the volume over the link."""
+    domain = stage.guests[0].domain
+    source, destination = domain.host, stage.hosts.other(domain.host)
+    file, size = domain.spec.disk, domain.spec.disk.stat().st_size
+    # The guest uses it until its own end
+    ends = stage.storage
+    server = source.popen(
+        ["qemu-storage-daemon", "--blockdev"]
+        + [f"driver=file,node-name=v,filename={file},cache.direct=on,locking=off"]
+        + ["--nbd-server", f"addr.type=inet,addr.host={source.address},addr.port={_PORT}"]
+        + ["--export", f"type=nbd,id=e,node-name=v,name={_NAME},writable=on"]
+    )
+    ends.callback(terminate, server)
+    mountpoint = file.with_suffix(f".{destination.name}")
+    mountpoint.touch()
+    client = destination.popen(
+        ["qemu-storage-daemon", "--blockdev"]
+        + [
+            f"driver=nbd,node-name=v,export={_NAME},reconnect-delay=30,"
+            f"server.type=inet,server.host={source.address},server.port={_PORT}"
+        ]
+        + ["--export", f"type=fuse,id=e,node-name=v,mountpoint={mountpoint},writable=on"]
+    )
+    ends.callback(terminate, client)
+    seen = Path(f"/proc/{client.pid}/root{mountpoint}")
+
+    def there() -> bool:
+        if client.poll() is not None:
+            raise RuntimeError("qemu-storage-daemon has ended")
+        with contextlib.suppress(OSError):
+            return os.stat(seen).st_size == size
+        return False
+
+    wait_until(there, "the remote volume is there")
+    device = ends.enter_context(LoopDevice(seen))
+    destination.run(["mount", "--bind", str(device.path), str(domain.volume)])
+    try:
+        yield
+    finally:
+        destination.run(["umount", "--lazy", str(domain.volume)])
