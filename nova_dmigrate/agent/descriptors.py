@@ -41,7 +41,7 @@ _WORK_OF_PAGE = 2048  # to look for chains in one page
 _WORK_OF_LOOK = 400  # to look at some descriptors, and one for so many words or pages of them
 _ENTRIES_OF_WORK = 4
 _BLOCK = 2048  # descriptors that are read in one go
-_SAMPLE = 8192
+_SAMPLES = (1024, 8192)  # descriptors that are looked at: the few mostly tell
 _FEWEST_MARKED = 16  # frames with an LSN in their descriptors, for a choice that is no accident
 _FEWEST_CLEAN = 0.05  # share of frames: what is beyond the LSN in all of them is something else
 _MOST_AMISS = 0.05  # share of frames that got another page between two looks
@@ -131,8 +131,11 @@ def find(
     except _UsedUpError:
         LOG.warning("The search for the server's descriptors of frames was given up")
         return None
-    oldest = _find_oldest(process, arrays, page_size) if arrays else None
-    return None if oldest is None else Descriptors(arrays, oldest, page_size)
+    for sample in _SAMPLES if arrays else ():
+        oldest = _find_oldest(process, arrays, page_size, sample)
+        if oldest is not None:
+            return Descriptors(arrays, oldest, page_size)
+    return None
 
 
 class _UsedUpError(Exception):
@@ -273,12 +276,15 @@ def _leading(fitting: Bools) -> int:
 
 
 def _find_oldest(
-    process: memory.ProcessMemory, arrays: Sequence[DescriptorArray], page_size: int
+    process: memory.ProcessMemory,
+    arrays: Sequence[DescriptorArray],
+    page_size: int,
+    sample: int,
 ) -> int | None:
     """Bytes from the word with the frame's address to that with the oldest change."""
     stride = arrays[0].stride
     alike = [array for array in arrays if array.stride == stride]
-    every = max(1, sum(array.count for array in alike) // _SAMPLE)
+    every = max(1, sum(array.count for array in alike) // sample)
     # But for the first ones, of which the beginning may be outside
     numbers = [np.arange(1, each.count, every) for each in alike]
     address = np.concatenate(

@@ -66,13 +66,17 @@ class GuestMapFetch:
         trace: TracebackType | None,
     ) -> None:
         # It ends with the answer that it waits for, for which there is a time limit
-        self._needless.set()
+        self.abandon()
         self._thread.join()
 
     @property
     def ready(self) -> bool:
         """Whether the map is in its file."""
         return self.seconds is not None
+
+    def abandon(self) -> None:
+        """It would come too late."""
+        self._needless.set()
 
     def wait(self, seconds: float) -> bool:
         """Wait so long at most; whether it is there, or known that it will not be."""
@@ -93,7 +97,8 @@ class GuestMapFetch:
             self.seconds = time.monotonic() - began
         except exception.FallBack as reason:
             LOG.info("%s", reason)
-            self.failure = reason
+            late = self._needless.is_set()
+            self.failure = because(Reason.LATE_MAP, self._agent.instance) if late else reason
         finally:
             self._done.set()
 

@@ -182,6 +182,8 @@ class RelayedMigration:
         told = self._sessions.look()
         if told is not None:
             self._told, self._heard = told, time.monotonic()
+            if told.get("passes", 0) > 1 and self._mapping is not None:
+                self._mapping.abandon()
         if set_max_downtime is not None:
             if self._may_switch(told):
                 if self._applied != self.downtime_limit and set_max_downtime(self.downtime_limit):
@@ -212,7 +214,9 @@ class RelayedMigration:
         self._mapping = stack.enter_context(self._fetch_map(agent, database))
         stack.callback(self._close_sessions)
         self._enter("waiting")
-        self._sessions.order_destination(self._guest.volumes)
+        self._sessions.order_destination(
+            self._guest.volumes, waiting=lambda: self._enter("waiting")
+        )
         self._enter("starting relays")
         self._sessions.open()
         if self._map_first:

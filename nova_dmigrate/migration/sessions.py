@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +80,12 @@ class RelaySessions:
         self._keeper = threading.Thread(target=self._keep, name="sessions", daemon=True)
         self.failure: str | None = None
 
-    def order_destination(self, volumes: Sequence[VolumeSpec]) -> None:
+    def order_destination(
+        self, volumes: Sequence[VolumeSpec], waiting: Callable[[], None] = lambda: None
+    ) -> None:
         """Have the destination relay started, and wait while it is queued.
 
+        :param waiting: called again and again meanwhile; may raise to give up.
         :raises FallBack: it cannot be had.
         """
         self._keeper.start()
@@ -95,7 +98,7 @@ class RelaySessions:
             volume_bandwidth=self._terms.volume_bandwidth,
             wait_seconds=self._terms.patience,
         )
-        self._start(self._destination, order)
+        self._start(self._destination, order, waiting)
 
     def open(self) -> None:
         """Start the source relay, too, and wait until both are ready.
@@ -111,7 +114,7 @@ class RelaySessions:
             network_bandwidth=self._terms.network_bandwidth,
             wait_seconds=self._terms.patience,
         )
-        self._start(self._source, order)
+        self._start(self._source, order, lambda: None)
         self._ready(self._source)
 
     def use_map(self, buffer_map: Path, memory_layout: Path) -> bool:
@@ -156,13 +159,16 @@ class RelaySessions:
                 summaries[state.role] = summary
         return summaries
 
-    def _start(self, host: HostClient, order: host_messages.Order) -> None:
+    def _start(
+        self, host: HostClient, order: host_messages.Order, waiting: Callable[[], None]
+    ) -> None:
         """Order a relay; returns when it is not queued any more."""
         with self._translated():
             state = host.open_session(order)
             self._open.append(host)
             end = time.monotonic() + self._terms.patience
             while state.state == "queued" and time.monotonic() < end:
+                waiting()
                 time.sleep(_POLL)
                 state = host.renew(self._common["session_id"], self._lease)
         if state.state == "queued":

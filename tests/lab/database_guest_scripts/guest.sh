@@ -8,6 +8,11 @@ source /run/payload/server.sh
 
 parameter() { sed -n "s/.*\bndm\.$1=\([^ ]*\).*/\1/p" /proc/cmdline; }
 
+# Runs a program as a service of that name has it: its own session and control group.
+service() {
+    setsid bash -c 'echo $$ >"/sys/fs/cgroup/$0/cgroup.procs"; exec "$@"' "$@"
+}
+
 # Fails if the server does not come up. Its pid is in /run/server.pid.
 start_server() {
     local options=("${server_options[@]}")
@@ -24,7 +29,7 @@ start_server() {
     IFS=, read -ra more <<<"$(parameter options)"
     options+=("${more[@]/#/--}")
     # As its own service would, so that the server is not process 1's child with its descriptors
-    setsid $server --no-defaults --user=mysql --datadir=/mnt/data/mysql --socket=$socket \
+    service server $server --no-defaults --user=mysql --datadir=/mnt/data/mysql --socket=$socket \
         --pid-file=/run/mysqld/mysqld.pid --event-scheduler=OFF \
         --innodb-buffer-pool-size="$(parameter pool)" "${options[@]}" >>/tmp/server.log 2>&1 3>&- &
     echo $! >/run/server.pid
@@ -46,7 +51,7 @@ read_tables() {
 
 # Its pid is in /run/agent.pid.
 start_agent() {
-    setsid python3 -m nova_dmigrate.cmd.agent --config-file /run/payload/agent.conf serve >>/tmp/agent.log 2>&1 3>&- &
+    service agent python3 -m nova_dmigrate.cmd.agent --config-file /run/payload/agent.conf serve >>/tmp/agent.log 2>&1 3>&- &
     echo $! >/run/agent.pid
 }
 

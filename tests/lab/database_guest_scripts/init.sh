@@ -8,6 +8,10 @@ source $BASH_ENV
 mount -t tmpfs tmpfs /tmp
 mount -t tmpfs tmpfs /var/log
 mount -t tmpfs tmpfs /mnt
+# As systemd does: each service has a control group of its own, so that a server of many threads gets
+# no more of the processor than the agent
+mount -t cgroup2 cgroup2 /sys/fs/cgroup && echo +cpu >/sys/fs/cgroup/cgroup.subtree_control &&
+    mkdir /sys/fs/cgroup/server /sys/fs/cgroup/agent || echo "init: no control groups"
 mount -t devpts devpts /dev/pts 2>/dev/null
 ln -sf /proc/self/fd /dev/fd
 mkdir -p /run/mysqld /run/lvm /mnt/data /dev/virtio-ports /dev/shm

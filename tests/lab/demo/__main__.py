@@ -2,7 +2,8 @@
 """A live database VM moves between two hosts: by pre-copy, by post-copy, by DMigrate.
 
 Chosen by environment variables: NETWORK and VOLUME in MB/s, POOL (share of the guest's RAM), LOAD
-(one of sysbench's, or tpcc), DB (mysql, mariadb), RAM (MiB). Writes demo-report/.
+(one of sysbench's, or tpcc), RATE (transactions a second that sysbench asks for, 0 for as many as
+there can be), DB (mysql, mariadb), RAM (MiB). Writes demo-report/.
 
 Exit status: 0 all migrations completed and the database is whole, 1 not so, 2 wrong settings.
 """

@@ -29,8 +29,11 @@ _RESTART = 0.5
 _REPORT = re.compile(r"\[ \S+ \] .* tps: ([\d.]+) (?:.* )?lat \(ms,\d+%\): ([\d.]+) ")
 
 
-def sysbench(server: Server, name: str, rows: int) -> list[str]:
-    """The command line of one of sysbench's own loads, which does not end by itself."""
+def sysbench(server: Server, name: str, rows: int, rate: float = 0) -> list[str]:
+    """The command line of one of sysbench's own loads, which does not end by itself.
+
+    :param rate: transactions a second that are asked for; 0 for as many as there can be.
+    """
     where = (
         [f"--mysql-socket={server.socket}"] if server.socket else [f"--mysql-host={server.host}"]
     )
@@ -38,7 +41,7 @@ def sysbench(server: Server, name: str, rows: int) -> list[str]:
         *("sysbench", name, "--db-driver=mysql", *where, f"--mysql-user={server.user}"),
         *(f"--mysql-password={server.password}", "--mysql-ignore-errors=all"),
         *(f"--tables={TABLES}", f"--table-size={rows}", f"--threads={THREADS}"),
-        *("--time=0", "--report-interval=1", "--percentile=95", "run"),
+        *("--time=0", "--report-interval=1", "--percentile=95", f"--rate={rate:g}", "run"),
     ]
 
 

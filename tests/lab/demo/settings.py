@@ -17,7 +17,8 @@ class WrongSetting(Exception):
 
 
 def shape_from(environment: Mapping[str, str]) -> Shape:
-    """The shape that NETWORK, VOLUME (MB/s), POOL (share of RAM), LOAD, DB and RAM (MiB) choose.
+    """The shape that NETWORK, VOLUME (MB/s), POOL (share of RAM), LOAD, RATE (transactions a
+    second), DB and RAM (MiB) choose.
 
     :raises WrongSetting: one of them makes no sense.
     """
@@ -28,6 +29,7 @@ def shape_from(environment: Mapping[str, str]) -> Shape:
         volume=_number(environment, "VOLUME", usual.volume, 1, 10_000),
         pool=_number(environment, "POOL", usual.pool, 0.05, 0.8),
         load=_choice(environment, "LOAD", usual.load, LOADS),
+        rate=_number(environment, "RATE", usual.rate, 0, 1e6),
         ram_mb=int(_number(environment, "RAM", usual.ram_mb, 512, os_memory_mb() // 3)),
     )
     needed = shape.pool_mb + _OTHER_MB[shape.release.flavour]

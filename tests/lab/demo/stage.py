@@ -43,7 +43,8 @@ class Shape:
     """What is migrated, and over what.
 
     ``network``, ``volume``: MB/s. ``pool``: share of ``ram_mb``. ``load``: one of
-    `workloads.LOADS`.
+    `workloads.LOADS`. ``rate``: transactions a second that sysbench asks for, 0 for as many as
+    there can be.
     """
 
     release: Release
@@ -51,6 +52,7 @@ class Shape:
     volume: float = 100
     pool: float = 0.5
     load: str = "oltp_read_write"
+    rate: float = 10
     ram_mb: int = 2048
 
     @property
@@ -113,7 +115,9 @@ class WorkingGuest:
         self.guest.run(admit(server))
         self.probe = enter(Probe(server, directory))
         self.ledger = enter(Ledger(server, directory))
-        self.load = enter(Load(server, command(shape.load, server, shape.pool_mb), directory))
+        self.load = enter(
+            Load(server, command(shape.load, server, shape.pool_mb, shape.rate), directory)
+        )
 
     @property
     def guest(self) -> AttachedDatabase:

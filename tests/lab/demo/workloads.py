@@ -28,11 +28,14 @@ def loader(load: str, pool_mb: int) -> list[str]:
     ]
 
 
-def command(load: str, server: Server, pool_mb: int) -> Sequence[str]:
-    """The load's command line, for tables that fill a pool of this size."""
+def command(load: str, server: Server, pool_mb: int, rate: float) -> Sequence[str]:
+    """The load's command line, for tables that fill a pool of this size.
+
+    :param rate: of sysbench's loads; TPC-C always runs as fast as it can.
+    """
     if load == TPCC:
         return tpcc.command(server, _warehouses(pool_mb))
-    return sysbench(server, load, _rows(pool_mb))
+    return sysbench(server, load, _rows(pool_mb), rate)
 
 
 def _rows(pool_mb: int) -> int:
