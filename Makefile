@@ -8,7 +8,8 @@ SHELL := /bin/bash
 # What of "make bench": BENCH_SHAPES=50:50,50:100 (network:volume in MB/s), BENCH_ONLY=relay
 export BENCH_SHAPES BENCH_ONLY
 # What of "make demo": NETWORK=50 VOLUME=100 (MB/s) POOL=0.5 (share of RAM) LOAD=oltp_read_write
-# RATE=10 (transactions a second, 0 for all there can be) DB=mysql|mariadb RAM=2048 (MiB); "make scenarios" takes ONLY=scenario,... and all but LOAD and POOL
+# RATE=10 (transactions a second, 0 for all there can be) DB=mysql|mariadb RAM=2048 (MiB);
+# "make scenarios" takes ONLY=scenario,... and all but LOAD and POOL
 export NETWORK VOLUME POOL LOAD RATE DB RAM ONLY
 # "make soak": COUNT=50 DRILLS=all|none|part of a name,... and what "make demo" takes
 export COUNT DRILLS

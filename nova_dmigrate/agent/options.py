@@ -24,8 +24,8 @@ class MapOptions:
 
     ``chunk_frames``: frames that are worked on at a time; bounds memory.
 
-    ``cpu_share``: of all of the guest's processors, that the search through memory takes while
-    others leave none idle, as long as it does not last more than ``time_limit`` seconds.
+    ``cpu_share``: of all of the guest's processors, that the search through memory takes at least
+    while others leave less, as long as it does not last more than ``time_limit`` seconds.
 
     ``min_mapping_bytes``: smaller anonymous mappings of the server are not searched.
     """

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast the search through memory may go, so that the database does not feel it.
 
-As fast as it can while processors are idle: nobody is kept waiting then. When the guest leaves
-none, the search pauses between its pieces, so that it takes a small share of all processors; but
-not for longer than a limit, because a map that comes too late is of no use either.
+As fast as it can while processors are idle: nobody is kept waiting then. When none are, the search
+pauses between its pieces. What is idle while it pauses is what others leave: of that it takes most,
+and of a guest that leaves nothing a small share of all processors; but it does not draw that out
+beyond a limit, because a map that comes too late is of no use either.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from nova_dmigrate.agent import cancellation
 _IDLE_SHARE = 0.1
 # ... in so many seconds: the kernel counts in hundredths
 _WINDOW = 0.05
+# Of what others leave so much is taken
+_MOST = 0.8
 _STAT = Path("/proc/stat")
 
 
@@ -39,7 +42,7 @@ class Pace:
         idle: Callable[[], float | None] | None = None,
     ) -> None:
         self._processors = os.cpu_count() or 1
-        self._rate = share * self._processors
+        self._share = share
         self._limit = limit
         self._cancelled = cancelled
         self._idle = idle or idle_seconds
@@ -47,6 +50,9 @@ class Pace:
         self._cpu = time.process_time()
         self._idle_then = self._idle()
         self._contended = False
+        self._left = 0.0  # share of all processors that others leave
+        # Of pauses since that was found out last: seconds, and seconds of idle processors
+        self._paused = self._unused = 0.0
 
     def wait(self, done: float) -> None:
         """Pause if the processors are in use.
@@ -57,12 +63,26 @@ class Pace:
         now, cpu = time.monotonic(), time.process_time()
         self._judge(now)
         if self._contended:
-            until = self._since + (cpu - self._cpu) / self._rate
+            share = max(self._share, _MOST * self._left)
+            until = self._since + (cpu - self._cpu) / (share * self._processors)
             # Whoever has done half of the work may have taken half of the time
             pause = min(until, self._began + done * self._limit) - now
             if pause > 0:
-                self._cancelled.wait(pause)
+                self._pause(pause)
         self._since, self._cpu = time.monotonic(), cpu
+
+    def _pause(self, seconds: float) -> None:
+        before, began = self._idle(), time.monotonic()
+        self._cancelled.wait(seconds)
+        after, took = self._idle(), time.monotonic() - began
+        if before is None or after is None:
+            return
+        self._paused += took
+        self._unused += after - before
+        if self._paused >= _WINDOW:
+            left = self._unused / (self._paused * self._processors)
+            self._left = (self._left + min(left, 1.0)) / 2
+            self._paused = self._unused = 0.0
 
     def _judge(self, now: float) -> None:
         """Find out whether the processors are in use, if that was not asked a moment ago."""

@@ -39,7 +39,7 @@ class TestOrchestration(base.TestCase):
         try:
             directory = enter(processes.workspace())
             cls.hosts = enter(LibvirtHosts(directory))
-            cls.services = enter(MigrationServices(cls.hosts, directory))
+            cls.services = enter(MigrationServices(cls.hosts, directory, prepare_time=1))
             disk = database_guest.create_volume(directory / "volume.raw")
             spec = DatabaseSpec(disk=disk, pool_mb=128)
             cls.domain = enter(Domain(cls.hosts, spec))
@@ -116,19 +116,45 @@ class TestOrchestration(base.TestCase):
 
     def test_a_guest_migrates_through_the_relays_and_its_database_is_as_it_was(self) -> None:
         before = self.settings()
-        summary = self.migrate()
+        # The map comes before the stream begins
+        summary = self.migrate(mode=Mode.REQUIRED)
         self.assertEqual(("completed", "dmigrate", None), _way(summary), summary)
         self.assertGreater(summary.pages_referenced, 0.8 * summary.mapped_pages)
         self.assertGreater(summary.mapped_pages * 4096, 32 << 20)
         self.assertLess(summary.misses, 0.1 * summary.pages_referenced)
         self.assertLess(summary.wire_bytes, summary.guest_bytes - (32 << 20))
         self.assertEqual(before, self.settings())
-        for phase in ("preparing", "mapping", "starting relays", "migrating"):
+        for phase in ("checking", "waiting", "starting relays", "mapping", "migrating"):
             self.assertIn(phase, summary.phases)
+        self.assertGreater(summary.mapping_s, 1)
 
-    def test_and_back_when_relays_are_required(self) -> None:
-        summary = self.migrate(mode=Mode.REQUIRED)
+    def test_and_back_while_the_map_is_on_its_way(self) -> None:
+        before = self.settings()
+        self.hosts.shape(12)
+        summary = self.migrate()
         self.assertEqual(("completed", "dmigrate", None), _way(summary), summary)
+        self.assertGreater(summary.pages_referenced, 0)
+        self.assertGreater(summary.mapping_s, 1)
+        self.assertNotIn("mapping", summary.phases)
+        self.assertEqual(before, self.settings())
+
+    def test_a_map_that_comes_too_late_costs_the_gain_only(self) -> None:
+        stopped = threading.Event()
+
+        def on_progress(progress: Progress) -> None:
+            # It has answered once by then
+            if progress.phase == "starting relays" and not stopped.is_set():
+                stopped.set()
+                self.domain.guest.run("kill -STOP $(cat /run/agent.pid)")
+
+        try:
+            summary = self.migrate(on_progress=on_progress)
+        finally:
+            self.domain.guest.run("kill -CONT $(cat /run/agent.pid)")
+        self.assertTrue(stopped.is_set())
+        self.assertEqual(("completed", "dmigrate", "late-map"), _way(summary), summary)
+        self.assertEqual(0, summary.pages_referenced)
+        self.assertIn("but without the volumes, because", summary.sentence())
 
     # In the ordinary way, with the reason
 

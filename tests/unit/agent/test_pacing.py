@@ -66,6 +66,32 @@ class PaceTest(base.TestCase):
             pace.wait(part / 4)
         self.assertGreaterEqual(time.monotonic() - began, 3 * 0.02 / 0.1)
 
+    def test_of_what_others_leave_it_takes_most(self):
+        spare = True
+
+        def half_idle():
+            return time.monotonic() * PROCESSORS / 2 if spare else 0.0
+
+        def wait(seconds):
+            self.pauses.append(seconds)
+            time.sleep(min(seconds, 0.2))
+
+        self.cancelled.wait = wait
+        pace = self.pace(none_idle, share=0.0001)
+        pace._idle = half_idle  # while it pauses, and not while it works
+        pace._judge = lambda now: None
+        for part in range(1, 7):
+            work(0.02)
+            pace.wait(part / 7)
+        # The first is that of a guest that leaves nothing
+        self.assertGreater(self.pauses[0], 5)
+        self.assertLess(self.pauses[-1], 0.5)
+        spare = False
+        for _ in range(20):
+            work(0.02)
+            pace.wait(0.9)
+        self.assertGreater(self.pauses[-1], 0.5)
+
     def test_it_is_free_again_when_processors_are_idle(self):
         self.dream()
         busy = True
