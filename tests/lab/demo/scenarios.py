@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many loads, sizes and troubles, each with all ways to migrate; writes scenarios-report/.
 
-Chosen by environment variables: ONLY (parts of scenarios' names, with commas between them), NETWORK
-and VOLUME in MB/s, DB (mysql, mariadb), RAM (MiB of a guest; several guests have half of it).
+Chosen by environment variables: ONLY (parts of scenarios' names, with commas between them), MODES
+(pre-copy, auto-converge, post-copy, multifd-zstd, dmigrate; likewise), NETWORK and VOLUME in MB/s,
+DB (mysql, mariadb), RAM (MiB of a guest; several guests have half of it), RATE (transactions a
+second that sysbench asks for), POOLS (shares of RAM).
 
 The report is written anew after each scenario. Exit status: 0 all databases are whole, 1 not so, 2
 wrong settings.
@@ -12,7 +14,7 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.lab import database_image
@@ -29,24 +31,24 @@ from tests.lab.guest import GuestError
 from tests.lab.processes import workspace
 
 REPORT = Path("scenarios-report")
-POOLS = (0.25, 0.5, 0.75)
+_POOLS = "0.25,0.5,0.75"
 #: MiB of a guest in which a pool of three quarters has room.
 _RAM = "2560"
 #: MB/s at which such a guest takes as long as one of 128 GiB does on 10 Gbit/s.
 _NETWORK = _VOLUME = "25"
 
 
-def scenarios(usual: Shape) -> Iterator[Scenario]:
+def scenarios(usual: Shape, pools: Sequence[float]) -> Iterator[Scenario]:
     """All there are.
 
     :param usual: shape of those that do not vary it.
     """
     for load in SYSBENCH_LOADS:
-        for pool in POOLS:
+        for pool in pools:
             yield Scenario(load, dataclasses.replace(usual, load=load, pool=pool), MODES)
-    for pool in POOLS:
+    for pool in pools:
         yield Scenario(TPCC, dataclasses.replace(usual, load=TPCC, pool=pool), MODES)
-    most = dataclasses.replace(usual, pool=0.75)
+    most = dataclasses.replace(usual, pool=pools[-1])
     for load in (usual.load, TPCC):
         fast = dataclasses.replace(most, load=load, volume=2 * usual.network)
         yield Scenario(f"{load}, storage twice as fast", fast, MODES)
@@ -65,15 +67,32 @@ def scenarios(usual: Shape) -> Iterator[Scenario]:
     yield Scenario("batch of 2 at once", half, MODES, guests=2, at_once=True)
 
 
-def _chosen(usual: Shape, only: str) -> list[Scenario]:
-    """:raises WrongSetting: a part of ``only`` is in no name."""
-    found = list(scenarios(usual))
-    parts = [part.strip() for part in only.split(",") if part.strip()]
+def _chosen(usual: Shape, environment: Mapping[str, str]) -> list[Scenario]:
+    """:raises WrongSetting: a variable names what there is not."""
+    pools = []
+    for share in _parts(environment.get("POOLS") or _POOLS):
+        pools.append(shape_from({"POOL": share, "RAM": str(usual.ram_mb)}).pool)
+    found = list(scenarios(usual, pools))
+    parts = _parts(environment.get("ONLY", ""))
     for part in parts:
         if not any(part in each.name for each in found):
             names = ", ".join(dict.fromkeys(each.name for each in found))
-            raise WrongSetting(f"ONLY={only}: {part!r} is in none of {names}")
-    return [each for each in found if not parts or any(part in each.name for part in parts)]
+            raise WrongSetting(f"ONLY: {part!r} is in none of {names}")
+    modes = _parts(environment.get("MODES", ""))
+    for mode in modes:
+        if mode not in MODES:
+            raise WrongSetting(f"MODES: {mode!r} is not one of {', '.join(MODES)}")
+    return [
+        dataclasses.replace(
+            each, modes=tuple(mode for mode in each.modes if not modes or mode in modes)
+        )
+        for each in found
+        if not parts or any(part in each.name for part in parts)
+    ]
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def main() -> int:
@@ -92,7 +111,7 @@ def main() -> int:
                 **{name: text for name, text in os.environ.items() if text},
             }
         )
-        chosen = _chosen(usual, os.environ.get("ONLY", ""))
+        chosen = _chosen(usual, os.environ)
     except WrongSetting as error:
         print(error, file=sys.stderr)
         return 2
