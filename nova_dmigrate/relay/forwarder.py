@@ -73,9 +73,12 @@ class Forwarder:
         stages: Stages,
         *,
         stopped: Callable[[], bool],
+        on_late: Callable[[], None] = lambda: None,
     ) -> None:
         """:param handover: of the buffer map, whenever it comes.
-        :param stopped: whether the migration has failed: then nothing is waited for any more."""
+        :param stopped: whether the migration has failed: then nothing is waited for any more.
+        :param on_late: called once, when queues have to be short from now on.
+        """
         self._instance = instance
         self._settings = settings
         self._parser = parser
@@ -84,6 +87,7 @@ class Forwarder:
         self._handover = handover
         self._stages = stages
         self._stopped = stopped
+        self._on_late = on_late
         self._page_map: PageMap | None = None
         self._classifier: Classifier | None = None
         self._blocks: tuple[RamBlock, ...] = ()
@@ -127,7 +131,9 @@ class Forwarder:
                 self._hold(intake)
                 intake.limit = _LATE_LIMIT if self.passes <= 1 else self._pace()
                 intake.gather = False
-                self._outbox.delay = self._settings.queue_delay
+                if self._outbox.delay != self._settings.queue_delay:
+                    self._outbox.delay = self._settings.queue_delay
+                    self._on_late()
 
     def reading_order(self, idle: float) -> NDArray[np.uint32] | None:
         """The destination's reading order when waiting references should be sent as copies: when

@@ -42,6 +42,8 @@ LOG = log.getLogger(__name__)
 _BUFFERS = 8
 #: Bytes that may wait for the network whatever its rate.
 _QUEUE_FLOOR = 256 << 10
+#: The same in the kernel for each connection, when queues have to be short.
+_UNSENT_FLOOR = 128 << 10
 
 
 class SourceRelay:
@@ -72,6 +74,7 @@ class SourceRelay:
             self._handover,
             self._stages,
             stopped=lambda: self._life.failed,
+            on_late=self._shorten_queues,
         )
         self._wire = Connections()
         self._listener: QemuListener | None = None
@@ -219,6 +222,13 @@ class SourceRelay:
                 connection.send(FrameType.KEEPALIVE)
                 continue
             self._send_parcel(connection, parcel)
+
+    def _shorten_queues(self) -> None:
+        """The kernel takes some MB for each connection if it is let; at the switchover all of that
+        would lie between the guest's last page and the destination."""
+        unsent = max(int(self._outbox.rate * self._settings.queue_delay), _UNSENT_FLOOR)
+        for connection in self._wire.data:
+            connection.limit_unsent(unsent)
 
     def _send_parcel(self, connection: Connection, parcel: Parcel) -> None:
         due = self._bucket.reserve(parcel.size)

@@ -80,6 +80,10 @@ class Connection:
     ) -> None:
         self.close()
 
+    def limit_unsent(self, size: int) -> None:
+        """Let no more than about ``size`` bytes wait in the kernel that it has not sent yet."""
+        self._transport.limit_unsent(size)
+
     def set_timeout(self, seconds: float | None) -> None:
         """Fail with PeerLost when nothing moves for ``seconds``; None waits for ever.
 

@@ -42,6 +42,9 @@ class Transport(Protocol):
     def set_timeout(self, seconds: float | None) -> None:
         """Let calls fail with an OSError after so long without progress, or never."""
 
+    def limit_unsent(self, size: int) -> None:
+        """Let no more than about so many bytes wait in the kernel that it has not sent yet."""
+
 
 def byte_view(buffer: Buffer) -> memoryview:
     """Return a view of the bytes of a contiguous ``buffer``; memoryview.cast refuses records."""
@@ -49,6 +52,9 @@ def byte_view(buffer: Buffer) -> memoryview:
     if view.format == "B" and view.ndim == 1:
         return view
     return memoryview(np.frombuffer(view, dtype=np.uint8))
+
+
+_TCP_NOTSENT_LOWAT = 25  # linux/tcp.h
 
 
 class PlainTransport:
@@ -103,6 +109,9 @@ class PlainTransport:
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)
 
+    def limit_unsent(self, size: int) -> None:
+        _limit_unsent(self._sock, size)
+
 
 class TlsTransport:
     """A socket with TLS. Python's timeouts are used: SSL_read would repeat after the kernel's."""
@@ -149,3 +158,11 @@ class TlsTransport:
 
     def set_timeout(self, seconds: float | None) -> None:
         self._sock.settimeout(seconds)
+
+    def limit_unsent(self, size: int) -> None:
+        _limit_unsent(self._sock, size)
+
+
+def _limit_unsent(sock: socket.socket, size: int) -> None:
+    # Python 3.11 has no name for it
+    sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, size)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+import fcntl
 import itertools
 import random
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 
@@ -15,6 +17,7 @@ from nova_dmigrate import exception
 from nova_dmigrate.relay.wire import Connection, Frame, FrameType, Header, Role, frames
 from tests.unit.relay.wire import support
 
+_SIOCOUTQNSD = 0x894B  # linux/sockios.h
 _FUZZ = hypothesis.settings(deadline=None, derandomize=True, max_examples=60)
 
 
@@ -71,7 +74,28 @@ def _valid_frames(draw: strategies.DrawFn) -> tuple[Header, bytes]:
     return header, bytes([seed]) * length
 
 
+def _unsent_when_full(limit: int | None) -> int:
+    """Bytes that the kernel keeps unsent for a sender whose peer reads nothing."""
+    raw, sock = _tcp_pair()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with raw, Connection(sock, peer="peer", role=Role.DATA, index=0, timeout=0.3) as sender:
+        if limit is not None:
+            sender.limit_unsent(limit)
+        try:
+            while True:
+                sender.send(FrameType.VERBATIM, payload=[bytes(64 << 10)])
+        except exception.PeerLost:
+            answer = fcntl.ioctl(sock, _SIOCOUTQNSD, bytes(4))
+    return int.from_bytes(answer, sys.byteorder)
+
+
 class ConnectionTest(support.WireTestCase):
+    def test_what_waits_unsent_can_be_limited(self) -> None:
+        limited, free = _unsent_when_full(128 << 10), _unsent_when_full(None)
+        # It is looked at before each packet of the kernel's, of 64 KiB at most
+        self.assertLessEqual(limited, (128 + 64) << 10)
+        self.assertGreater(free, 2 * limited)
+
     def test_frames_arrive_as_they_were_sent(self) -> None:
         sender, receiver = self.pair()
         records = np.zeros(3, frames.REFERENCE)
