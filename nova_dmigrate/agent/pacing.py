@@ -46,11 +46,13 @@ class Pace:
         self._limit = limit
         self._cancelled = cancelled
         self._idle = idle or idle_seconds
-        self._began = self._since = self._judged = time.monotonic()
+        self._since = self._judged = time.monotonic()
+        self._began: float | None = None
         self._cpu = time.process_time()
         self._idle_then = self._idle()
         self._contended = False
         self._left = 0.0  # share of all processors that others leave
+        self._rested = False  # whether there was a pause since others were looked at
         # Of pauses since that was found out last: seconds, and seconds of idle processors
         self._paused = self._unused = 0.0
 
@@ -61,6 +63,8 @@ class Pace:
         :raises AgentError: if the work is cancelled.
         """
         now, cpu = time.monotonic(), time.process_time()
+        # What comes before the first piece is nothing that could be held back
+        self._began = now if self._began is None else self._began
         self._judge(now)
         if self._contended:
             share = max(self._share, _MOST * self._left)
@@ -72,6 +76,7 @@ class Pace:
         self._since, self._cpu = time.monotonic(), cpu
 
     def _pause(self, seconds: float) -> None:
+        self._rested = True
         before, began = self._idle(), time.monotonic()
         self._cancelled.wait(seconds)
         after, took = self._idle(), time.monotonic() - began
@@ -93,6 +98,10 @@ class Pace:
         if idle is None or self._idle_then is None:
             return
         self._contended = idle - self._idle_then < _IDLE_SHARE * self._processors * seconds
+        if self._contended and not self._rested:
+            # Without a pause nothing is learnt of what others leave: there has to be one
+            self._left /= 2
+        self._rested = False
         self._judged, self._idle_then = now, idle
 
 

@@ -73,6 +73,7 @@ class _Port:
         self._path = path
         self._transport: ChannelTransport | None = None
         self._used = 0.0
+        self._watched = False  # whether something closes it when it is not used any more
 
     def ask(self, request: AgentRequest, arguments: dict[str, Any], end: float) -> Any:
         """The agent's answer, until ``end``.
@@ -103,15 +104,23 @@ class _Port:
             request.method, request.request_id, arguments, end - time.monotonic()
         )
         self._used = time.monotonic()
+        if not self._watched:
+            self._watch()
+        return answer
+
+    def _watch(self) -> None:
         timer = threading.Timer(_KEPT, self._close_unused)
         timer.daemon = True
         timer.start()
-        return answer
+        self._watched = True
 
     def _close_unused(self) -> None:
         with self.lock:
+            self._watched = False
             if time.monotonic() >= self._used + _KEPT:
                 self._close()
+            else:
+                self._watch()
 
     def _close(self) -> None:
         if self._transport is not None:

@@ -99,6 +99,9 @@ class GuestMapFetch:
             LOG.info("%s", reason)
             late = self._needless.is_set()
             self.failure = because(Reason.LATE_MAP, self._agent.instance) if late else reason
+        except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it
+            LOG.exception("The buffer map cannot be had")
+            self.failure = because(Reason.AGENT_REFUSED, self._agent.instance, error=error)
         finally:
             self._done.set()
 

@@ -24,6 +24,7 @@ LOG = logging.getLogger(__name__)
 
 _KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3
 _MIB = 1 << 20
+_USUAL_DOWNTIME_MS = 300
 
 _loop_lock = threading.Lock()
 _loop_runs = False
@@ -115,14 +116,12 @@ class LibvirtGuest:
 
     @property
     def max_downtime_ms(self) -> int:
-        """QEMU's downtime limit, in milliseconds.
-
-        :raises MigrationError: if libvirt does not tell.
-        """
+        """QEMU's downtime limit, in milliseconds; its usual one if libvirt does not tell."""
         try:
             return int(self._domain.migrateGetMaxDowntime())
         except libvirt.libvirtError as error:
-            raise self._error("its downtime limit is not told", error) from error
+            LOG.info("%s: the downtime limit is not told: %s", self.facts.name, error)
+            return _USUAL_DOWNTIME_MS
 
     def set_max_downtime(self, milliseconds: int) -> bool:
         """Set QEMU's downtime limit; whether that was possible."""

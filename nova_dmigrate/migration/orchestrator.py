@@ -201,7 +201,8 @@ class Migration:
         self._phases.enter("ended")
         self._findings = relayed.findings
         self._mapping_s = relayed.mapping_seconds
-        self._without_volumes = relayed.without_volumes()
+        if running.error is None:
+            self._without_volumes = relayed.without_volumes()
         return running.error
 
     def _over(self, running: RunningMigration) -> bool:

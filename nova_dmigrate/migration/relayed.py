@@ -197,9 +197,10 @@ class RelayedMigration:
         assert self._mapping is not None
         if self._mapping.failure is not None:
             return self._mapping.failure
-        if self._given and self._told.get("map") in ("offered", "taken"):
+        state = self._told.get("map")
+        if state == "taken" and self._told.get("mapped_pages"):
             return None
-        refused = self._given is False or self._told.get("map") == "refused"
+        refused = self._given is False or state in ("refused", "taken")
         return because(Reason.MAP_REFUSED if refused else Reason.LATE_MAP, self._instance)
 
     # The beginning
@@ -225,6 +226,8 @@ class RelayedMigration:
                 self._enter("mapping")  # ends it if it was cancelled
         self._mapping.check()
         self._hand_over_map()
+        if self._map_first and not self._given:
+            raise because(Reason.MAP_REFUSED, self._instance)
 
     def _look_at_guest(self, agent: AgentClient) -> None:
         """See that the guest has what is needed, before anything is begun.

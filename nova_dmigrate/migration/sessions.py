@@ -117,11 +117,16 @@ class RelaySessions:
         self._start(self._source, order, lambda: None)
         self._ready(self._source)
 
-    def use_map(self, buffer_map: Path, memory_layout: Path) -> bool:
-        """Hand the source relay its map, at any time; whether its host has taken it."""
+    def use_map(self, buffer_map: Path, memory_layout: Path) -> bool | None:
+        """Hand the source relay its map, at any time; whether its host has taken it, None if that
+        is not known: a service that is being restarted may be asked again.
+        """
         session_id = self._common["session_id"]
         try:
             self._source.use_map(session_id, str(buffer_map), str(memory_layout))
+        except exception.HostUnreachable as error:
+            LOG.info("Instance %s: %s", self._instance, error)
+            return None
         except exception.HostError as error:
             LOG.warning("Instance %s: %s", self._instance, error)
             return False

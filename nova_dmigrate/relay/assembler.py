@@ -166,7 +166,7 @@ class Assembler:
         self.table = EntryTable(len(page_map))
         # What has been sent by now is newer than any block
         sent = int(np.searchsorted(page_map.position, first))
-        self.table.pages(np.arange(sent))
+        self.table.settle_first(sent)
         if sent < len(page_map):
             self._start_prefetch(page_map)
 

@@ -92,6 +92,11 @@ class EntryTable:
         wanted |= states == REFERENCED
         return wanted
 
+    def settle_first(self, count: int) -> None:
+        """The source has sent the first entries' pages before there was a table."""
+        self._state[:count] = SETTLED
+        self.wanted_count -= count
+
     def pages(self, entries: Entries) -> Verdict:
         """The source has sent these guest pages in full (raw or zero): whatever came before is
         void.

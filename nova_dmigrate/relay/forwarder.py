@@ -239,10 +239,12 @@ class Forwarder:
 
     def _take_map(self) -> None:
         """Between two pages: use the map from here on, if there is one that is of use."""
-        if not self._handover.waiting or self._classifier is None:
+        if not self._handover.waiting:
             return
         if self._late or self._ending or self._reason is not None:
-            self._handover.decline("it has come when the bulk was nearly over")
+            self._handover.decline()
+            return
+        if self._classifier is None:
             return
         first = self._classifier.position + 1
         page_map = self._handover.hand_over(self._blocks, first)
@@ -277,6 +279,8 @@ class Forwarder:
         # A delta changes what the destination's page holds, so that has to be settled first.
         self._drain()
         assert self._classifier is not None
+        # No map may come any more: of the page ahead of the front it would know nothing
+        self._late = True
         self._classifier.note_delta(element)
         record = bytes(continued(element)) + bytes(element.data[element.head :])
         self._last_record = (FrameType.DELTA, element.block, record)

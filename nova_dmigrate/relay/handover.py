@@ -7,6 +7,8 @@ of the bulk: what the source has sent by then is settled, whatever the map says 
 
 import enum
 import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from oslo_log import log
 
@@ -26,7 +28,17 @@ class MapState(enum.Enum):
     NONE = "none"
     OFFERED = "offered"
     TAKEN = "taken"
-    REFUSED = "refused"
+    REFUSED = "refused"  # by the destination, or it cannot be read
+    LATE = "late"
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A map, and its chunks as they go to the destination."""
+
+    buffer_map: BufferMap
+    layout: MemoryLayout
+    chunks: Sequence[bytes]
 
 
 class MapHandover:
@@ -41,7 +53,7 @@ class MapHandover:
         self._outbox = outbox
         self._patience = patience
         self._lock = threading.Lock()
-        self._map: tuple[BufferMap, MemoryLayout] | None = None
+        self._map: _Offer | None = None
         self._answered = threading.Event()
         self._refused: str | None = None
         self.state = MapState.NONE
@@ -55,31 +67,40 @@ class MapHandover:
         """Have a map used from the next moment on at which that is possible; False if there was one
         before, which stays the only one.
         """
+        # Not later: the stream would have to wait for it
+        made = _Offer(buffer_map, layout, tuple(buffer_map.to_chunks()))
         with self._lock:
             if self.state is not MapState.NONE:
                 return False
-            self._map = buffer_map, layout
+            self._map = made
             self.state = MapState.OFFERED
             return True
 
-    def decline(self, reason: str) -> None:
-        """It is of no use any more."""
-        if self.waiting:
-            LOG.warning("Instance %s: the buffer map is not used: %s", self._instance, reason)
-            self._map = None
-            self.state = MapState.REFUSED
+    def fail(self) -> None:
+        """There will be none: it cannot be read."""
+        with self._lock:
+            if self.state is MapState.NONE:
+                self.state = MapState.REFUSED
+
+    def decline(self) -> None:
+        """It has come too late."""
+        with self._lock:
+            if self._map is not None:
+                LOG.warning("Instance %s: the buffer map has come too late", self._instance)
+                self._map = None
+                self.state = MapState.LATE
 
     def hand_over(self, blocks: tuple[RamBlock, ...], first: int) -> PageMap | None:
         """Send the map and wait for the answer; the page map if the destination has taken it.
 
         :param first: the first position that may be referenced.
         """
-        assert self._map is not None
-        buffer_map, layout = self._map
-        page_map = PageMap.place_map(blocks, buffer_map, layout)
-        for parcel in protocol.map_parcels(buffer_map, layout, first):
+        with self._lock:
+            offer, self._map = self._map, None
+        assert offer is not None
+        page_map = PageMap.place_map(blocks, offer.buffer_map, offer.layout)
+        for parcel in protocol.map_parcels(offer.chunks, offer.layout, first):
             self._outbox.put(parcel)
-        self._map = None
         if not self._answered.wait(self._patience):
             self._refused = "it did not answer"
         if self._refused:

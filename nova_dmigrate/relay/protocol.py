@@ -7,7 +7,7 @@ The layout of every frame is told in doc/source/contributor/wire.rst.
 import enum
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nova_dmigrate import exception
-from nova_dmigrate.buffermap import BufferMap
 from nova_dmigrate.memory_layout import MemoryLayout, MemoryRange
 from nova_dmigrate.relay.outbox import Parcel
 from nova_dmigrate.relay.wire.frames import FrameType
@@ -108,14 +107,15 @@ def parse_report(payload: memoryview) -> dict[str, Any] | None:
     return report if isinstance(report, dict) else None
 
 
-def map_parcels(buffer_map: BufferMap, layout: MemoryLayout, first: int) -> Iterator[Parcel]:
+def map_parcels(chunks: Sequence[bytes], layout: MemoryLayout, first: int) -> Iterator[Parcel]:
     """The frames that hand over a buffer map and its layout.
 
+    :param chunks: of the serialised map.
     :param first: position of the first page that may be referenced.
     """
     text = json.dumps([[r.gpa, r.length, r.block, r.offset] for r in layout.ranges]).encode()
     yield Parcel(FrameType.MAP, [memoryview(text)], len(text), flags=MAP_LAYOUT)
-    for chunk in buffer_map.to_chunks():
+    for chunk in chunks:
         yield Parcel(FrameType.MAP, [memoryview(chunk)], len(chunk), flags=MAP_CHUNK)
     end = _FIRST.pack(first)
     yield Parcel(FrameType.MAP, [memoryview(end)], len(end), flags=MAP_COMPLETE)

@@ -133,6 +133,7 @@ class SourceRelay:
             exception.MemoryLayoutError,
         ) as error:
             LOG.warning("Instance %s migrates without a buffer map: %s", instance, error)
+            self._handover.fail()
             return
         if not self._handover.offer(loaded, layout):
             LOG.warning("Instance %s: one buffer map more is not used", instance)

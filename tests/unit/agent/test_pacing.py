@@ -92,6 +92,15 @@ class PaceTest(base.TestCase):
             pace.wait(0.9)
         self.assertGreater(self.pauses[-1], 0.5)
 
+    def test_what_others_leave_is_looked_at_again_and_again(self):
+        self.dream()
+        pace = self.pace(lambda: 0.0, share=0.0001)
+        pace._left = 1.0  # much, at first, so that there is no need for a pause
+        for _ in range(40):
+            time.sleep(0.06)
+            pace.wait(0.9)
+        self.assertNotEqual([], self.pauses)
+
     def test_it_is_free_again_when_processors_are_idle(self):
         self.dream()
         busy = True
@@ -110,6 +119,7 @@ class PaceTest(base.TestCase):
         self.dream()
         pace = self.pace(none_idle, share=0.001, limit=0.1)
         work(0.02)
+        time.sleep(0.15)
         pace.wait(0.99)
         self.assertEqual([], self.pauses)
 

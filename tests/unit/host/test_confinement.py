@@ -27,15 +27,28 @@ class ConfinementTest(TestCase):
 
     def test_apparmor_without_a_rule(self) -> None:
         self.write("sys/module/apparmor/parameters/enabled", "Y\n")
-        self.write(RULE, f"# {SOCKETS}/** rw,\n")
-        self.assertIn(RULE, obstacle(SOCKETS, self.root))
+        for rule in (
+            f"# {SOCKETS}/** rw,",
+            f"deny {SOCKETS}/** rw,",
+            f"{SOCKETS}-old/** rw,",
+            f"{SOCKETS}/** r,",
+            "/run/*/ rw,",
+        ):
+            with self.subTest(rule):
+                self.write(RULE, f"  {rule}\n")
+                self.assertIn(RULE, obstacle(SOCKETS, self.root))
+
+    def test_apparmor_without_profiles_of_libvirt(self) -> None:
+        self.write("sys/module/apparmor/parameters/enabled", "Y\n")
+        self.assertEqual("", obstacle(SOCKETS, self.root))
 
     def test_apparmor_with_a_rule(self) -> None:
         self.write("sys/module/apparmor/parameters/enabled", "Y\n")
         for name in (RULE, "etc/apparmor.d/abstractions/libvirt-qemu.d/dmigrate"):
             with self.subTest(name):
-                self.write(name, f"  {SOCKETS}/** rw,\n")
-                self.assertEqual("", obstacle(SOCKETS, self.root))
+                for rule in (f"{SOCKETS}/** rw", "/{,var/}run/nova-dmigrate/** rwk", "/run/** rw"):
+                    self.write(name, f"  /dev/null rw,\n  {rule},\n")
+                    self.assertEqual("", obstacle(SOCKETS, self.root), rule)
                 (self.root / name).unlink()
 
     def test_apparmor_that_is_switched_off(self) -> None:
@@ -44,6 +57,7 @@ class ConfinementTest(TestCase):
 
     def test_guests_that_libvirt_does_not_confine(self) -> None:
         self.write("sys/module/apparmor/parameters/enabled", "Y\n")
+        self.write(RULE, "/dev/null rw,\n")
         for line, free in (
             ('security_driver = "none"', True),
             ('security_driver = [ "none" ]', True),

@@ -15,7 +15,7 @@ from nova_dmigrate import exception
 from nova_dmigrate.relay.monitor import ask
 from nova_dmigrate.relay.session import RelaySettings
 from nova_dmigrate.volumes import DRIVERS, BlockReader, VolumeSpec
-from tests.unit.relay.guest import PAGE, FakeGuest
+from tests.unit.relay.guest import PAGE, FakeGuest, encode_delta
 from tests.unit.relay.pair import HANGS, Pair, extents_of
 from tests.unit.relay.support import PairTestCase
 from tests.unit.stream.builder import DEVICES, StreamBuilder, page_contents
@@ -223,10 +223,66 @@ class TestLateMaps(MapTestCase):
     def test_after_the_bulk_it_is_of_no_use(self) -> None:
         guest = FakeGuest(5, ram_pages=PAGES, mapped=1.0, dirty=0.5)
         pair = self.relay(guest, 1.2)
-        self.assertEqual("refused", pair.source_summary["map"])
+        self.assertEqual("late", pair.source_summary["map"])
         self.assertEqual(0, pair.source_summary["referenced_pages"])
         self.assertEqual(0, pair.destination_summary["volume_bytes"])
-        self.assertIn("when the bulk was nearly over", self.log.output)
+        self.assertIn("has come too late", self.log.output)
+
+    def relay_stream(self, builder: StreamBuilder, memory: NDArray[np.uint8], at: int) -> Pair:
+        """A stream made by hand, whose map comes behind so many bytes; all is mapped."""
+        directory = self.make_directory()
+        volume = directory / "volume"
+        volume.write_bytes(memory[::-1].tobytes())
+        mapped = np.arange(256, PAGES)
+        pair = Pair(
+            directory, [builder.data()], PAGES * PAGE, mapped, PAGES - 1 - mapped, PAGES * PAGE,
+            volume, source_settings=SETTINGS, map_after=at,
+        )  # fmt: skip
+        pair.run()
+        self.assert_as_if_direct(builder.data(), pair)
+        return pair
+
+    def test_after_the_beginning_of_the_end_it_is_of_no_use(self) -> None:
+        memory = page_contents(np.arange(PAGES), 5)
+        builder = StreamBuilder([("pc.ram", PAGES * PAGE)]).begin().part()
+        builder.pages(0, np.arange(300) * PAGE, memory[:300]).finish().end()
+        builder.pages(0, np.arange(300, 302) * PAGE, memory[300:302])
+        at = len(builder.data())
+        builder.pages(0, np.arange(310, 350) * PAGE, memory[310:350]).finish().raw(DEVICES)
+        pair = self.relay_stream(builder, memory, at)
+        self.assertEqual("late", pair.source_summary["map"])
+
+    def test_of_a_stream_that_is_passed_through_it_is_of_no_use(self) -> None:
+        memory = page_contents(np.arange(PAGES), 5)
+        builder = StreamBuilder([("pc.ram", PAGES * PAGE)]).begin().part()
+        builder.pages(0, np.arange(300) * PAGE, memory[:300]).finish()
+        builder.command(9, b"abc").raw(DEVICES)
+        at = len(builder.data())
+        builder.raw(DEVICES * 20)
+        pair = self.relay_stream(builder, memory, at)
+        self.assertEqual("late", pair.source_summary["map"])
+
+    def test_after_a_delta_it_is_of_no_use(self) -> None:
+        memory = page_contents(np.arange(PAGES), 5)
+        builder = StreamBuilder([("pc.ram", PAGES * PAGE)]).begin().part()
+        builder.pages(0, np.arange(300) * PAGE, memory[:300]).finish()
+        builder.part().delta(0, 500 * PAGE, encode_delta(8, b"changed")).finish()
+        at = len(builder.data())
+        rest = np.arange(301, 400)
+        builder.part().pages(0, rest * PAGE, memory[rest]).finish().end().finish().raw(DEVICES)
+        pair = self.relay_stream(builder, memory, at)
+        self.assertEqual("late", pair.source_summary["map"])
+
+    def test_a_destination_that_does_not_answer_costs_the_gain_only(self) -> None:
+        guest = FakeGuest(8, ram_pages=PAGES, mapped=1.0, silent=0.1, dirty=0.1)
+        pair = self.pair(guest, source_settings=SETTINGS, map_after=PAGE)
+        pair.prepare()
+        pair.source._handover._patience = 0.0
+        pair.start()
+        pair.join()
+        self.assert_exact(guest, pair)
+        self.assertEqual(0, pair.source_summary["referenced_pages"])
+        self.assertEqual("refused", pair.source_summary["map"])
 
     def test_a_second_map_is_not_used(self) -> None:
         guest = self.guest()

@@ -29,7 +29,7 @@ class MapTest(TestCase):
         layout = MemoryLayout((MemoryRange(1 << 20, 1 << 20, "pc.ram", 4096),))
         extents = extents_of("volume", 1 << 20, np.arange(256, 300), np.arange(44))
         buffer_map = BufferMap.build([extents])
-        first, *chunks, last = protocol.map_parcels(buffer_map, layout, 77)
+        first, *chunks, last = protocol.map_parcels(list(buffer_map.to_chunks()), layout, 77)
         self.assertEqual(protocol.MAP_LAYOUT, first.flags)
         self.assertEqual(layout, protocol.parse_layout(payload(first)))
         self.assertEqual({protocol.MAP_CHUNK}, {chunk.flags for chunk in chunks})
