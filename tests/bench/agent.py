@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,9 +35,8 @@ _OPTIONS = (
     "innodb-flush-method=O_DIRECT",
 )
 _MAPS = 5
-#: Seconds of one turn with and of one without maps, the number of such pairs, and what is left out
-#: at the beginning of each turn.
-_TURN, _PAIRS, _SETTLE = 1.5, 24, 0.25
+#: Pairs of turns with and without a map, and seconds in which the load gets going before.
+_PAIRS, _SETTLE = 12, 5.0
 
 
 def pools() -> tuple[int, ...]:
@@ -159,11 +157,11 @@ class Bench:
 
 
 def compare(server: databases.MariaDB, worker: Worker) -> tuple[float, float]:
-    """Transactions a second of a running load without maps, and by what share they change while
-    maps are made one after the other.
+    """Transactions a second of a running load without maps, and by what share they change while a
+    map is made.
 
-    Both are measured in turn, and each turn is compared with its neighbour: what else happens on
-    the machine is in both of them. Medians.
+    A turn is one map, or as long without one; each turn is compared with its neighbour, because
+    what else happens on the machine is in both of them. Medians.
     """
     rates: tuple[list[float], list[float]] = ([], [])
     options = (
@@ -172,30 +170,20 @@ def compare(server: databases.MariaDB, worker: Worker) -> tuple[float, float]:
         f"--threads={_LOAD_THREADS}",
     )
     with server.load(*options):
-        time.sleep(3)
+        time.sleep(_SETTLE)
+        seconds = _SETTLE
         for turn in range(2 * _PAIRS):
             mapping = bool((turn + turn // 2) % 2)  # no, yes, yes, no, ...: drifts cancel out
-            stopped = threading.Event()
-            thread = threading.Thread(target=_keep_mapping, args=(worker, stopped))
+            before, began = _commits(server), time.monotonic()
             if mapping:
-                thread.start()
-            try:
-                time.sleep(_SETTLE)
-                before, began = _commits(server), time.monotonic()
-                time.sleep(_TURN - _SETTLE)
-                after, ended = _commits(server), time.monotonic()
-            finally:
-                stopped.set()
-                if mapping:
-                    thread.join()
+                worker.map()
+                seconds = time.monotonic() - began
+            else:
+                time.sleep(seconds)
+            after, ended = _commits(server), time.monotonic()
             rates[mapping].append((after - before) / (ended - began))
     changes = [with_maps / without - 1 for without, with_maps in zip(*rates, strict=True)]
     return statistics.median(rates[0]), statistics.median(changes)
-
-
-def _keep_mapping(worker: Worker, stopped: threading.Event) -> None:
-    while not stopped.is_set():
-        worker.map()
 
 
 def _commits(server: databases.MariaDB) -> int:
