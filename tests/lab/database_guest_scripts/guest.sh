@@ -8,9 +8,10 @@ source /run/payload/server.sh
 
 parameter() { sed -n "s/.*\bndm\.$1=\([^ ]*\).*/\1/p" /proc/cmdline; }
 
-# Runs a program as a service of that name has it: its own session and control group.
+# Becomes a program as a service of that name has it: its own session and control group. For the
+# background: $! is the program's pid then.
 service() {
-    setsid bash -c 'echo $$ >"/sys/fs/cgroup/$0/cgroup.procs"; exec "$@"' "$@"
+    exec setsid bash -c 'echo $$ >"/sys/fs/cgroup/$0/cgroup.procs"; exec "$@"' "$@"
 }
 
 # Fails if the server does not come up. Its pid is in /run/server.pid.
