@@ -30,6 +30,7 @@ from nova_dmigrate.volumes import VolumeSpec
 _HELD = 1
 #: A source relay that tells nothing for so many seconds does not hold the switchover back any more.
 _SILENCE = 15.0
+_POLL = 0.2
 
 Report = dict[str, Any]
 
@@ -226,8 +227,24 @@ class RelayedMigration:
                 self._enter("mapping")  # ends it if it was cancelled
         self._mapping.check()
         self._hand_over_map()
-        if self._map_first and not self._given:
-            raise because(Reason.MAP_REFUSED, self._instance)
+        if self._map_first:
+            self._wait_until_loaded()
+
+    def _wait_until_loaded(self) -> None:
+        """See that the source relay has the map.
+
+        :raises FallBack: it has not.
+        """
+        end = time.monotonic() + _SILENCE
+        while self._given and time.monotonic() < end:
+            told = self._sessions.look() or {}
+            if told.get("map") == "offered":
+                return
+            if told.get("map") == "refused":
+                break
+            time.sleep(_POLL)
+            self._enter("mapping")
+        raise because(Reason.MAP_REFUSED, self._instance)
 
     def _look_at_guest(self, agent: AgentClient) -> None:
         """See that the guest has what is needed, before anything is begun.
