@@ -129,9 +129,10 @@ MAPPING = [
         max=1,
         help="""
 Share of all of the guest's processors that the search through the server's
-memory takes while the guest leaves none of them idle.
+memory takes at least, when others leave less.
 
-With idle processors it goes as fast as it can. 1 never holds it back.
+While processors are idle it goes as fast as it can; when none are, it takes
+four fifths of what others leave. 1 never holds it back.
 """,
     ),
     cfg.FloatOpt(
@@ -140,8 +141,8 @@ With idle processors it goes as fast as it can. 1 never holds it back.
         min=0,
         max=600,
         help="""
-Seconds for which ``map_cpu_share`` may draw out the search. A migration waits
-for the map, so a guest that is always busy is not spared for longer.
+Seconds for which that may draw out the search. A map that comes too late is of
+no use to a migration, so a guest that is always busy is not spared for longer.
 """,
     ),
 ]
