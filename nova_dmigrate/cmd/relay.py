@@ -52,6 +52,7 @@ def settings_from(config: cfg.ConfigOpts) -> RelaySettings:
         window_size=relay.window_size * _MIB,
         read_ahead=relay.read_ahead * _MIB,
         channels=relay.channels,
+        compression=relay.compression,
         batch_size=relay.batch_size * _KIB,
         queue_delay=relay.queue_delay / 1000,
         hurry_threshold=relay.hurry_threshold / 1000,

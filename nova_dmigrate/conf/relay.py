@@ -71,6 +71,17 @@ With TLS one connection keeps about one CPU core busy; more of them help on
 networks of 10 Gbit/s and faster.
 """,
     ),
+    cfg.BoolOpt(
+        "compression",
+        default=True,
+        help="""
+Whether the source relay may compress what goes over the network (zstd).
+
+It does so where the network would take longer for the bytes saved than the
+processor for saving them: on slow or shared networks, as long as the host has
+a processor to spare. Databases' pages compress to about a half.
+""",
+    ),
     cfg.IntOpt(
         "queue_delay",
         default=10,

@@ -17,25 +17,23 @@ from nova_dmigrate.buffermap import PAGE_SIZE
 from nova_dmigrate.relay import protocol
 from nova_dmigrate.relay.answers import Answers
 from nova_dmigrate.relay.assembler import Assembler
-from nova_dmigrate.relay.buffers import BufferPool, PooledBuffer
 from nova_dmigrate.relay.connections import Connections
-from nova_dmigrate.relay.feed import DEPTH, Feed, ReceivedFrame
+from nova_dmigrate.relay.feed import Feed
 from nova_dmigrate.relay.lifecycle import Lifecycle
 from nova_dmigrate.relay.monitor import ControlServer, Report, Sampler, Stages, write_summary
 from nova_dmigrate.relay.outlet import QemuOutlet
 from nova_dmigrate.relay.pacing import TokenBucket
 from nova_dmigrate.relay.prefetch import BlockBatch, Prefetch
+from nova_dmigrate.relay.receiver import FrameReceiver
 from nova_dmigrate.relay.session import DestinationSession, RelaySettings
 from nova_dmigrate.relay.wire.connection import Connection
-from nova_dmigrate.relay.wire.frames import Buffer, FrameType, Header, Role
+from nova_dmigrate.relay.wire.frames import Buffer, FrameType, Role
 from nova_dmigrate.relay.wire.handshake import Listener
 from nova_dmigrate.volumes import open_volume
 from nova_dmigrate.volumes.base import VolumeReader
 
 LOG = log.getLogger(__name__)
 
-#: Frames up to this size are received into pooled memory; larger ones are rare.
-_FRAME_BUFFER = (1 << 20) + (64 << 10)
 _MAX_CONNECTIONS = 16
 
 
@@ -177,31 +175,17 @@ class DestinationRelay:
                 self._stages.enter("connected")
 
     def _receive(self, number: int, connection: Connection) -> None:
-        # A pool for each connection: a frame whose turn has not come must not keep the one before
-        # it out.
-        pool = BufferPool(_FRAME_BUFFER, DEPTH + 2)
-        self._life.on_failure(pool.close)
-        held: PooledBuffer | None = None
-
-        def allocate(header: Header) -> memoryview:
-            nonlocal held
-            if header.length <= pool.size:
-                held = pool.take()
-                if held is not None:
-                    return held.view
-            return memoryview(bytearray(header.length))
-
+        receiver = FrameReceiver(connection)
+        self._life.on_failure(receiver.close)
         while True:
-            held = None
             try:
-                frame = connection.receive(allocate)
+                received = receiver.receive()
             except exception.PeerLost:
                 if self._core.ended:
                     return
                 raise
-            if frame.header.type is not FrameType.KEEPALIVE:
-                done = held.release if held is not None else None
-                self._feed.put_frame(number, ReceivedFrame(frame, done))
+            if received.frame.header.type is not FrameType.KEEPALIVE:
+                self._feed.put_frame(number, received)
 
     def _send_answers(self, connection: Connection) -> None:
         try:

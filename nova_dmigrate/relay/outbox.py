@@ -106,9 +106,12 @@ class Outbox:
         self._busy_since = 0.0
         self._busy_seconds = 0.0
         self._busy_bytes = 0
-        self._rate_mark = (0, 0.0)
-        #: Bytes a second that the network has taken while there was something to send.
+        self._wire_bytes = 0
+        self._rate_mark = (0, 0, 0.0)
+        #: Bytes a second, as they were put in, that went while there was something to send.
         self.rate = 0.0
+        #: Bytes a second that the network has taken for these; fewer where they were compressed.
+        self.wire_rate = 0.0
         #: Seconds that the stream waited for room here.
         self.blocked_seconds = 0.0
         self.copies_asked = 0
@@ -191,7 +194,7 @@ class Outbox:
         """On a fast network handing a frame to another thread costs more than sending it."""
         return (
             self.direct is not None
-            and self.rate > _FAST
+            and self.wire_rate > _FAST
             and not (self._direct_in_hand or self._queue or self._ended or self._aborted)
         )
 
@@ -206,11 +209,12 @@ class Outbox:
         self._in_hand += 1
         self._needed_in_hand += parcel.occupies
 
-    def sent(self, parcel: Parcel) -> None:
-        """Account for a frame whose bytes the kernel has taken."""
+    def sent(self, parcel: Parcel, wire_bytes: int) -> None:
+        """Account for a frame that the kernel has taken, as so many bytes of payload."""
         with self._work:
             now = time.monotonic()
             self._busy_bytes += parcel.size
+            self._wire_bytes += wire_bytes
             self._busy_seconds += now - self._busy_since
             self._busy_since = now
             self._in_hand -= 1
@@ -222,10 +226,12 @@ class Outbox:
                     self._work.notify_all()
             if parcel.occupies:
                 self._idle_since = None
-            bytes_then, seconds_then = self._rate_mark
-            if self._busy_seconds - seconds_then >= 0.1:
-                self.rate = (self._busy_bytes - bytes_then) / (self._busy_seconds - seconds_then)
-                self._rate_mark = (self._busy_bytes, self._busy_seconds)
+            bytes_then, wire_then, seconds_then = self._rate_mark
+            seconds = self._busy_seconds - seconds_then
+            if seconds >= 0.1:
+                self.rate = (self._busy_bytes - bytes_then) / seconds
+                self.wire_rate = (self._wire_bytes - wire_then) / seconds
+                self._rate_mark = (self._busy_bytes, self._wire_bytes, self._busy_seconds)
         if parcel.done is not None:
             parcel.done()
 

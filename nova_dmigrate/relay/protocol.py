@@ -21,7 +21,7 @@ from nova_dmigrate.relay.wire.frames import FrameType
 from nova_dmigrate.stream.elements import RamBlock, RamSetup
 
 #: What both relays must be able to do; negotiated in the handshake.
-CAPABILITIES = frozenset({"references"})
+CAPABILITIES = frozenset({"references", "zstd"})
 
 #: Seconds after which a connection that has nothing to send shows that it is alive.
 KEEPALIVE_SECONDS = 1.0

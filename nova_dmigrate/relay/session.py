@@ -26,6 +26,7 @@ class RelaySettings:
     window_size: int = 256 * _MIB
     read_ahead: int = 64 * _MIB
     channels: int = 2
+    compression: bool = True
     batch_size: int = _MIB
     queue_delay: float = 0.010
     hurry_threshold: float = 0.250

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import socket
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from nova_dmigrate.buffermap import BufferMap
 from nova_dmigrate.memory_layout import MemoryLayout
 from nova_dmigrate.relay import protocol
 from nova_dmigrate.relay.buffers import BufferPool
+from nova_dmigrate.relay.compression import Compressor
 from nova_dmigrate.relay.connections import Connections
 from nova_dmigrate.relay.forwarder import BULK_DELAY, Forwarder
 from nova_dmigrate.relay.handover import MapHandover
@@ -77,6 +79,7 @@ class SourceRelay:
             on_late=self._shorten_queues,
         )
         self._wire = Connections()
+        self._compressors = [Compressor(settings.compression) for _ in range(settings.channels)]
         self._listener: QemuListener | None = None
         self._qemu: socket.socket | None = None
         self._intake: Intake | None = None
@@ -227,22 +230,26 @@ class SourceRelay:
     def _shorten_queues(self) -> None:
         """The kernel takes some MB for each connection if it is let; at the switchover all of that
         would lie between the guest's last page and the destination."""
-        unsent = max(int(self._outbox.rate * self._settings.queue_delay), _UNSENT_FLOOR)
+        unsent = max(int(self._outbox.wire_rate * self._settings.queue_delay), _UNSENT_FLOOR)
         for connection in self._wire.data:
             connection.limit_unsent(unsent)
 
     def _send_parcel(self, connection: Connection, parcel: Parcel) -> None:
-        due = self._bucket.reserve(parcel.size)
+        compressor = self._compressors[connection.index]
+        packed = compressor.pack(parcel)
+        begin = time.monotonic()
+        due = self._bucket.reserve(packed.size)
         while not self._bucket.wait(due, protocol.KEEPALIVE_SECONDS):
             connection.send(FrameType.KEEPALIVE)
         connection.send(
-            parcel.type,
+            packed.type,
             flags=parcel.flags,
             block=parcel.block,
             seq=parcel.seq,
-            payload=parcel.payload,
+            payload=packed.payload,
         )
-        self._outbox.sent(parcel)
+        compressor.note_sent(packed.size, time.monotonic() - begin)
+        self._outbox.sent(parcel, packed.size)
 
     def _receive_answers(self) -> None:
         acks = self._wire.acks
@@ -380,7 +387,8 @@ class SourceRelay:
             "guest_bytes": self._intake.bytes if self._intake else 0,
             "wire_bytes": sum(connection.bytes_sent for connection in self._wire.data),
             "network_bandwidth": self._bucket.rate,
-            "wire_rate": round(self._outbox.rate),
+            "saved_bytes": sum(each.saved_bytes for each in self._compressors),
+            "wire_rate": round(self._outbox.wire_rate),
             "volume_bytes": forwarder.peer.volume_bytes,
             "volume_rate": round(forwarder.peer.volume_rate),
             "raw_pages": counts.raw,

@@ -68,6 +68,8 @@ class FrameType(enum.IntEnum):
     END = 11
     #: Travels in both directions, only to show that the sender is alive.
     KEEPALIVE = 12
+    #: Another frame, smaller.
+    COMPRESSED = 13
 
     SETTLED = 32
     MISSED = 33
@@ -139,6 +141,7 @@ RULES: dict[Role, dict[int, Rule]] = {
         _control(FrameType.LATCH),
         _control(FrameType.END),
         _KEEPALIVE,
+        Rule(FrameType.COMPRESSED, 1, MAX_PAYLOAD, 1),
     ),
     Role.ACKS: _by_number(
         Rule(FrameType.SETTLED, 0, MAX_PAYLOAD, SLOT.itemsize),

@@ -54,7 +54,7 @@ class ClassifierTest(TestCase):
         frames = []
         while (parcel := self.outbox.take(0)) is not None:
             frames.append(self.describe(parcel))
-            self.outbox.sent(parcel)
+            self.outbox.sent(parcel, parcel.size)
         return frames
 
     def describe(self, parcel: Parcel) -> tuple[str, int, list[int]]:

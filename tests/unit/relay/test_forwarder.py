@@ -111,7 +111,7 @@ class TestWaits(TestCase):
             if parcel.type is FrameType.REFERENCES:
                 references = np.frombuffer(b"".join(parcel.payload), REFERENCE)
                 self.window.settle(references["slot"].astype(np.uint32))
-            self.outbox.sent(parcel)
+            self.outbox.sent(parcel, parcel.size)
         return kinds
 
     def test_in_the_bulk_references_are_not_waited_for(self) -> None:

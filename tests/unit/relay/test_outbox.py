@@ -66,7 +66,7 @@ class OutboxTest(TestCase):
         self.outbox.put(self.parcel("a"))
         parcel = self.take()
         self.assertEqual([], self.done)
-        self.outbox.sent(parcel)
+        self.outbox.sent(parcel, parcel.size)
         self.assertEqual(["a"], self.done)
 
     def test_copies_that_were_asked_for_go_first(self) -> None:
@@ -94,7 +94,7 @@ class OutboxTest(TestCase):
         for _ in range(3):
             self.assertIsNone(self.outbox.take(0))
         self.assertEqual([0.0] * 3, idle)
-        self.outbox.sent(parcel)
+        self.outbox.sent(parcel, parcel.size)
         for _ in range(3):
             self.assertIsNone(self.outbox.take(0))
         self.assertEqual(0.0, idle[3])
@@ -106,12 +106,12 @@ class OutboxTest(TestCase):
 
         def send(parcel: Parcel) -> None:
             sent.append(parcel.seq)
-            self.outbox.sent(parcel)
+            self.outbox.sent(parcel, parcel.size)
 
         self.outbox.direct = send
         self.outbox.put(self.parcel("a"))
         self.assertEqual([], sent)
-        self.outbox.rate = 1e9
+        self.outbox.wire_rate = 1e9
         self.outbox.put(self.parcel("b"))
         self.assertEqual([], sent)
         self.assertEqual([0, 1], [self.take().seq for _ in range(2)])
@@ -127,10 +127,10 @@ class OutboxTest(TestCase):
         self.outbox.put(self.parcel("a"))
         first = self.outbox.take(0, direct=True)
         assert first is not None
-        self.outbox.rate = 1e9
+        self.outbox.wire_rate = 1e9
         self.outbox.put(self.parcel("b"))
         self.assertEqual([], sent)
-        self.outbox.sent(first)
+        self.outbox.sent(first, first.size)
         self.assertEqual(1, self.take().seq)
         self.outbox.put(self.parcel("c"))
         self.assertEqual([2], sent)
@@ -142,10 +142,10 @@ class OutboxTest(TestCase):
         def send(parcel: Parcel) -> None:
             going.set()
             go_on.wait(LONG)
-            self.outbox.sent(parcel)
+            self.outbox.sent(parcel, parcel.size)
 
         self.outbox.direct = send
-        self.outbox.rate = 1e9
+        self.outbox.wire_rate = 1e9
         thread = self.in_thread(self.parcel("a"))
         self.assertTrue(going.wait(LONG))
         self.missed(300)
@@ -168,12 +168,12 @@ class OutboxTest(TestCase):
     def test_an_abort_is_the_last_frame_also_while_one_goes_at_once(self) -> None:
         sent: list[Parcel] = []
         self.outbox.direct = sent.append
-        self.outbox.rate = 1e9
+        self.outbox.wire_rate = 1e9
         self.outbox.put(self.parcel("a"))
         last = self.parcel("abort")
         self.outbox.abort(last)
         self.assertIsNone(self.outbox.take(0, direct=True))
-        self.outbox.sent(sent[0])
+        self.outbox.sent(sent[0], sent[0].size)
         self.assertIs(last, self.outbox.take(0, direct=True))
         self.assertRaises(EOFError, self.outbox.take, 0, direct=True)
 
@@ -264,7 +264,7 @@ class OutboxTest(TestCase):
         self.outbox.put(self.parcel("a", 1000))
         parcel = self.take()
         self.outbox._busy_since -= 0.5
-        self.outbox.sent(parcel)
+        self.outbox.sent(parcel, parcel.size)
         self.assertGreater(self.outbox.rate, 0)
         self.assertLess(self.outbox.rate, 2001)
         self.assertGreaterEqual(self.outbox.busy_seconds, 0.5)
