@@ -285,6 +285,7 @@ class Migration:
             downtime_ms=job.downtime_ms,
             guest_bytes=source.get("guest_bytes", job.transferred),
             wire_bytes=source.get("wire_bytes", job.transferred),
+            saved_bytes=source.get("saved_bytes", 0),
             volume_bytes=source.get("volume_bytes", 0),
             pages_referenced=source.get("referenced_pages", 0),
             misses=sum(source.get("misses", {}).values()),

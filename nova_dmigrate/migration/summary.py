@@ -63,6 +63,7 @@ class MigrationSummary:
     :ivar error: why it has failed or was cancelled.
     :ivar guest_bytes: bytes of QEMU's stream.
     :ivar wire_bytes: bytes that the network carried.
+    :ivar saved_bytes: bytes that it need not carry because the relays compressed the rest.
     :ivar volume_bytes: bytes that the destination read from volumes.
     :ivar pages_referenced: guest pages that were sent as references.
     :ivar misses: references that did not match, or whose block could not be read.
@@ -90,6 +91,7 @@ class MigrationSummary:
     error: str | None = None
     guest_bytes: int = 0
     wire_bytes: int = 0
+    saved_bytes: int = 0
     volume_bytes: int = 0
     pages_referenced: int = 0
     misses: int = 0
@@ -165,6 +167,7 @@ class MigrationSummary:
         figures = [f"downtime {downtime}", f"{self.wire_bytes / _MIB:.0f} MiB over the network"]
         if self.mode == DMIGRATE:
             figures += [
+                f"{self.saved_bytes / _MIB:.0f} MiB saved by compression",
                 f"{self.volume_bytes / _MIB:.0f} MiB from volumes",
                 f"{self.pages_referenced} pages by reference",
                 f"{self.misses} misses",
@@ -176,7 +179,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("id", "instance", "domain", "source", "destination"), (str,)),
     **dict.fromkeys(("mode", "state", "started"), (str,)),
     **dict.fromkeys(("fallback_reason", "fallback_message", "error"), _TEXT_OR_NONE),
-    **dict.fromkeys(("guest_bytes", "wire_bytes", "volume_bytes"), (int,)),
+    **dict.fromkeys(("guest_bytes", "wire_bytes", "saved_bytes", "volume_bytes"), (int,)),
     **dict.fromkeys(("pages_referenced", "misses", "mapped_pages"), (int,)),
     "total_s": _NUMBER,
     **dict.fromkeys(("downtime_ms", "mapping_s"), (*_NUMBER, NoneType)),

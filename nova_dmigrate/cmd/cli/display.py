@@ -80,7 +80,7 @@ class Checked(DisplayCommandBase[Any]):
 
 
 _SUMMARY_TYPES: dict[str, type[FormattableColumn[Any]]] = {
-    **dict.fromkeys(("guest_bytes", "wire_bytes", "volume_bytes"), Bytes),
+    **dict.fromkeys(("guest_bytes", "wire_bytes", "saved_bytes", "volume_bytes"), Bytes),
     **dict.fromkeys(("total_s", "downtime_ms"), Number),
     **dict.fromkeys(("fallback_reason", "fallback_message", "error"), Text),
     "phases": Phases,
@@ -90,7 +90,7 @@ _SUMMARY_TYPES: dict[str, type[FormattableColumn[Any]]] = {
 SUMMARY_COLUMNS = (
     *("id", "domain", "instance", "source", "destination", "state", "error", "mode"),
     *("fallback_reason", "fallback_message", "started", "total_s", "downtime_ms"),
-    *("guest_bytes", "wire_bytes", "volume_bytes", "pages_referenced", "misses"),
+    *("guest_bytes", "wire_bytes", "saved_bytes", "volume_bytes", "pages_referenced", "misses"),
     *("mapped_pages", "phases", "findings"),
 )
 #: Of summaries in a list.

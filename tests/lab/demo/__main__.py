@@ -3,7 +3,8 @@
 
 Chosen by environment variables: NETWORK and VOLUME in MB/s, POOL (share of the guest's RAM), LOAD
 (one of sysbench's, or tpcc), RATE (transactions a second that sysbench asks for, 0 for as many as
-there can be), DB (mysql, mariadb), RAM (MiB). Writes demo-report/.
+there can be), DB (mysql, mariadb), RAM (MiB), COMPRESSION (yes, no: whether relays may). Writes
+demo-report/.
 
 Exit status: 0 all migrations completed and the database is whole, 1 not so, 2 wrong settings.
 """

@@ -4,7 +4,7 @@
 Chosen by environment variables: ONLY (parts of scenarios' names, with commas between them), MODES
 (pre-copy, auto-converge, post-copy, multifd-zstd, dmigrate; likewise), NETWORK and VOLUME in MB/s,
 DB (mysql, mariadb), RAM (MiB of a guest; several guests have half of it), RATE (transactions a
-second that sysbench asks for), POOLS (shares of RAM).
+second that sysbench asks for), POOLS (shares of RAM), COMPRESSION (yes, no: whether relays may).
 
 The report is written anew after each scenario. Exit status: 0 all databases are whole, 1 not so, 2
 wrong settings.

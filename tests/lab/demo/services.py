@@ -40,10 +40,14 @@ _STATE = "/run/nova-dmigrate-state"
 class MigrationServices:
     """A broker, and the service of each host. A context manager."""
 
-    def __init__(self, hosts: LibvirtHosts, directory: Path, **options: object) -> None:
+    def __init__(
+        self, hosts: LibvirtHosts, directory: Path, compression: bool = True, **options: object
+    ) -> None:
         """:param directory: for configuration, logs and the history of migrations.
+        :param compression: whether the hosts' relays compress.
         :param options: of the operator's group ``[migration]``.
         """
+        self._compression = compression
         # An emulated guest, and hosts that share two processors with it, take their time
         self._more = {"agent_timeout": 30, "host_timeout": 10, **options}
         self._hosts = (hosts.a, hosts.b)
@@ -187,6 +191,8 @@ socket_directory = {_SOCKETS}
 state_directory = {_STATE}
 channel_directories = {GUESTS}
 drain_timeout = 1
+[relay]
+compression = {self._compression}
 """
 
 

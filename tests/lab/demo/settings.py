@@ -18,7 +18,7 @@ class WrongSetting(Exception):
 
 def shape_from(environment: Mapping[str, str]) -> Shape:
     """The shape that NETWORK, VOLUME (MB/s), POOL (share of RAM), LOAD, RATE (transactions a
-    second), DB and RAM (MiB) choose.
+    second), DB, RAM (MiB) and COMPRESSION (yes, no) choose.
 
     :raises WrongSetting: one of them makes no sense.
     """
@@ -31,6 +31,7 @@ def shape_from(environment: Mapping[str, str]) -> Shape:
         load=_choice(environment, "LOAD", usual.load, LOADS),
         rate=_number(environment, "RATE", usual.rate, 0, 1e6),
         ram_mb=int(_number(environment, "RAM", usual.ram_mb, 512, os_memory_mb() // 3)),
+        compression=_choice(environment, "COMPRESSION", "yes", ("yes", "no")) == "yes",
     )
     needed = shape.pool_mb + _OTHER_MB[shape.release.flavour]
     if needed > shape.ram_mb:

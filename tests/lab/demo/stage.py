@@ -44,7 +44,7 @@ class Shape:
 
     ``network``, ``volume``: MB/s. ``pool``: share of ``ram_mb``. ``load``: one of
     `workloads.LOADS`. ``rate``: transactions a second that sysbench asks for, 0 for as many as
-    there can be.
+    there can be. ``compression``: whether relays may compress.
     """
 
     release: Release
@@ -54,6 +54,7 @@ class Shape:
     load: str = "oltp_read_write"
     rate: float = 10
     ram_mb: int = 2048
+    compression: bool = True
 
     @property
     def pool_mb(self) -> int:
@@ -187,7 +188,9 @@ class Stage:
             self.storage = enter(contextlib.ExitStack())
             self.hosts = enter(LibvirtHosts(directory))
             self.network = enter(GuestNetwork(self.hosts))
-            self.services = enter(MigrationServices(self.hosts, directory, **options))
+            self.services = enter(
+                MigrationServices(self.hosts, directory, shape.compression, **options)
+            )
             self.hosts.shape(shape.network)
             self.guests = []
             for number in range(guests):
