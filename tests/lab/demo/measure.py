@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,16 @@ def measure(
     with _network_series(stage) as network:
         begin = time.monotonic()
         with ThreadPoolExecutor(len(guests) if at_once else 1) as pool:
-            outcomes = list(pool.map(lambda guest: _migrate(stage, guest, mode), guests))
+            given_up = [threading.Event() for _ in guests]
+            try:
+                outcomes = list(
+                    pool.map(functools.partial(_migrate, stage, mode), guests, given_up)
+                )
+            except BaseException:
+                # An interrupted measurement does not wait for what it has begun
+                for event in given_up:
+                    event.set()
+                raise
     end = max(outcome.end for outcome in outcomes)
     before = [guest.load.tps(begin - CALM + 1, begin) for guest in guests]
     recovered = _wait_for_recovery(guests, outcomes, end, [0.9 * tps for tps in before])
@@ -139,12 +149,18 @@ def _wait_for_backlog(stage: Stage) -> None:
         time.sleep(1)
 
 
-def _migrate(stage: Stage, guest: WorkingGuest, mode: str) -> _Outcome:
+def _migrate(stage: Stage, mode: str, guest: WorkingGuest, given_up: threading.Event) -> _Outcome:
+    # Whoever orders a migration sets no limit to it; this one gives up as an operator would
+    giving_up = threading.Timer(_patience(stage), given_up.set)
+    giving_up.start()
     outcome = _Outcome(time.monotonic())
-    if mode == DMIGRATE:
-        _through_relays(stage, guest, outcome)
-    else:
-        _by_libvirt(stage, guest, mode, outcome)
+    try:
+        if mode == DMIGRATE:
+            _through_relays(stage, guest, outcome, given_up)
+        else:
+            _by_libvirt(guest, mode, outcome, given_up)
+    finally:
+        giving_up.cancel()
     outcome.end = time.monotonic()
     if outcome.summary is not None:
         # What follows puts the database's settings back; the guest has arrived by then
@@ -152,7 +168,9 @@ def _migrate(stage: Stage, guest: WorkingGuest, mode: str) -> _Outcome:
     return outcome
 
 
-def _by_libvirt(stage: Stage, guest: WorkingGuest, mode: str, outcome: _Outcome) -> None:
+def _by_libvirt(
+    guest: WorkingGuest, mode: str, outcome: _Outcome, given_up: threading.Event
+) -> None:
     """Migrate as libvirt does without us."""
     parameters = {libvirt.VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS: 2} if mode == MULTIFD else {}
     migration = guest.domain.begin_migration(flags=_FLAGS[mode], parameters=parameters)
@@ -160,36 +178,32 @@ def _by_libvirt(stage: Stage, guest: WorkingGuest, mode: str, outcome: _Outcome)
         if mode == POST_COPY:
             migration.start_post_copy()
             outcome.switched = time.monotonic()
-        try:
-            outcome.told = migration.wait(_patience(stage))
-        except TimeoutError:
+        while migration.running and not given_up.wait(0.02):
+            pass
+        if migration.running:
             migration.abort()
-            outcome.told = migration.wait()  # it may have come to its end all the same
+        outcome.told = migration.wait()  # it may have come to its end all the same
         outcome.completed = True
     except (libvirt.libvirtError, TimeoutError) as error:
         outcome.error = str(error)
     outcome.guest_bytes = outcome.told.get("memory_processed", 0)
 
 
-def _through_relays(stage: Stage, guest: WorkingGuest, outcome: _Outcome) -> None:
+def _through_relays(
+    stage: Stage, guest: WorkingGuest, outcome: _Outcome, given_up: threading.Event
+) -> None:
     """Migrate by nova-dmigrate."""
     domain = guest.domain
     source, destination = domain.host, stage.hosts.other(domain.host)
-    # Whoever orders it has no time limit for it; this one gives up as an operator would
-    cancelled = threading.Event()
-    giving_up = threading.Timer(_patience(stage), cancelled.set)
-    giving_up.start()
     try:
         outcome.summary = stage.services.migrate(
             *(domain.name, source, destination),
-            cancelled=cancelled,
+            cancelled=given_up,
             volume_bandwidth=int(stage.shape.volume * 1e6),
         )
     except exception.DMigrateError as error:
         outcome.error = f"{error}\n{stage.services.last_words()}"
         return
-    finally:
-        giving_up.cancel()
     outcome.completed = outcome.summary.state == COMPLETED
     outcome.error = outcome.summary.error
     outcome.guest_bytes = outcome.summary.guest_bytes
