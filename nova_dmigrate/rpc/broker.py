@@ -102,7 +102,6 @@ class BrokerTransport(Transport):
             exchange=protocol.exchange,
             topic=protocol.topic,
             namespace=protocol.namespace,
-            version=protocol.version,
             server=name,
         )
         self._client = oslo_messaging.get_rpc_client(self._transport, target)
@@ -127,7 +126,7 @@ class BrokerTransport(Transport):
         except queue.Empty:
             raise self._unreachable(f"the broker does not answer within {timeout:g} s") from None
         if error is not None:
-            raise self._translated(error) from error
+            raise self._translated(error, method) from error
         self._reached = True
         return answer
 
@@ -138,6 +137,7 @@ class BrokerTransport(Transport):
 
     def _ask(self, method: str, request_id: str, arguments: dict[str, Any], timeout: float) -> Any:
         prepared = self._client.prepare(
+            version=self._protocol.methods[method].since,
             timeout=timeout,
             retry=1,
             # A queue that does not exist is told at once, not by a time-out
@@ -159,7 +159,7 @@ class BrokerTransport(Transport):
         if last is not None:
             raise self._unreachable(f"no broker can be reached: {last}")
 
-    def _translated(self, error: Exception) -> exception.RpcError:
+    def _translated(self, error: Exception, method: str) -> exception.RpcError:
         if isinstance(error, oslo_messaging.MessagingTimeout):
             return self._unreachable("no answer in time")
         if isinstance(error, oslo_messaging.MessageUndeliverable):
@@ -167,7 +167,9 @@ class BrokerTransport(Transport):
         if isinstance(error, (oslo_messaging.RemoteError, oslo_messaging.RPCDispatcherError)):
             # Our own server answers errors as results: this is a version or method it lacks
             return self._protocol.refused_error(
-                self._name, f"it does not speak version {self._protocol.version}", "version"
+                self._name,
+                f"it does not speak version {self._protocol.methods[method].since}",
+                "version",
             )
         return self._unreachable(f"the broker failed: {type(error).__name__}: {error}")
 

@@ -88,7 +88,7 @@ class ChannelTransport(Transport):
         number = uuid.uuid4().hex
         request = {
             "id": number,
-            "version": AGENT.version,
+            "version": AGENT.methods[method].since,
             "method": method,
             "request_id": request_id,
             "arguments": arguments,

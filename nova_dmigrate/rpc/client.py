@@ -11,10 +11,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
+from typing import Any
 
 from nova_dmigrate import exception
 from nova_dmigrate.buffermap import BufferMap, MapLimits
-from nova_dmigrate.rpc import messages
+from nova_dmigrate.rpc import fields, messages
 from nova_dmigrate.rpc.caller import Caller
 from nova_dmigrate.rpc.transport import Transport
 
@@ -117,6 +118,18 @@ class AgentClient:
             "restore", messages.LeaseArguments(lease_id)
         )
         return result
+
+    def warm_up(self) -> None:
+        """Have the buffer pools filled again, hottest pages first. Returns at once.
+
+        Right also before any server serves: the agent waits for them. While it is under way
+        already, that goes on.
+        """
+        self._caller.call("warm_up", messages.Nothing())
+
+    def warm_up_progress(self) -> dict[str, Any]:
+        """How far that is: the fields of `messages.WarmUpState`."""
+        return fields.to_dict(self._caller.call("warm_up_state", messages.Nothing()))
 
     def fetch_map(self, limits: MapLimits, wanted: Callable[[], bool] = lambda: True) -> BufferMap:
         """Have a map built, and fetch it.

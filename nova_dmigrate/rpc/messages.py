@@ -25,7 +25,7 @@ from nova_dmigrate.rpc.fields import (
 )
 from nova_dmigrate.rpc.protocol import Method, Protocol
 
-VERSION = "1.0"
+VERSION = "1.1"
 
 # Bytes. A chunk is carried as base64 within JSON; the largest message is one with a chunk.
 MAX_CHUNK_BYTES = 1 << 20
@@ -209,6 +209,24 @@ class Health:
     servers: tuple[ServerHealth, ...] = checked(several(record(ServerHealth), MAX_SERVERS))
 
 
+@dataclasses.dataclass(frozen=True)
+class WarmUpState:
+    """How far the buffer pools are filled again after a restart.
+
+    ``state``: ``idle`` (nobody has asked), ``waiting`` (no server serves yet), ``running``,
+    ``done``, ``stopped`` (something else came in between) or ``failed``. ``code``: why it is
+    stopped or failed, for programs. ``loaded``, ``total``: pages of the lists of hot pages.
+    ``seconds``: since it was asked for, until its end.
+    """
+
+    state: str = checked(choice("idle", "waiting", "running", "done", "stopped", "failed"))
+    code: str | None = checked(optional(token()), default=None)
+    loaded: int = checked(integer(0, 1 << 40), default=0)
+    total: int = checked(integer(0, 1 << 40), default=0)
+    seconds: float = checked(number(0, _FOREVER), default=0.0)
+    message: str = checked(_SENTENCE, default="")
+
+
 METHODS = {
     "ping": Method(Nothing, Pong),
     "describe": Method(Nothing, Description),
@@ -220,6 +238,8 @@ METHODS = {
     "map_state": Method(MapReference, MapState),
     "map_chunk": Method(ChunkArguments, Chunk),
     "map_end": Method(MapReference, Done),
+    "warm_up": Method(Nothing, WarmUpState, remembered=True, since="1.1"),
+    "warm_up_state": Method(Nothing, WarmUpState, since="1.1"),
 }
 
 AGENT = Protocol(

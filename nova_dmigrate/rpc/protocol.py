@@ -14,11 +14,16 @@ from nova_dmigrate.rpc.fields import checked, text, token
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """``remembered``: the answer is kept, so that a repeated request is not executed again."""
+    """``remembered``: the answer is kept, so that a repeated request is not executed again.
+
+    ``since``: the version that has it. A request asks for no more than that, so that all that an
+    older server has goes on working.
+    """
 
     arguments: type[Any]
     result: type[Any]
     remembered: bool = False
+    since: str = "1.0"
 
 
 @dataclasses.dataclass(frozen=True)
