@@ -23,7 +23,9 @@ SLOW = 30
 
 
 class TestOrchestration(base.TestCase):
-    """The tests share a guest, which each of them leaves on one host or the other."""
+    """The tests share a guest, which each of them leaves on one host or the other. Relays speak
+    TLS.
+    """
 
     _class: ClassVar[contextlib.ExitStack]
     hosts: ClassVar[LibvirtHosts]
@@ -39,7 +41,7 @@ class TestOrchestration(base.TestCase):
         try:
             directory = enter(processes.workspace())
             cls.hosts = enter(LibvirtHosts(directory))
-            cls.services = enter(MigrationServices(cls.hosts, directory, prepare_time=1))
+            cls.services = enter(MigrationServices(cls.hosts, directory, tls=True, prepare_time=1))
             disk = database_guest.create_volume(directory / "volume.raw")
             spec = DatabaseSpec(disk=disk, pool_mb=128)
             cls.domain = enter(Domain(cls.hosts, spec))

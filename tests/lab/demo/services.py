@@ -27,6 +27,7 @@ from tests.lab.libvirt_host import GUESTS, LibvirtHost
 from tests.lab.libvirt_hosts import LibvirtHosts
 from tests.lab.processes import end, spawn, terminate
 from tests.lab.relays import wait_until
+from tests.unit.relay.wire.certificates import Authority
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # eventlet's, of which nothing is used
@@ -41,13 +42,24 @@ class MigrationServices:
     """A broker, and the service of each host. A context manager."""
 
     def __init__(
-        self, hosts: LibvirtHosts, directory: Path, compression: bool = True, **options: object
+        self,
+        hosts: LibvirtHosts,
+        directory: Path,
+        compression: bool = True,
+        tls: bool = False,
+        **options: object,
     ) -> None:
-        """:param directory: for configuration, logs and the history of migrations.
+        """:param directory: for configuration, logs, certificates and the history of migrations.
         :param compression: whether the hosts' relays compress.
+        :param tls: whether relays speak TLS.
         :param options: of the operator's group ``[migration]``.
         """
         self._compression = compression
+        self._authority: Authority | None = None
+        if tls:
+            certificates = directory / "certificates"
+            certificates.mkdir()
+            self._authority = Authority(certificates)
         # An emulated guest, and hosts that share two processors with it, take their time
         self._more = {"agent_timeout": 30, "host_timeout": 10, **options}
         self._hosts = (hosts.a, hosts.b)
@@ -183,7 +195,7 @@ class MigrationServices:
 [DEFAULT]
 transport_url = {self._broker.services_url()}
 [wire]
-tls = false
+{self._tls_options(host)}
 listen_address = {host.address}
 [host]
 name = {host.name}
@@ -194,6 +206,15 @@ drain_timeout = 1
 [relay]
 compression = {self._compression}
 """
+
+    def _tls_options(self, host: LibvirtHost) -> str:
+        if self._authority is None:
+            return "tls = false"
+        certificate, key = self._authority.issue(host.name)
+        return (
+            f"ca_file = {self._authority.certificate}\n"
+            f"certificate_file = {certificate}\nkey_file = {key}"
+        )
 
 
 def _environment() -> dict[str, str]:
