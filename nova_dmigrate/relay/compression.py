@@ -35,6 +35,9 @@ _SMALL = 2048
 #: One frame of so many is compressed although it did not pay before: the guest's memory is not the
 #: same everywhere.
 _PROBE_EACH = 32
+#: Where even the best compression would not pay, because the network is fast: the processor may
+#: just have been busy with other things when that was measured.
+_PROBE_SELDOM = 256
 #: What is left, at the next one, of the weight of what was measured: the last ten or so count.
 _DECAY = 0.9
 
@@ -93,7 +96,11 @@ class Compressor:
         return Packed(parcel.type, parcel.payload, parcel.size)
 
     def note_sent(self, size: int, seconds: float) -> None:
-        """Learn from a frame how fast the network is; waiting for a cap counts."""
+        """Learn from a frame how fast the network is.
+
+        :param seconds: that it kept the frame; waiting for a cap counts, waiting for a peer that
+            takes nothing does not.
+        """
         if size >= _SMALL:
             self._seconds_to_send.note(seconds, size)
 
@@ -106,7 +113,7 @@ class Compressor:
         if effort < price * (1 - self._compressed_size.value):
             return True
         self._since_probe += 1
-        return effort < price and self._since_probe >= _PROBE_EACH
+        return self._since_probe >= (_PROBE_EACH if effort < price else _PROBE_SELDOM)
 
     def _compress(self, parcel: Parcel) -> Packed:
         self._since_probe = 0

@@ -20,8 +20,12 @@ from nova_dmigrate.relay.outbox import Parcel
 from nova_dmigrate.relay.wire.frames import FrameType
 from nova_dmigrate.stream.elements import RamBlock, RamSetup
 
-#: What both relays must be able to do; negotiated in the handshake.
-CAPABILITIES = frozenset({"references", "zstd"})
+# What relays can do beyond the version of the wire; negotiated in the handshake
+#: COMPRESSED frames are understood.
+ZSTD = "zstd"
+#: What both relays must be able to do.
+NEEDED = frozenset({"references"})
+CAPABILITIES = NEEDED | {ZSTD}
 
 #: Seconds after which a connection that has nothing to send shows that it is alive.
 KEEPALIVE_SECONDS = 1.0

@@ -79,7 +79,7 @@ class SourceRelay:
             on_late=self._shorten_queues,
         )
         self._wire = Connections()
-        self._compressors = [Compressor(settings.compression) for _ in range(settings.channels)]
+        self._compressors: list[Compressor] = []
         self._listener: QemuListener | None = None
         self._qemu: socket.socket | None = None
         self._intake: Intake | None = None
@@ -145,7 +145,7 @@ class SourceRelay:
         session, settings = self._session, self._settings
 
         def open_connection(role: Role, index: int) -> Connection:
-            connection, _ = connect(
+            connection, agreement = connect(
                 session.host,
                 session.port,
                 session.credentials,
@@ -155,6 +155,14 @@ class SourceRelay:
                 settings.connect_timeout,
                 protocol.CAPABILITIES,
             )
+            missing = protocol.NEEDED - agreement.capabilities
+            if missing:
+                connection.close()
+                reason = f"it cannot do what is needed: {', '.join(sorted(missing))}"
+                raise exception.HandshakeError(peer=connection.peer, reason=reason)
+            if role is Role.DATA:
+                compressing = settings.compression and protocol.ZSTD in agreement.capabilities
+                self._compressors.append(Compressor(compressing))
             return connection
 
         self._wire.acks = acks = open_connection(Role.ACKS, 0)
@@ -237,7 +245,7 @@ class SourceRelay:
     def _send_parcel(self, connection: Connection, parcel: Parcel) -> None:
         compressor = self._compressors[connection.index]
         packed = compressor.pack(parcel)
-        begin = time.monotonic()
+        begin, full = time.monotonic(), connection.seconds_peer_full
         due = self._bucket.reserve(packed.size)
         while not self._bucket.wait(due, protocol.KEEPALIVE_SECONDS):
             connection.send(FrameType.KEEPALIVE)
@@ -248,7 +256,8 @@ class SourceRelay:
             seq=parcel.seq,
             payload=packed.payload,
         )
-        compressor.note_sent(packed.size, time.monotonic() - begin)
+        full = connection.seconds_peer_full - full
+        compressor.note_sent(packed.size, max(time.monotonic() - begin - full, 0.0))
         self._outbox.sent(parcel, packed.size)
 
     def _receive_answers(self) -> None:

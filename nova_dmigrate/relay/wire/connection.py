@@ -12,7 +12,12 @@ from typing import NoReturn
 from nova_dmigrate import exception
 from nova_dmigrate.relay.wire import frames, tls
 from nova_dmigrate.relay.wire.frames import Buffer, Frame, FrameType, Header, Role
-from nova_dmigrate.relay.wire.transport import PlainTransport, TlsTransport, Transport
+from nova_dmigrate.relay.wire.transport import (
+    PlainTransport,
+    TlsTransport,
+    Transport,
+    peer_full_seconds,
+)
 
 _NOTHING = memoryview(b"")
 
@@ -79,6 +84,11 @@ class Connection:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    @property
+    def seconds_peer_full(self) -> float:
+        """Seconds in which the peer took nothing: not the network has kept data back then."""
+        return peer_full_seconds(self._sock)
 
     def limit_unsent(self, size: int) -> None:
         """Let no more than about ``size`` bytes wait in the kernel that it has not sent yet."""

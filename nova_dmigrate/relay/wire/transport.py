@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 import struct
+import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -55,6 +56,7 @@ def byte_view(buffer: Buffer) -> memoryview:
 
 
 _TCP_NOTSENT_LOWAT = 25  # linux/tcp.h
+_RWND_LIMITED = 176  # offset of tcpi_rwnd_limited, u64 microseconds
 
 
 class PlainTransport:
@@ -161,6 +163,19 @@ class TlsTransport:
 
     def limit_unsent(self, size: int) -> None:
         _limit_unsent(self._sock, size)
+
+
+def peer_full_seconds(sock: socket.socket) -> float:
+    """Seconds for which data waited because the peer's receive window was full.
+
+    :returns: tcpi_rwnd_limited of struct tcp_info (linux/tcp.h); 0 where the kernel has none.
+    """
+    # Not SSLSocket's own method, which there is none of
+    info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RWND_LIMITED + 8)
+    if len(info) < _RWND_LIMITED + 8:
+        return 0.0
+    microseconds: int = int.from_bytes(info[_RWND_LIMITED:], sys.byteorder)
+    return microseconds / 1e6
 
 
 def _limit_unsent(sock: socket.socket, size: int) -> None:

@@ -88,6 +88,15 @@ class TestDecision(TestCase):
         self.assertFalse(any(found[:10]))
         self.assertTrue(all(found[-10:]))
 
+    def test_a_moment_without_a_processor_is_forgotten(self) -> None:
+        self.compressor.note_sent(MB, SLOW)
+        # It took a minute: as if it had to wait for its turn all the time
+        self.compressor._seconds_to_compress.note(60.0, PAGE_RECORD_SIZE)
+        self.compressor._compressed_size.note(PAGE_RECORD_SIZE // 2, PAGE_RECORD_SIZE)
+        found = self.kinds(text(), 60_000)
+        self.assertFalse(found[0])
+        self.assertTrue(found[-1])
+
     def test_a_network_that_gets_slow_is_noticed(self) -> None:
         self.compressor.note_sent(MB, FAST)
         self.kinds(text(), 10)
