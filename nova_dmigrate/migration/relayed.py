@@ -75,7 +75,8 @@ class RelayedMigration:
     :meth:`follow` several times a second.
 
     :param socket_directory: of both hosts, for the sockets of QEMU.
-    :param enter: is told the name of each step before it begins; what it raises ends all.
+    :param enter: is told the name of each step before it begins, and several times a second while
+        that lasts until memory is sent; what it raises ends all.
     :param map_first: wait for the map, and fall back if there is none, before anything is begun.
     :ivar downtime_limit: QEMU's, in milliseconds, once it may switch over; may be changed.
     :ivar reports: of the relays by role, when it has been left.
@@ -220,7 +221,7 @@ class RelayedMigration:
             self._guest.volumes, waiting=lambda: self._enter("waiting")
         )
         self._enter("starting relays")
-        self._sessions.open()
+        self._sessions.open(waiting=lambda: self._enter("starting relays"))
         if self._map_first:
             self._enter("mapping")
             while not self._mapping.wait(0.5):

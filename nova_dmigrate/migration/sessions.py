@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nova_dmigrate import exception
 from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.rpc import host_messages
 from nova_dmigrate.rpc.host_client import HostClient
+from nova_dmigrate.rpc.host_messages import SessionState
 from nova_dmigrate.volumes import VolumeSpec
 
 LOG = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ LOG = logging.getLogger(__name__)
 _POLL = 0.2  # seconds
 #: What a relay that was just started may take to be ready, in seconds.
 _START_PATIENCE = 20.0
+
+_Waiting = Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +51,9 @@ class Terms:
 class RelaySessions:
     """Source and destination relay of one migration: ordered, opened, and ended by :meth:`close`.
     In between their leases are renewed.
+
+    Until both run, whatever has to be waited for (an order, an answer), ``waiting`` is called
+    several times a second. What it raises gives all up.
 
     :param socket: where QEMU's stream goes and comes, a path that is the same on both hosts.
     :param lease: seconds after which the hosts end relays that nobody looks after.
@@ -78,14 +85,12 @@ class RelaySessions:
         self._terms = terms
         self._closed = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="sessions", daemon=True)
+        self._asker = futures.ThreadPoolExecutor(1, "ask-host")
         self.failure: str | None = None
 
-    def order_destination(
-        self, volumes: Sequence[VolumeSpec], waiting: Callable[[], None] = lambda: None
-    ) -> None:
+    def order_destination(self, volumes: Sequence[VolumeSpec], waiting: _Waiting) -> None:
         """Have the destination relay started, and wait while it is queued.
 
-        :param waiting: called again and again meanwhile; may raise to give up.
         :raises FallBack: it cannot be had.
         """
         self._keeper.start()
@@ -100,12 +105,12 @@ class RelaySessions:
         )
         self._start(self._destination, order, waiting)
 
-    def open(self) -> None:
+    def open(self, waiting: _Waiting) -> None:
         """Start the source relay, too, and wait until both are ready.
 
         :raises FallBack: one of them cannot be had.
         """
-        ready = self._ready(self._destination)
+        ready = self._ready(self._destination, waiting)
         order = host_messages.OpenSource(
             **self._common,
             host=self._terms.address or ready.host or self._destination.host,
@@ -114,8 +119,8 @@ class RelaySessions:
             network_bandwidth=self._terms.network_bandwidth,
             wait_seconds=self._terms.patience,
         )
-        self._start(self._source, order, lambda: None)
-        self._ready(self._source)
+        self._start(self._source, order, waiting)
+        self._ready(self._source, waiting)
 
     def use_map(self, buffer_map: Path, memory_layout: Path) -> bool | None:
         """Hand the source relay its map, at any time; whether its host has taken it, None if that
@@ -150,6 +155,7 @@ class RelaySessions:
         """End both; their summaries by role, of those that have told one."""
         summaries = {}
         self._closed.set()
+        self._asker.shutdown(wait=False)
         while self._open:
             host = self._open.pop()
             try:
@@ -164,35 +170,54 @@ class RelaySessions:
                 summaries[state.role] = summary
         return summaries
 
-    def _start(
-        self, host: HostClient, order: host_messages.Order, waiting: Callable[[], None]
-    ) -> None:
+    def _start(self, host: HostClient, order: host_messages.Order, waiting: _Waiting) -> None:
         """Order a relay; returns when it is not queued any more."""
+        # From now on: when it is given up, it may have been opened all the same
+        self._open.append(host)
         with self._translated():
-            state = host.open_session(order)
-            self._open.append(host)
-            end = time.monotonic() + self._terms.patience
-            while state.state == "queued" and time.monotonic() < end:
-                waiting()
-                time.sleep(_POLL)
-                state = host.renew(self._common["session_id"], self._lease)
+            try:
+                state = self._asked(lambda: host.open_session(order), waiting)
+            except exception.HostError:
+                self._open.remove(host)
+                raise
+            state = self._past("queued", host, state, self._terms.patience, waiting)
         if state.state == "queued":
             raise because(
                 Reason.NO_ROOM, self._instance, host=host.host, detail=state.message or "all busy"
             )
 
-    def _ready(self, host: HostClient) -> host_messages.SessionState:
+    def _ready(self, host: HostClient, waiting: _Waiting) -> SessionState:
         """Wait until a relay that was ordered runs."""
-        end = time.monotonic() + _START_PATIENCE
         with self._translated():
-            state = host.renew(self._common["session_id"], self._lease)
-            while state.state == "starting" and time.monotonic() < end:
-                time.sleep(_POLL)
-                state = host.renew(self._common["session_id"], self._lease)
+            state = self._asked(lambda: self._renewed(host), waiting)
+            state = self._past("starting", host, state, _START_PATIENCE, waiting)
         if state.state != "running":
             why = f"relay of host {host.host}: {state.state} {state.message}"
             raise because(Reason.RELAY_FAILED, self._instance, error=why)
         return state
+
+    def _past(
+        self, stage: str, host: HostClient, state: SessionState, patience: float, waiting: _Waiting
+    ) -> SessionState:
+        """The first state of a relay that is not ``stage``, or the last one within ``patience``
+        seconds.
+        """
+        end = time.monotonic() + patience
+        while state.state == stage and time.monotonic() < end:
+            waiting()
+            time.sleep(_POLL)
+            state = self._asked(lambda: self._renewed(host), waiting)
+        return state
+
+    def _asked(self, ask: Callable[[], SessionState], waiting: _Waiting) -> SessionState:
+        """A host's answer. One that does not answer takes some seconds to be known as such."""
+        answer = self._asker.submit(ask)
+        while not futures.wait((answer,), _POLL).done:
+            waiting()
+        return answer.result()
+
+    def _renewed(self, host: HostClient) -> SessionState:
+        return host.renew(self._common["session_id"], self._lease)
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -210,9 +235,9 @@ class RelaySessions:
             for host in tuple(self._open):
                 self._renew(host)
 
-    def _renew(self, host: HostClient) -> host_messages.SessionState | None:
+    def _renew(self, host: HostClient) -> SessionState | None:
         try:
-            state = host.renew(self._common["session_id"], self._lease)
+            state = self._renewed(host)
         except exception.HostError as error:
             # A service that is being restarted comes back; its relay has gone on meanwhile
             LOG.info("Instance %s: %s", self._instance, error)
@@ -220,6 +245,6 @@ class RelaySessions:
         self._note(state)
         return state
 
-    def _note(self, state: host_messages.SessionState) -> None:
+    def _note(self, state: SessionState) -> None:
         if state.state == "failed" and self.failure is None:
             self.failure = f"{state.role} relay: {state.message}"

@@ -861,13 +861,13 @@ class Agent:
 
 
 @contextlib.contextmanager
-def agent_at(path: Path) -> Iterator[None]:
+def agent_at(path: Path, agent: Any = None) -> Iterator[None]:
     """An agent behind a socket as QEMU has it for a virtio-serial port."""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
     server = channel.ChannelServer(
-        Dispatcher(Agent(), messages.AGENT), lambda: listener.accept()[0].detach()
+        Dispatcher(agent or Agent(), messages.AGENT), lambda: listener.accept()[0].detach()
     )
     server.start()
     try:
