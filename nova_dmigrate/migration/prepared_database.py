@@ -71,14 +71,20 @@ class PreparedDatabase:
                 self._agent.renew(self._lease_id, self._lease)
             except exception.RpcError as error:
                 # The guest may just be moving: it is asked again
-                LOG.info("The lease is not renewed: %s", error)
+                if not self._stopped.is_set():
+                    LOG.info("The lease is not renewed: %s", error)
+
+    def let_go(self) -> None:
+        """Renew the lease no more: the agent is not where it was. What is left of the lease is the
+        time for `restore`."""
+        self._stopped.set()
 
     def restore(self, agent: AgentClient | None = None) -> bool:
         """Have all settings restored; whether the agent says that they are.
 
         :param agent: the way to the agent where the guest runs now, if it has moved.
         """
-        self._stopped.set()
+        self.let_go()
         if self._keeper is not None:
             self._keeper.join(self._lease)
         if self._lease_id is None:

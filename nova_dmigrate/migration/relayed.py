@@ -216,6 +216,8 @@ class RelayedMigration:
         self._look_at_guest(agent)
         self._mapping = stack.enter_context(self._fetch_map(agent, database))
         stack.callback(self._close_sessions)
+        # The first thing: to close what there is may take seconds
+        stack.callback(self._let_go, database)
         self._enter("waiting")
         self._sessions.order_destination(
             self._guest.volumes, waiting=lambda: self._enter("waiting")
@@ -296,6 +298,11 @@ class RelayedMigration:
         if told is None:
             return time.monotonic() > self._heard + _SILENCE
         return bool(told.get("bulk_resolved") or told.get("pass_through"))
+
+    def _let_go(self, database: PreparedDatabase) -> None:
+        """An agent that has gone with its guest is not asked at the source any more."""
+        if not self._guest.runs_here():
+            database.let_go()
 
     def _close_sessions(self) -> None:
         self.reports = self._sessions.close()

@@ -240,7 +240,8 @@ class RelaySessions:
             state = self._renewed(host)
         except exception.HostError as error:
             # A service that is being restarted comes back; its relay has gone on meanwhile
-            LOG.info("Instance %s: %s", self._instance, error)
+            if not self._closed.is_set():
+                LOG.info("Instance %s: %s", self._instance, error)
             return None
         self._note(state)
         return state
