@@ -45,6 +45,7 @@ _THREADS = 4
 _AMQP_PORT = 5672
 _RETRY_INTERVAL = 2.0  # seconds between attempts to serve at a broker that refuses
 _STOP_PATIENCE = 5.0
+_MOMENT = 0.25  # seconds that an error of oslo.messaging takes to come from its thread
 
 
 def set_defaults(conf: cfg.ConfigOpts, threads: int = _THREADS) -> None:
@@ -110,11 +111,12 @@ class BrokerTransport(Transport):
     def call(self, method: str, request_id: str, arguments: dict[str, Any], timeout: float) -> Any:
         end = time.monotonic() + timeout
         self._check_broker(timeout)
+        left = max(0.1, end - time.monotonic())
         outcome: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
         def ask() -> None:
             try:
-                outcome.put((self._ask(method, request_id, arguments, timeout), None))
+                outcome.put((self._ask(method, request_id, arguments, left), None))
             except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
                 outcome.put((None, error))
 
@@ -122,7 +124,7 @@ class BrokerTransport(Transport):
         threading.Thread(target=ask, name=f"rpc-{method}", daemon=True).start()
         try:
             # The call has its own time-out: let it be the one that tells.
-            answer, error = outcome.get(timeout=max(0.1, end - time.monotonic()) + 1)
+            answer, error = outcome.get(timeout=left + _MOMENT)
         except queue.Empty:
             raise self._unreachable(f"the broker does not answer within {timeout:g} s") from None
         if error is not None:
@@ -146,18 +148,34 @@ class BrokerTransport(Transport):
         return prepared.call({}, method, request_id=request_id, arguments=arguments)
 
     def _check_broker(self, timeout: float) -> None:
-        """Before the first connection: where nobody listens, oslo.messaging would try for ever."""
-        if self._reached:
+        """Before the first connection: where nobody listens, oslo.messaging would try for ever.
+
+        All brokers are tried at once: one that is off may only tell so by its silence.
+        """
+        if self._reached or not self._addresses:
             return
-        last: OSError | None = None
-        for host, port in self._addresses:
+        outcomes: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
+
+        def reach(address: tuple[str, int]) -> None:
             try:
-                socket.create_connection((host, port), timeout=timeout).close()
-                return
+                socket.create_connection(address, timeout=timeout).close()
+                outcomes.put(None)
             except OSError as error:
-                last = error
-        if last is not None:
-            raise self._unreachable(f"no broker can be reached: {last}")
+                outcomes.put(error)
+
+        for address in self._addresses:
+            threading.Thread(target=reach, args=(address,), name="broker", daemon=True).start()
+        end = time.monotonic() + timeout
+        last: OSError | str = f"none answers within {timeout:g} s"
+        for _ in self._addresses:
+            try:
+                error = outcomes.get(timeout=max(0.0, end - time.monotonic()))
+            except queue.Empty:
+                break
+            if error is None:
+                return
+            last = error
+        raise self._unreachable(f"no broker can be reached: {last}")
 
     def _translated(self, error: Exception, method: str) -> exception.RpcError:
         if isinstance(error, oslo_messaging.MessagingTimeout):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The broker's transport as far as it can be tested without one: oslo.messaging's fake driver."""
 
+import contextlib
 import dataclasses
 import re
+import socket
 import uuid
 import warnings
 
@@ -24,6 +26,27 @@ class BrokerTest(base.TestCase):
         self.addCleanup(transport.close)
         error = self.assertRaises(exception.AgentUnreachable, transport.call, "ping", "r", {}, 60)
         self.assertIn("no broker can be reached", str(error))
+
+    def test_a_broker_that_is_silent_does_not_keep_the_next_one_from_being_tried(self) -> None:
+        with contextlib.ExitStack() as stack:
+            silent = stack.enter_context(socket.socket())
+            silent.bind(("127.0.0.1", 0))
+            silent.listen(0)
+            # Its queue is full: whoever connects now hears nothing
+            for _ in range(8):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex(silent.getsockname())
+            open_one = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            ports = [each.getsockname()[1] for each in (silent, open_one)]
+            addresses = ",".join(f"u:p@127.0.0.1:{port}" for port in ports)
+            transport = broker.BrokerTransport("i", f"rabbit://{addresses}/v", messages.AGENT)
+            stack.callback(transport.close)
+            # Longer than the test may take
+            transport._check_broker(3600)
+            transport._addresses.pop()
+            error = self.assertRaises(exception.AgentUnreachable, transport._check_broker, 0.2)
+            self.assertIn("no broker can be reached", str(error))
 
     def test_requests_pass_through_oslo_messaging(self) -> None:
         instance = str(uuid.uuid4())
