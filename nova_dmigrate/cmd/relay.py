@@ -4,7 +4,8 @@
 The session's description comes on standard input or from a file, because it holds the migration's
 token. Standard output tells, one JSON object a line, first ``{"event": "ready", ...}`` (with
 ``host`` and ``port`` at the destination) and at the end ``{"event": "end", "state": ..., "reason":
-...}``.
+...}``. ``{"event": "kept"}`` in between: QEMU may begin post-copy, after which the guest is lost
+without this process. From then on SIGTERM does nothing, and nobody may use SIGKILL.
 
 Exit status: 0 delivered, 1 failed, 2 wrong configuration or session, 3 cancelled.
 """
@@ -131,10 +132,10 @@ def _run(session: SourceSession | DestinationSession, settings: RelaySettings) -
     ready: dict[str, Any] = {"event": "ready"}
     try:
         if isinstance(session, SourceSession):
-            relay = SourceRelay(session, settings)
+            relay = SourceRelay(session, settings, _tell_kept)
             relay.prepare()
         else:
-            relay = DestinationRelay(session, settings)
+            relay = DestinationRelay(session, settings, _tell_kept)
             ready["host"], ready["port"] = relay.prepare()
     except exception.DMigrateError as error:
         LOG.error("Instance %s: the relay cannot start: %s", session.instance, error)
@@ -151,6 +152,10 @@ def _run(session: SourceSession | DestinationSession, settings: RelaySettings) -
     summary = relay.run()
     _tell({"event": "end", "state": summary["state"], "reason": summary["reason"]})
     return _EXIT[summary["state"]]
+
+
+def _tell_kept() -> None:
+    _tell({"event": "kept"})
 
 
 def _tell(event: dict[str, Any]) -> None:

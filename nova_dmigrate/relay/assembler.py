@@ -60,12 +60,14 @@ class Assembler:
         emit: Callable[[Sequence[Buffer]], None],
         start_reading: Callable[[Prefetch], None],
         deliver: Callable[[BlockBatch], None],
+        on_post_copy: Callable[[], None],
     ) -> None:
         """:param readers: the instance's own volumes, by id.
         :param bucket: what their reads are paced by.
         :param emit: sends bytes to QEMU.
         :param start_reading: starts the threads of a prefetch.
         :param deliver: what these call with what they have read.
+        :param on_post_copy: called as soon as it is known that post-copy may begin.
         """
         self._instance = instance
         self._settings = settings
@@ -76,6 +78,7 @@ class Assembler:
         self._send = emit
         self._start_reading = start_reading
         self._deliver = deliver
+        self._on_post_copy = on_post_copy
         self._layout: MemoryLayout | None = None
         self._chunks: list[bytes] = []
         self._chunk_bytes = 0
@@ -115,6 +118,8 @@ class Assembler:
         elif kind is FrameType.DELTA:
             self._handle_delta(block, payload)
         elif kind is FrameType.SETUP:
+            if frame.header.flags & protocol.SETUP_POST_COPY:
+                self._on_post_copy()
             self._handle_setup(payload)
         elif kind is FrameType.MAP:
             self._handle_map(frame.header.flags, payload)
@@ -352,6 +357,9 @@ class Assembler:
         flags = frame.header.flags
         reason, kind, record = protocol.parse_latch(frame.payload, flags)
         LOG.warning("Instance %s: the rest is passed through: %s", self._instance, reason)
+        if self._setup is None:
+            # Nobody has seen whether QEMU has spoken of it
+            self._on_post_copy()
         if self._writer is not None:
             if frame.header.block >= len(self._known_map().bases) - 1:
                 raise ValueError(f"RAMBlock {frame.header.block}")

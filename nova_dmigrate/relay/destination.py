@@ -8,7 +8,7 @@ volume readers) or carry away what it says (answers, return path).
 import functools
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from oslo_log import log
 
@@ -40,9 +40,16 @@ _MAX_CONNECTIONS = 16
 class DestinationRelay:
     """One migration, seen from the destination host: :meth:`prepare`, then :meth:`run`, once."""
 
-    def __init__(self, session: DestinationSession, settings: RelaySettings) -> None:
+    def __init__(
+        self,
+        session: DestinationSession,
+        settings: RelaySettings,
+        on_kept: Callable[[], None] = lambda: None,
+    ) -> None:
+        """:param on_kept: called before nobody can cancel any more."""
         self._session = session
         self._settings = settings
+        self._on_kept = on_kept
         self._life = Lifecycle(session.instance)
         self._listener: Listener | None = None
         self._control: ControlServer | None = None
@@ -64,6 +71,7 @@ class DestinationRelay:
             emit=self._emit,
             start_reading=self._start_reading,
             deliver=self._feed.put_blocks,
+            on_post_copy=self._keep,
         )
         self._return_thread: threading.Thread | None = None
 
@@ -114,9 +122,17 @@ class DestinationRelay:
         self._life.start("core", self._run_core)
         return self._finish(*self._life.outcome())
 
-    def cancel(self) -> None:
-        """End the migration; both QEMUs see a broken connection."""
-        self._life.cancel()
+    def cancel(self) -> bool:
+        """End the migration; both QEMUs see a broken connection.
+
+        Returns whether that is so: where post-copy may begin, nobody but QEMU ends a migration.
+        """
+        return self._life.cancel()
+
+    def _keep(self) -> None:
+        # In this order: whoever wants to kill this process looks at what it has told
+        self._on_kept()
+        self._life.keep()
 
     def _limit(self, network: float, volume: float) -> None:
         del network

@@ -74,10 +74,13 @@ class Forwarder:
         *,
         stopped: Callable[[], bool],
         on_late: Callable[[], None] = lambda: None,
+        on_post_copy: Callable[[], None] = lambda: None,
     ) -> None:
         """:param handover: of the buffer map, whenever it comes.
         :param stopped: whether the migration has failed: then nothing is waited for any more.
         :param on_late: called once, when queues have to be short from now on.
+        :param on_post_copy: called once, before anything goes on from a stream in which QEMU may
+            begin post-copy.
         """
         self._instance = instance
         self._settings = settings
@@ -88,6 +91,8 @@ class Forwarder:
         self._stages = stages
         self._stopped = stopped
         self._on_late = on_late
+        self._on_post_copy = on_post_copy
+        self._post_copy = False
         self._page_map: PageMap | None = None
         self._classifier: Classifier | None = None
         self._blocks: tuple[RamBlock, ...] = ()
@@ -125,6 +130,9 @@ class Forwarder:
     def relay(self, intake: Intake) -> None:
         """Relay a whole stream, until QEMU closes its end."""
         for elements, buffer in intake.batches():
+            if self._parser.post_copy_possible and not self._post_copy:
+                self._post_copy = True
+                self._on_post_copy()
             self._handle(elements, buffer)
             self._take_map()
             if self._late:
@@ -234,7 +242,7 @@ class Forwarder:
             len(setup.blocks),
             self._parser.total_ram >> 20,
         )
-        self._outbox.put(protocol.setup_parcel(setup))
+        self._outbox.put(protocol.setup_parcel(setup, self._post_copy))
         self._take_map()
 
     def _take_map(self) -> None:

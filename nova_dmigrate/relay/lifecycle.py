@@ -21,6 +21,8 @@ class Lifecycle:
     A failure calls the closers, which wake whatever blocks (sockets are shut down, queues are
     closed), so that all threads come to their end. What they raise after that is a consequence and
     is logged as such.
+
+    :ivar kept: whether nobody can cancel any more.
     """
 
     def __init__(self, instance: str) -> None:
@@ -30,6 +32,7 @@ class Lifecycle:
         self._closers: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self.kept = False
         self.failure: exception.DMigrateError | None = None
 
     @property
@@ -53,11 +56,20 @@ class Lifecycle:
                 instance=self._instance, reason=f"unexpected {type(error).__name__}: {error}"
             )
         with self._lock:
-            if self.failure is not None:
-                LOG.debug("After the failure of the relay of %s: %s", self._instance, error)
-                return
-            self.failure = error
-            closers = list(self._closers)
+            closers = self._failed(error)
+        self._close(closers)
+
+    def _failed(self, error: exception.DMigrateError) -> list[Callable[[], None]] | None:
+        """Remember a failure, with the lock held; whom to tell if it is the first one."""
+        if self.failure is not None:
+            LOG.debug("After the failure of the relay of %s: %s", self._instance, error)
+            return None
+        self.failure = error
+        return list(self._closers)
+
+    def _close(self, closers: list[Callable[[], None]] | None) -> None:
+        if closers is None:
+            return
         for closer in closers:
             try:
                 closer()
@@ -102,11 +114,25 @@ class Lifecycle:
             return "failed", str(error)
         return "delivered", None
 
-    def cancel(self) -> None:
-        """Somebody wants the migration to end."""
-        self.fail(
-            exception.MigrationCancelled(instance=self._instance, reason="cancelled by request")
-        )
+    def cancel(self) -> bool:
+        """Somebody wants the migration to end; whether it does."""
+        error = exception.MigrationCancelled(instance=self._instance, reason="cancelled by request")
+        with self._lock:
+            if self.kept:
+                LOG.warning(
+                    "Instance %s: the relay is not cancelled, the guest may need it: post-copy may"
+                    " have begun",
+                    self._instance,
+                )
+                return False
+            closers = self._failed(error)
+        self._close(closers)
+        return True
+
+    def keep(self) -> None:
+        """Let nobody cancel from now on. Failures are failures all the same."""
+        with self._lock:
+            self.kept = self.failure is None
 
     def _guarded(self, target: Callable[[], None]) -> None:
         try:

@@ -90,9 +90,10 @@ class Sampler:
 
 class ControlServer:
     """Answers requests on a UNIX socket, one JSON object a line: ``{"command": "progress"}``,
-    ``"cancel"``, or ``"limit"`` with ``network_bandwidth`` and ``volume_bandwidth`` (bytes a
-    second, 0 for no cap), which are in effect at once; the source's also ``"map"`` with
-    ``buffer_map`` and ``memory_layout`` (paths of files, see `relay.session`).
+    ``"cancel"`` (the answer says whether it was possible), or ``"limit"`` with
+    ``network_bandwidth`` and ``volume_bandwidth`` (bytes a second, 0 for no cap), which are in
+    effect at once; the source's also ``"map"`` with ``buffer_map`` and ``memory_layout`` (paths of
+    files, see `relay.session`).
 
     :param limit: takes network and volume bandwidth; a relay heeds the one that it has a use for.
     :param use_map: takes the two paths; None where there is no use for a map.
@@ -104,7 +105,7 @@ class ControlServer:
         self,
         path: Path,
         progress: Callable[[], Report],
-        cancel: Callable[[], None],
+        cancel: Callable[[], bool],
         limit: Callable[[float, float], None],
         use_map: Callable[[Path, Path], None] | None = None,
     ) -> None:
@@ -156,8 +157,7 @@ class ControlServer:
         if command == "progress":
             return self._progress()
         if command == "cancel":
-            self._cancel()
-            return {"cancelled": True}
+            return {"cancelled": self._cancel()}
         if command == "limit":
             rates = [request.get(f"{kind}_bandwidth") for kind in ("network", "volume")]
             if not all(_is_rate(rate) for rate in rates):

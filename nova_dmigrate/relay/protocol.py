@@ -41,6 +41,9 @@ MAP_LAYOUT = 0
 MAP_CHUNK = 1
 MAP_COMPLETE = 2
 
+# Flag of a SETUP frame
+SETUP_POST_COPY = 1  # QEMU may begin post-copy
+
 # Flags of a LATCH frame
 LATCH_INSIDE = 1  # within a RAM section
 LATCH_RECORD = 2  # the payload ends with the last RAM record
@@ -150,9 +153,11 @@ def parse_layout(payload: memoryview) -> MemoryLayout:
         raise ValueError(f"a memory layout that makes no sense: {error}") from error
 
 
-def setup_parcel(setup: RamSetup) -> Parcel:
+def setup_parcel(setup: RamSetup, post_copy: bool) -> Parcel:
     """The frame that carries RAM's setup section: u32 length of a JSON text, the text, QEMU's
     bytes.
+
+    :param post_copy: whether QEMU may begin that.
     """
     description = json.dumps(
         {
@@ -161,7 +166,8 @@ def setup_parcel(setup: RamSetup) -> Parcel:
         }
     ).encode()
     payload = _LENGTH.pack(len(description)) + description + bytes(setup.data)
-    return Parcel(FrameType.SETUP, [memoryview(payload)], len(payload))
+    flags = SETUP_POST_COPY if post_copy else 0
+    return Parcel(FrameType.SETUP, [memoryview(payload)], len(payload), flags=flags)
 
 
 def parse_setup(payload: memoryview) -> RamSetup:

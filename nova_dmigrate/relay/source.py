@@ -10,6 +10,7 @@ import functools
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -51,9 +52,16 @@ _UNSENT_FLOOR = 128 << 10
 class SourceRelay:
     """One migration, seen from the source host. Call :meth:`prepare`, then :meth:`run`, once."""
 
-    def __init__(self, session: SourceSession, settings: RelaySettings) -> None:
+    def __init__(
+        self,
+        session: SourceSession,
+        settings: RelaySettings,
+        on_kept: Callable[[], None] = lambda: None,
+    ) -> None:
+        """:param on_kept: called before nobody can cancel any more."""
         self._session = session
         self._settings = settings
+        self._on_kept = on_kept
         self._life = Lifecycle(session.instance)
         self._stages = Stages("preparing")
         self._window = Window(settings.window_size)
@@ -77,6 +85,7 @@ class SourceRelay:
             self._stages,
             stopped=lambda: self._life.failed,
             on_late=self._shorten_queues,
+            on_post_copy=self._keep,
         )
         self._wire = Connections()
         self._compressors: list[Compressor] = []
@@ -189,9 +198,18 @@ class SourceRelay:
         self._life.start("stream", self._relay_stream)
         return self._finish(*self._life.outcome())
 
-    def cancel(self) -> None:
-        """End the migration; QEMU sees a broken connection and the guest goes on at the source."""
-        self._life.cancel()
+    def cancel(self) -> bool:
+        """End the migration; QEMU sees a broken connection and the guest goes on at the source.
+
+        Returns whether that is so: where post-copy may begin, nobody but QEMU ends a migration.
+        What it has sent may be on its way, and with it the guest.
+        """
+        return self._life.cancel()
+
+    def _keep(self) -> None:
+        # In this order: whoever wants to kill this process looks at what it has told
+        self._on_kept()
+        self._life.keep()
 
     def _limit(self, network: float, volume: float) -> None:
         del volume

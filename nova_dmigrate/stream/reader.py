@@ -86,6 +86,13 @@ class StreamParser:
         self._names: dict[bytes, int] = {}
         self._lengths: tuple[int, ...] = ()
 
+    @property
+    def post_copy_possible(self) -> bool:
+        """Whether QEMU may begin post-copy: it has said so, or parsing had ended before it could
+        have."""
+        ended_early = self.opaque_reason is not None and self.section_id is None
+        return self.post_copy_advised or ended_early
+
     def parse(self, data: memoryview) -> tuple[list[Element], int]:
         """Cut ``data`` into elements.
 

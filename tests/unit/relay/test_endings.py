@@ -5,15 +5,18 @@ import dataclasses
 import socket
 import threading
 from collections.abc import Callable
+from struct import pack
 from typing import Any
 
 import numpy as np
 
 from nova_dmigrate import exception
 from nova_dmigrate.relay.session import RelaySettings
+from nova_dmigrate.stream.format import Command
 from tests.unit.relay.guest import PAGE, FakeGuest
 from tests.unit.relay.pair import HANGS, MIB, Cutter, Pair
 from tests.unit.relay.support import PairTestCase
+from tests.unit.stream.builder import StreamBuilder
 
 #: A guest whose stream is larger than all buffers on its way.
 PAGES = 4096
@@ -194,6 +197,70 @@ class TestCancelling(EndingTestCase):
         pair.join()
         self.assertEqual("cancelled", pair.source_summary["state"])
         self.assertIn(pair.destination_summary["state"], ("failed", "cancelled"))
+
+
+class TestPostCopy(EndingTestCase):
+    """Where QEMU may have begun post-copy nobody ends a relay: the guest would be lost."""
+
+    def cancelled(self, relay: str, stream: Callable[[bytes], bytes]) -> tuple[Pair, list[bool]]:
+        """A migration, cancelled in vain once RAM's setup is through."""
+        pair = self.ending()
+        (chunk,) = pair.chunks
+        pair.chunks = [stream(chunk)]
+        told: list[bool] = []
+
+        def receive(qemu: socket.socket) -> None:
+            data = qemu.recv(200_000, socket.MSG_WAITALL)
+            told.append(getattr(pair, relay).cancel())
+            pair.recorded = data + drain(qemu)
+
+        pair.receiver = receive
+        pair.run()
+        self.assert_delivered(pair)
+        return pair, told
+
+    def test_a_relay_is_not_cancelled_once_post_copy_is_advised(self) -> None:
+        for relay in ("source", "destination"):
+            with self.subTest(relay=relay):
+                _, told = self.cancelled(relay, advised)
+                self.assertEqual([False], told)
+                self.assertIn("is not cancelled", self.log.output)
+
+    def test_a_relay_is_not_cancelled_in_a_stream_that_was_never_understood(self) -> None:
+        for relay in ("source", "destination"):
+            with self.subTest(relay=relay):
+                _, told = self.cancelled(relay, lambda stream: b"?" + stream)
+                self.assertEqual([False], told)
+
+    def test_it_is_told_before_it_is_so(self) -> None:
+        pair = self.ending()
+        (chunk,) = pair.chunks
+        pair.chunks = [advised(chunk)]
+        pair.prepare()
+        told: dict[str, bool] = {}
+        for name in ("source", "destination"):
+            relay = getattr(pair, name)
+            relay._on_kept = lambda name=name, relay=relay: told.update({name: relay._life.kept})
+        pair.start()
+        pair.join()
+        self.assert_delivered(pair)
+        self.assertEqual({"source": False, "destination": False}, told)
+
+    def test_without_it_nothing_is_told(self) -> None:
+        pair = self.ending()
+        pair.prepare()
+        for name in ("source", "destination"):
+            getattr(pair, name)._on_kept = self.fail
+        pair.start()
+        pair.join()
+        self.assert_delivered(pair)
+
+
+def advised(stream: bytes) -> bytes:
+    """A stream whose QEMU has said that it may begin post-copy."""
+    begin = len(StreamBuilder().header().configuration().data())
+    command = StreamBuilder().command(Command.POSTCOPY_ADVISE, pack(">QQ", PAGE, PAGE)).data()
+    return stream[:begin] + command + stream[begin:]
 
 
 class TestAnywhere(EndingTestCase):

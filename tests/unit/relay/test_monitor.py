@@ -29,8 +29,9 @@ class ControlServerTest(TestCase):
         )
         self.addCleanup(self.server.close)
 
-    def cancel(self) -> None:
+    def cancel(self) -> bool:
         self.cancelled += 1
+        return self.cancelled == 1
 
     def say(self, line: bytes) -> dict[str, object]:
         with socket.socket(socket.AF_UNIX) as peer:
@@ -46,7 +47,8 @@ class ControlServerTest(TestCase):
 
     def test_a_cancel_is_carried_out(self) -> None:
         self.assertEqual({"cancelled": True}, ask(self.path, "cancel", LONG))
-        self.assertEqual(1, self.cancelled)
+        self.assertEqual({"cancelled": False}, ask(self.path, "cancel", LONG))
+        self.assertEqual(2, self.cancelled)
 
     def test_limits_are_handed_on(self) -> None:
         answer = ask(self.path, "limit", LONG, network_bandwidth=5, volume_bandwidth=0.5)
