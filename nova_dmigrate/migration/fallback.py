@@ -14,6 +14,14 @@ class Reason(enum.Enum):
     """A stable code, for programs, and a sentence whose keywords the caller gives."""
 
     ASKED = ("asked", "the ordinary migration was asked for")
+    BLOCK_MIGRATION = ("block-migration", "local disks are copied along: {disks}")
+    TUNNELLED = ("tunnelled", "libvirt tunnels the migration, no relay would see it")
+    NATIVE_TLS = (
+        "native-tls",
+        "the migration has to be encrypted, and the relays do not encrypt ([wire]tls)",
+    )
+    CONFIGURATION = ("configuration", "{error}")
+    UNEXPECTED = ("unexpected", "an error that was not expected, see the log: {error}")
     HOST_DEVICES = ("host-devices", "devices of the host are passed through: {devices}")
     NO_AGENT = ("no-agent", "the guest has no agent that could be asked")
     NO_AGENT_PORT = ("no-agent-port", "the domain has no port for the agent ({port})")

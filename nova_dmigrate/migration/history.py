@@ -117,5 +117,14 @@ class History:
                 os.close(descriptor)
 
 
+def keep(summary: MigrationSummary, directory: str) -> None:
+    """Note a migration that has ended. That it cannot be noted is in the log: it has ended all the
+    same."""
+    try:
+        History(Path(directory)).add(summary)
+    except (OSError, exception.DMigrateError) as error:
+        LOG.error("The migration is not in the history: %s", error)
+
+
 def _error(reason: str) -> exception.HistoryError:
     return exception.HistoryError(reason=reason)

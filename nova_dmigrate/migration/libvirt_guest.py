@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +18,7 @@ import libvirt_qemu  # type: ignore[import-untyped]
 
 from nova_dmigrate import exception
 from nova_dmigrate.migration.domain import Domain, parse_domain
+from nova_dmigrate.migration.job import Job
 
 LOG = logging.getLogger(__name__)
 
@@ -28,21 +28,6 @@ _USUAL_DOWNTIME_MS = 300
 
 _loop_lock = threading.Lock()
 _loop_runs = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """How far a migration is, as QEMU tells it; bytes, and milliseconds.
-
-    :ivar statistics: all of it, by libvirt's own names.
-    """
-
-    remaining: int = 0
-    transferred: int = 0
-    total: int = 0
-    passes: int = 0
-    downtime_ms: float | None = None
-    statistics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class LibvirtGuest:

@@ -8,29 +8,20 @@ runs on exactly one side.
 
 import logging
 import threading
-import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 
 from nova_dmigrate import exception
-from nova_dmigrate.findings import Finding
 from nova_dmigrate.migration import preflight
+from nova_dmigrate.migration.account import Account
 from nova_dmigrate.migration.fallback import Reason, because
-from nova_dmigrate.migration.libvirt_guest import Job, LibvirtGuest, Order, RunningMigration
+from nova_dmigrate.migration.job import Job
+from nova_dmigrate.migration.libvirt_guest import LibvirtGuest, Order, RunningMigration
+from nova_dmigrate.migration.peers import ask_host, terms_of
 from nova_dmigrate.migration.progress import Progress
 from nova_dmigrate.migration.relayed import Guest, Peers, RelayedMigration, Report
 from nova_dmigrate.migration.request import MigrationRequest, Mode
-from nova_dmigrate.migration.sessions import Terms
 from nova_dmigrate.migration.settings import OrchestrationSettings
-from nova_dmigrate.migration.summary import (
-    CANCELLED,
-    COMPLETED,
-    DMIGRATE,
-    FAILED,
-    ORDINARY,
-    MigrationSummary,
-)
-from nova_dmigrate.rpc.host_messages import HostState
+from nova_dmigrate.migration.summary import CANCELLED, COMPLETED, FAILED, MigrationSummary
 
 LOG = logging.getLogger(__name__)
 
@@ -63,12 +54,14 @@ class Migration:
         self._peers = peers
         self._on_progress = on_progress
         self._instance = request.instance or guest.facts.uuid
-        self._phases = _Phases()
-        self._findings: tuple[Finding, ...] = ()
-        self._mapping_s: float | None = None
-        self._without_volumes: exception.FallBack | None = None
-        self._relays: dict[str, Report] = {}
-        self._relay_failure: str | None = None
+        self._account = Account(
+            migration_id,
+            self._instance,
+            guest.facts.name,
+            request.source_host or "?",
+            request.destination_host or request.destination_uri,
+        )
+        self._phases = self._account.phases
         self._job: Job | None = None
         self._cancelled = cancelled
 
@@ -78,7 +71,6 @@ class Migration:
         :raises MigrationError: relays were required, and the migration would be the ordinary one:
             nothing was done.
         """
-        began = datetime.now(timezone.utc)
         fallback: exception.FallBack | None = None
         error: str | None = None
         try:
@@ -94,7 +86,7 @@ class Migration:
                 raise fallback
             LOG.info("%s; the migration is the ordinary one", fallback)
             error = self._run_ordinary()
-        summary = self._summary(began, fallback, error)
+        summary = self._summary(fallback, error)
         LOG.info("Instance %s: %s", self._instance, summary.sentence())
         return summary
 
@@ -108,7 +100,10 @@ class Migration:
         self._enter("checking")
         guest, request, settings = self._guest, self._request, self._settings
         preflight.examine(guest.facts, request)
-        source, destination = self._ask_hosts()
+        source, destination = (
+            ask_host(host, self._instance, settings.host_timeout)
+            for host in (self._peers.source, self._peers.destination)
+        )
         preflight.hosts_agree(guest.facts, source, destination)
         subject = Guest(
             memory=guest.facts.memory,
@@ -122,7 +117,7 @@ class Migration:
             subject,
             self._peers,
             settings,
-            self._terms(source, destination),
+            terms_of(request, settings, source, destination),
             source.socket_directory,
             self._downtime_limit() or guest.max_downtime_ms,
             enter=self._enter,
@@ -132,7 +127,7 @@ class Migration:
             with relayed:
                 return self._migrate_relayed(relayed)
         finally:
-            self._relays, self._relay_failure = relayed.reports, relayed.failure
+            self._account.note_relays(relayed)
 
     def _run_ordinary(self) -> str | None:
         """Migrate as libvirt does; why it failed, None if it has not."""
@@ -161,26 +156,6 @@ class Migration:
 
     # Its steps
 
-    def _ask_hosts(self) -> tuple[HostState, HostState]:
-        patience = self._settings.host_timeout
-        try:
-            return self._peers.source.hello(patience), self._peers.destination.hello(patience)
-        except exception.HostUnreachable as error:
-            raise because(Reason.HOST_UNREACHABLE, self._instance, error=error) from error
-        except exception.HostRefused as error:
-            raise because(Reason.HOST_REFUSED, self._instance, error=error) from error
-
-    def _terms(self, source: HostState, destination: HostState) -> Terms:
-        request, wait = self._request, self._request.wait_seconds
-        return Terms(
-            source.host if source.tls else None,
-            destination.host if source.tls else None,
-            request.migration_address,
-            request.network_bandwidth,
-            request.volume_bandwidth,
-            self._settings.queue_time if wait is None else wait,
-        )
-
     def _migrate_relayed(self, relayed: RelayedMigration) -> str | None:
         request = self._request
         self._enter("migrating")
@@ -199,10 +174,7 @@ class Migration:
                 self._phases.enter("converging")
             self._report(told, relayed.applied_downtime_limit)
         self._phases.enter("ended")
-        self._findings = relayed.findings
-        self._mapping_s = relayed.mapping_seconds
-        if running.error is None:
-            self._without_volumes = relayed.without_volumes()
+        self._account.note_map(relayed, completed=running.error is None)
         return running.error
 
     def _over(self, running: RunningMigration) -> bool:
@@ -230,7 +202,7 @@ class Migration:
             self._settings.retry_ordinary
             and self._request.mode is Mode.AUTO
             and not self._cancelled.is_set()
-            and self._relay_failure
+            and self._account.relay_failure
             and self._guest.runs_here
         )
 
@@ -261,67 +233,7 @@ class Migration:
             )
         )
 
-    def _summary(
-        self, began: datetime, fallback: exception.FallBack | None, error: str | None
-    ) -> MigrationSummary:
-        source = self._relays.get("source", {}) if fallback is None else {}
-        destination = self._relays.get("destination", {}) if fallback is None else {}
+    def _summary(self, fallback: exception.FallBack | None, error: str | None) -> MigrationSummary:
         job = self._guest.completed_job() or self._job or Job()
-        reason = fallback or self._without_volumes
         state = COMPLETED if error is None else CANCELLED if self._cancelled.is_set() else FAILED
-        return MigrationSummary(
-            id=self._id,
-            instance=self._instance,
-            domain=self._guest.facts.name,
-            source=self._request.source_host or "?",
-            destination=self._request.destination_host or self._request.destination_uri,
-            mode=DMIGRATE if fallback is None else ORDINARY,
-            fallback_reason=None if reason is None else str(reason.kwargs["code"]),
-            fallback_message=None if reason is None else str(reason.kwargs["reason"]),
-            state=state,
-            error=error,
-            started=began.isoformat(timespec="seconds"),
-            total_s=self._phases.elapsed,
-            downtime_ms=job.downtime_ms,
-            guest_bytes=source.get("guest_bytes", job.transferred),
-            wire_bytes=source.get("wire_bytes", job.transferred),
-            saved_bytes=source.get("saved_bytes", 0),
-            volume_bytes=source.get("volume_bytes", 0),
-            pages_referenced=source.get("referenced_pages", 0),
-            misses=sum(source.get("misses", {}).values()),
-            mapped_pages=source.get("mapped_pages", 0),
-            mapping_s=None if fallback is not None else self._mapping_s,
-            phases=self._phases.seconds(),
-            findings=self._findings,
-            libvirt=job.statistics,
-            series={
-                role: tuple(relay["series"])
-                for role, relay in (("source", source), ("destination", destination))
-                if relay.get("series")
-            },
-        )
-
-
-class _Phases:
-    """Seconds by phase. The phase "ended" takes none."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._ended: float | None = None
-        self._since = self._began
-        self._seconds: dict[str, float] = {}
-        self.current = "checking"
-
-    def enter(self, phase: str) -> None:
-        now = time.monotonic()
-        if self.current != "ended":
-            self._seconds[self.current] = self._seconds.get(self.current, 0.0) + now - self._since
-        self.current, self._since = phase, now
-        self._ended = now if phase == "ended" else None
-
-    @property
-    def elapsed(self) -> float:
-        return (self._ended or time.monotonic()) - self._began
-
-    def seconds(self) -> dict[str, float]:
-        return {phase: round(seconds, 3) for phase, seconds in self._seconds.items()}
+        return self._account.summary(state, error, fallback, job)

@@ -6,6 +6,7 @@ say of themselves. What they find missing is raised as `FallBack`, in the order 
 interest; `volumes_of` names the disks that the destination may read.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from nova_dmigrate.migration.domain import Disk, Domain
@@ -17,6 +18,21 @@ from nova_dmigrate.volumes import VolumeSpec
 
 #: Kinds of disks in the XML, and the driver that reads them.
 _DRIVERS = {"block": "block", "file": "block"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Elsewhere:
+    """What the destination has of a disk.
+
+    :ivar location: where it has it.
+    :ivar obstacle: why it cannot be read there, as the rest of a sentence about the disk.
+    """
+
+    location: str = ""
+    obstacle: str = ""
+
+
+_NOT_THERE = Elsewhere(obstacle="is no volume that the destination has connected")
 
 
 def examine(domain: Domain, request: MigrationRequest) -> None:
@@ -36,23 +52,25 @@ def examine(domain: Domain, request: MigrationRequest) -> None:
 
 
 def volumes_of(
-    domain: Domain, drivers: Sequence[str], elsewhere: Mapping[str, str] | None = None
+    domain: Domain, drivers: Sequence[str], elsewhere: Mapping[str, Elsewhere] | None = None
 ) -> tuple[VolumeSpec, ...]:
     """The volumes that the destination may read.
 
     :param drivers: what the destination can read with.
-    :param elsewhere: location at the destination of disks that have another one there, by serial.
+    :param elsewhere: all that the destination has, by the disk's serial; None if it has the disks
+        where the source has them.
     :raises FallBack: there is none.
     """
-    elsewhere = elsewhere or {}
     found, missing = [], []
     for disk in domain.disks:
-        reason = _unreadable(disk, drivers)
-        if reason is None:
-            location = elsewhere.get(disk.serial, disk.location)
-            found.append(VolumeSpec(disk.serial, _DRIVERS[disk.kind], location))
+        there = Elsewhere(disk.location)
+        if elsewhere is not None:
+            there = elsewhere.get(disk.serial, _NOT_THERE)
+        obstacle = _unreadable(disk, drivers) or there.obstacle
+        if obstacle:
+            missing.append(f"{disk.target} {obstacle}")
         else:
-            missing.append(f"{disk.target} {reason}")
+            found.append(VolumeSpec(disk.serial, _DRIVERS[disk.kind], there.location))
     if not found:
         raise because(Reason.NO_VOLUMES, domain.name, disks="; ".join(missing) or "there are none")
     return tuple(found)
@@ -72,16 +90,24 @@ def _unreadable(disk: Disk, drivers: Sequence[str]) -> str | None:
     return None
 
 
+def host_ready(host: HostState, instance: str) -> None:
+    """Check what the service of one host says of itself.
+
+    :raises FallBack: the migration has to be the ordinary one.
+    """
+    if host.draining:
+        raise because(Reason.HOST_DRAINING, instance, host=host.host)
+    if host.obstacle:
+        raise because(Reason.CONFINED, instance, host=host.host, why=host.obstacle)
+
+
 def hosts_agree(domain: Domain, source: HostState, destination: HostState) -> None:
     """Check what both host services say of themselves.
 
     :raises FallBack: the migration has to be the ordinary one.
     """
-    for host in (source, destination):
-        if host.draining:
-            raise because(Reason.HOST_DRAINING, domain.name, host=host.host)
-        if host.obstacle:
-            raise because(Reason.CONFINED, domain.name, host=host.host, why=host.obstacle)
+    host_ready(source, domain.name)
+    host_ready(destination, domain.name)
     if source.tls != destination.tls:
         raise because(Reason.TLS_DIFFERS, domain.name)
     if not set(source.wire_versions) & set(destination.wire_versions):

@@ -9,56 +9,24 @@ import socket
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import libvirt  # type: ignore[import-untyped]
 from oslo_config import cfg
 
 from nova_dmigrate import exception
-from nova_dmigrate.buffermap import MapLimits
 from nova_dmigrate.findings import Finding, Severity
-from nova_dmigrate.migration import preflight
-from nova_dmigrate.migration.history import History
+from nova_dmigrate.migration import history, preflight
 from nova_dmigrate.migration.libvirt_guest import LibvirtGuest
 from nova_dmigrate.migration.orchestrator import Migration
+from nova_dmigrate.migration.peers import host_client, open_peers, settings_from
 from nova_dmigrate.migration.progress import Progress
 from nova_dmigrate.migration.relayed import Peers
 from nova_dmigrate.migration.request import AgentTransport, MigrationRequest
 from nova_dmigrate.migration.settings import OrchestrationSettings
 from nova_dmigrate.migration.summary import MigrationSummary, new_id
-from nova_dmigrate.rpc import broker, isolation
-from nova_dmigrate.rpc.client import AgentClient, ClientSettings
-from nova_dmigrate.rpc.host_client import HostChannelTransport, HostClient
-from nova_dmigrate.rpc.host_messages import HOST, HostState
-from nova_dmigrate.rpc.messages import AGENT
-from nova_dmigrate.rpc.transport import Transport
+from nova_dmigrate.rpc.host_messages import HostState
 
 LOG = logging.getLogger(__name__)
-
-_KIB = 1 << 10
-
-
-def settings_from(config: cfg.ConfigOpts) -> OrchestrationSettings:
-    """The options of this host in plain units."""
-    options, limits = config.migration, config.buffer_map
-    return OrchestrationSettings(
-        state_directory=Path(config.host.state_directory) / "maps",
-        agent_timeout=options.agent_timeout,
-        prepare_time=options.prepare_time,
-        dirty_share=options.dirty_share,
-        map_time=options.map_time,
-        min_mapped_share=options.min_mapped_share,
-        host_timeout=options.host_timeout,
-        queue_time=options.queue_time,
-        lease=options.lease,
-        max_downtime_ms=options.max_downtime,
-        retry_ordinary=options.retry_ordinary,
-        map_limits=MapLimits(
-            max_pages=limits.max_pages,
-            max_volumes=limits.max_volumes,
-            max_chunk_bytes=limits.max_chunk_size * _KIB,
-        ),
-    )
 
 
 def migrate(
@@ -88,10 +56,7 @@ def migrate(
             on_progress,
             threading.Event() if cancelled is None else cancelled,
         ).run()
-    try:
-        History(Path(config.migration.history_directory)).add(summary)
-    except (OSError, exception.DMigrateError) as error:
-        LOG.error("The migration is not in the history: %s", error)
+    history.keep(summary, config.migration.history_directory)
     return summary
 
 
@@ -111,7 +76,7 @@ def check(request: MigrationRequest, config: cfg.ConfigOpts) -> list[Finding]:
         for name in names:
             if not name:
                 continue
-            client = stack.enter_context(_host_client(name, config, settings))
+            client = stack.enter_context(host_client(name, config, settings))
             with _noted(found):
                 states.append(client.hello(settings.host_timeout))
                 found.append(_well("host", f"the service of host {name} answers"))
@@ -158,40 +123,14 @@ def _host_of(uri: str) -> str | None:
         return hostname
 
 
-@contextlib.contextmanager
 def _peers(
     request: MigrationRequest,
     config: cfg.ConfigOpts,
     settings: OrchestrationSettings,
     guest: LibvirtGuest,
-) -> Iterator[Peers]:
-    assert request.source_host
+) -> contextlib.AbstractContextManager[Peers]:
     instance = request.instance or guest.facts.uuid
-    client_settings = ClientSettings(
-        timeout=settings.agent_timeout, attempts=2, map_timeout=settings.map_time
-    )
-    with contextlib.ExitStack() as stack:
-        source = stack.enter_context(_host_client(request.source_host, config, settings))
-        destination = stack.enter_context(
-            _host_client(request.destination_host or "", config, settings)
-        )
-
-        def agent(host: HostClient) -> AgentClient:
-            transport: Transport
-            if request.agent_transport is AgentTransport.BROKER:
-                url = request.agent_url or config.migration.agent_url
-                url = f"{url.rstrip('/')}/{isolation.virtual_host(instance)}"
-                transport = broker.BrokerTransport(instance, url, AGENT, config)
-            else:
-                transport = HostChannelTransport(instance, host, str(guest.facts.channel))
-            return AgentClient(instance, transport, client_settings)
-
-        yield Peers(source, destination, agent)
-
-
-def _host_client(name: str, config: cfg.ConfigOpts, settings: OrchestrationSettings) -> HostClient:
-    transport = broker.BrokerTransport(name, config.transport_url, HOST, config)
-    return HostClient(name, transport, timeout=settings.host_timeout)
+    return open_peers(request, config, settings, instance, guest.facts.channel)
 
 
 @contextlib.contextmanager

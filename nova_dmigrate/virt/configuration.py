@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two configurations: ``[dmigrate]`` in Nova's, and nova-dmigrate's own.
+
+They are kept apart, because a group ``host`` in Nova's would hide Nova's option of that name.
+"""
+
+import copy
+import os
+
+from oslo_config import cfg
+
+from nova_dmigrate import conf, exception
+from nova_dmigrate.conf import nova as options
+from nova_dmigrate.rpc import broker
+
+
+def register(nova: cfg.ConfigOpts) -> None:
+    """Have ``[dmigrate]`` in Nova's configuration."""
+    # oslo.config keeps values in the group: two configurations must not share one
+    nova.register_group(copy.deepcopy(options.GROUP))
+    nova.register_opts(options.OPTIONS, group=options.GROUP.name)
+
+
+def load(nova: cfg.ConfigOpts) -> cfg.ConfigOpts:
+    """nova-dmigrate's own configuration.
+
+    :param nova: Nova's, with ``[dmigrate]``.
+    :raises ConfigurationError: it cannot be read, or says what cannot be.
+    """
+    files = [
+        path
+        for path in nova.dmigrate.config_file
+        if path != options.DEFAULT_FILE or os.path.exists(path)
+    ]
+    config = cfg.ConfigOpts()
+    conf.register_opts(config)
+    broker.set_defaults(config)
+    try:
+        config([], project="nova-dmigrate", default_config_files=files, default_config_dirs=[])
+        # Options are checked when they are read
+        for group in conf.GROUPS:
+            for option in group.OPTIONS:
+                getattr(config[group.GROUP.name], option.dest)
+    except (cfg.Error, ValueError) as error:
+        raise exception.ConfigurationError(reason=str(error)) from error
+    said = config.get_location("transport_url")
+    if said is None or not said.location.is_user_controlled or not config.transport_url:
+        config.set_override("transport_url", nova.transport_url)
+    return config

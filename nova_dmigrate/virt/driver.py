@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The driver that Nova loads: libvirt's, which asks `relaying` to migrate where policy says so.
+
+It overrides what has had the same form in many releases of Nova, and passes on what it does not
+know.
+"""
+
+import functools
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import nova.conf
+from nova import exception as nova_exception
+from nova.virt.libvirt import driver
+from nova.virt.libvirt import migration as libvirt_migration
+from oslo_config import cfg
+
+from nova_dmigrate import exception
+from nova_dmigrate.virt import configuration
+from nova_dmigrate.virt.policy import Policy, decide
+
+LOG = logging.getLogger(__name__)
+CONF = nova.conf.CONF
+configuration.register(CONF)
+
+TRAIT = "CUSTOM_DMIGRATE"
+_MIB = 1 << 20
+_NOT_INSTALLED = "nova-dmigrate lacks a package that it needs to migrate: %s"
+
+
+class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
+    """libvirt's driver with live migrations through the relays of nova-dmigrate."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        #: Live migrations from here that go through relays, or may, by the instance's UUID.
+        self._relaying: dict[str, Any] = {}
+        self._evacuations: Any = None
+        self._config: cfg.ConfigOpts | None = None
+        self._config_lock = threading.Lock()
+
+    def update_provider_tree(self, provider_tree: Any, nodename: str, *args: Any, **kw: Any) -> Any:
+        """Have schedulers find hosts with this driver."""
+        result = super().update_provider_tree(provider_tree, nodename, *args, **kw)
+        provider_tree.add_traits(nodename, TRAIT)
+        return result
+
+    # Before anything is claimed
+
+    def check_can_live_migrate_destination(
+        self,
+        context: Any,
+        instance: Any,
+        src_compute_info: Any,
+        dst_compute_info: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """At the destination: refuse what is required and cannot be.
+
+        :raises MigrationPreCheckError: it cannot.
+        """
+        if self._checked_policy(instance) is Policy.REQUIRED:
+            # Before the driver leaves a file on the storage for the source to find
+            self._check(instance, self._check_destination, dst_compute_info["host"])
+        return super().check_can_live_migrate_destination(
+            context, instance, src_compute_info, dst_compute_info, *args, **kwargs
+        )
+
+    def check_can_live_migrate_source(
+        self,
+        context: Any,
+        instance: Any,
+        dest_check_data: Any,
+        block_device_info: Any = None,
+    ) -> Any:
+        """The same at the source.
+
+        :raises MigrationPreCheckError: it cannot.
+        """
+        data = super().check_can_live_migrate_source(
+            context, instance, dest_check_data, block_device_info
+        )
+        if self._checked_policy(instance) is Policy.REQUIRED:
+            self._check(instance, self._check_source, context, data, block_device_info)
+        return data
+
+    def _check(self, instance: Any, check: Callable[..., None], *args: Any) -> None:
+        try:
+            check(instance, *args)
+        except (exception.DMigrateError, ImportError) as error:
+            why = getattr(error, "kwargs", {}).get("reason", error)
+            raise nova_exception.MigrationPreCheckError(
+                reason=f"nova-dmigrate is required, but {why}"
+            ) from error
+
+    def _check_destination(self, instance: Any, host: str) -> None:
+        from nova_dmigrate.virt import conditions
+
+        conditions.at_destination(instance.uuid, host, self._configuration())
+
+    def _check_source(
+        self, instance: Any, context: Any, migrate_data: Any, block_device_info: Any
+    ) -> None:
+        from nova_dmigrate.virt import conditions
+        from nova_dmigrate.virt.guest import NovaGuest
+
+        guest = self._host.get_guest(instance)
+        disks: Any = ()
+        if migrate_data.block_migration:
+            _, disks = self._live_migration_copy_disk_paths(context, instance, guest)
+        way = conditions.NovasWay(self._get_migration_flags(migrate_data.block_migration), disks)
+        mapping = driver.driver.block_device_info_get_mapping(block_device_info)
+        facts, config = NovaGuest(guest).facts, self._configuration()
+        conditions.at_source(
+            facts,
+            way,
+            [each["connection_info"] for each in mapping if each["connection_info"]],
+            conditions.request_for(facts, Policy.REQUIRED, config, instance.host),
+            config,
+        )
+
+    # The migration
+
+    def _live_migration_operation(
+        self,
+        context: Any,
+        instance: Any,
+        dest: str,
+        block_migration: Any,
+        migrate_data: Any,
+        guest: Any,
+        device_names: Any,
+    ) -> None:
+        """Migrate, in a thread of its own, beside which Nova's monitor runs."""
+        operation = functools.partial(
+            super()._live_migration_operation,
+            context,
+            instance,
+            dest,
+            block_migration,
+            migrate_data,
+            guest,
+            device_names,
+        )
+        try:
+            policy = self._policy(instance)
+        except exception.ConfigurationError as error:
+            # It was another one when that was checked
+            LOG.error("%s; the migration is Nova's own", error)
+            policy = Policy.DISABLED
+        if policy is Policy.DISABLED:
+            operation()
+            return
+        try:
+            relaying = self._relaying_for(policy, context, instance, dest, migrate_data, guest)
+        except ImportError as error:
+            if policy is Policy.REQUIRED:
+                raise nova_exception.MigrationError(reason=_NOT_INSTALLED % error) from error
+            LOG.error(_NOT_INSTALLED, error)
+            operation()
+            return
+        self._relaying[instance.uuid] = relaying
+        try:
+            relaying.run(operation, device_names)
+        finally:
+            del self._relaying[instance.uuid]
+
+    def _relaying_for(
+        self,
+        policy: Policy,
+        context: Any,
+        instance: Any,
+        dest: str,
+        migrate_data: Any,
+        guest: Any,
+    ) -> Any:
+        from nova_dmigrate.virt.relaying import Order, Relaying
+
+        order = Order(
+            instance=instance,
+            guest=guest,
+            policy=policy,
+            flags=self._get_migration_flags(migrate_data.block_migration),
+            destination=dest,
+            migrate_data=migrate_data,
+            bandwidth=CONF.libvirt.live_migration_bandwidth * _MIB,
+            downtime_limit=next(libvirt_migration.downtime_steps(1))[1],
+        )
+        tell = functools.partial(self._tell, context, instance.host)
+        return Relaying(order, self._configuration, tell)
+
+    def _tell(self, context: Any, host: str, summary: Any) -> None:
+        from nova_dmigrate.virt import report
+
+        config = self._config
+        directory = None if config is None else config.migration.history_directory
+        report.tell(context, host, directory, summary)
+
+    def live_migration_abort(self, instance: Any) -> None:
+        """Abort; libvirt knows nothing yet of a migration that is being prepared."""
+        relaying = self._relaying.get(instance.uuid)
+        if relaying is not None and relaying.cancel():
+            LOG.info("Instance %s: its migration is cancelled before it begins", instance.uuid)
+            return
+        super().live_migration_abort(instance)
+
+    # Evacuation
+
+    def rebuild(
+        self, context: Any, instance: Any, *args: Any, evacuate: bool = False, **kwargs: Any
+    ) -> Any:
+        """Note servers that come from a host that has failed; the rest is as it is without us."""
+        if evacuate:
+            self._note_evacuation(instance)
+        return super().rebuild(context, instance, *args, evacuate=evacuate, **kwargs)
+
+    def power_on(self, context: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
+        """Since microversion 2.95 a server that was evacuated waits for this."""
+        result = super().power_on(context, instance, *args, **kwargs)
+        if self._evacuations is not None:
+            self._evacuations.powered_on(instance.uuid, instance.host, self._facts(instance))
+        return result
+
+    def _note_evacuation(self, instance: Any) -> None:
+        """Have the agent asked when it is there. Nothing of this may keep the server from it."""
+        try:
+            if self._policy(instance) is Policy.DISABLED:
+                return
+            from nova_dmigrate.virt.evacuation import Evacuations
+
+            if self._evacuations is None:
+                self._evacuations = Evacuations(self._configuration)
+            self._evacuations.arrived(instance.uuid, instance.host, self._facts(instance))
+        except (exception.DMigrateError, ImportError) as error:
+            LOG.error("Instance %s will not be warmed up: %s", instance.uuid, error)
+
+    def _facts(self, instance: Any) -> Callable[[], Any]:
+        """Describes the instance's domain, once there is one."""
+
+        def facts() -> Any:
+            from nova_dmigrate.virt.guest import NovaGuest
+
+            return NovaGuest(self._host.get_guest(instance)).facts
+
+        return facts
+
+    # Policy and configuration
+
+    def _policy(self, instance: Any) -> Policy:
+        default = Policy(CONF.dmigrate.default_policy)
+        return decide(instance, default, CONF.dmigrate.policy_from_metadata).policy
+
+    def _checked_policy(self, instance: Any) -> Policy:
+        try:
+            return self._policy(instance)
+        except exception.ConfigurationError as error:
+            raise nova_exception.MigrationPreCheckError(reason=error.kwargs["reason"]) from error
+
+    def _configuration(self) -> cfg.ConfigOpts:
+        """nova-dmigrate's own.
+
+        :raises ConfigurationError: it cannot be read.
+        """
+        with self._config_lock:
+            if self._config is None:
+                self._config = configuration.load(CONF)
+            return self._config

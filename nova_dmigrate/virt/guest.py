@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One domain as Nova's libvirt driver holds it: what the relays' side has to know and to set.
+
+The libvirt module is always Nova's, which may be another one than ours (its tests' one).
+"""
+
+import logging
+from typing import Any
+
+from nova.virt.libvirt import driver as libvirt_driver
+
+from nova_dmigrate import exception
+from nova_dmigrate.migration.domain import Domain, parse_domain
+from nova_dmigrate.migration.job import Job
+
+LOG = logging.getLogger(__name__)
+
+
+class NovaGuest:
+    """What there is to ask of a domain.
+
+    :param guest: a nova.virt.libvirt.guest.Guest.
+    :raises MigrationError: libvirt does not describe it.
+    """
+
+    def __init__(self, guest: Any) -> None:
+        self._guest = guest
+        self._set_max_downtime = guest.migrate_configure_max_downtime
+        self._job = guest.get_job_info
+        try:
+            self.facts: Domain = parse_domain(guest.get_xml_desc())
+        except libvirt_driver.libvirt.libvirtError as error:
+            raise exception.MigrationError(
+                instance=guest.uuid, reason=f"its domain cannot be looked at: {error}"
+            ) from error
+
+    def memory_layout(self) -> str:
+        """What QEMU's monitor says to ``info mtree -f``.
+
+        :raises MigrationError: if it says nothing.
+        """
+        import libvirt_qemu  # type: ignore[import-untyped]
+
+        try:
+            answer: str = libvirt_qemu.qemuMonitorCommand(
+                self._guest._domain,
+                "info mtree -f",
+                libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP,
+            )
+        except libvirt_driver.libvirt.libvirtError as error:
+            raise exception.MigrationError(
+                instance=self.facts.name, reason=f"its monitor does not answer: {error}"
+            ) from error
+        return answer
+
+    def runs_here(self) -> bool:
+        """Whether the domain still runs on this host; true if libvirt does not tell."""
+        try:
+            return bool(self._guest.is_active())
+        except libvirt_driver.libvirt.libvirtError as error:
+            return bool(error.get_error_code() != libvirt_driver.libvirt.VIR_ERR_NO_DOMAIN)
+
+    def set_max_downtime(self, milliseconds: int) -> bool:
+        """Set QEMU's downtime limit, whatever Nova's way of doing so has been turned into; whether
+        that was possible."""
+        try:
+            self._set_max_downtime(milliseconds)
+        except libvirt_driver.libvirt.libvirtError as error:
+            LOG.debug("%s: no downtime limit of %d ms: %s", self.facts.name, milliseconds, error)
+            return False
+        return True
+
+    def job(self) -> Job | None:
+        """How far the migration is; None unless one is under way."""
+        try:
+            info = self._job()
+        except libvirt_driver.libvirt.libvirtError:
+            return None
+        if info.type != libvirt_driver.libvirt.VIR_DOMAIN_JOB_UNBOUNDED:
+            return None
+        return Job(
+            remaining=info.memory_remaining,
+            transferred=info.memory_processed,
+            total=info.memory_total,
+            passes=info.memory_iteration,
+            downtime_ms=info.downtime or None,
+            statistics={
+                name: value
+                for name, value in vars(info).items()
+                if value and isinstance(value, (int, float))
+            },
+        )

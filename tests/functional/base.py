@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two computes with our driver, one server with a volume, and what there is around."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import fixtures
+from lxml import etree
+from nova.tests.fixtures import cinder
+from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.tests.functional import integrated_helpers
+from nova.tests.functional.libvirt import base as libvirt_base
+
+from nova_dmigrate.migration.history import History
+from nova_dmigrate.rpc.channel import PORT_NAME
+from nova_dmigrate.rpc.host_messages import HOST
+from nova_dmigrate.rpc.messages import AGENT
+from nova_dmigrate.virt.driver import DMigrateDriver
+from nova_dmigrate.virt.guest import NovaGuest
+from tests.functional import services
+
+VOLUME = cinder.CinderFixture.ISCSI_BACKED_VOL
+_CONFIGURATION = """
+[migration]
+agent_url = fake:
+agent_timeout = 1
+host_timeout = 1
+queue_time = 2
+min_mapped_share = 0
+history_directory = {directory}/history
+[host]
+state_directory = {directory}/state
+"""
+
+
+class MigrationTest(
+    libvirt_base.LibvirtMigrationMixin,
+    libvirt_base.ServersTestBase,
+    integrated_helpers.InstanceHelperMixin,
+):
+    """Servers on host ``src``, which migrate to ``dest``.
+
+    :ivar hosts: the stand-ins by name. :ivar calls: what libvirt was asked for, one each.
+    :ivar during: called while libvirt migrates; what it raises libvirt does.
+    :ivar downtimes: milliseconds that QEMU's limit was set to.
+    """
+
+    microversion = "2.84"
+    ADMIN_API = True
+    #: Extra specs of the servers' flavor.
+    EXTRA_SPECS: dict[str, str] = {"dmigrate:policy": "preferred"}
+    #: Hosts that have a service.
+    SERVICES = ("src", "dest")
+    AGENT = True
+
+    def setUp(self) -> None:
+        self.directory = Path(self.useFixture(fixtures.TempDir()).path)
+        file = self.directory / "nova-dmigrate.conf"
+        file.write_text(_CONFIGURATION.format(directory=self.directory))
+        super().setUp()
+        self.flags(config_file=[str(file)], group="dmigrate")
+        self.calls: list[dict[str, Any]] = []
+        self.downtimes: list[int] = []
+        self.aborted, self.paused = threading.Event(), threading.Event()
+        self.during: Any = lambda: None
+        self._fake_hypervisor()
+        self.hosts = {
+            name: services.Host(name, str(self.directory / "sockets")) for name in ("src", "dest")
+        }
+        for name in self.SERVICES:
+            self.useFixture(services.Served(name, self.hosts[name], HOST))
+        self.start_compute(hostname="src")
+        self.start_compute(hostname="dest")
+        self.src, self.dest = self.computes["src"], self.computes["dest"]
+
+    def _setup_compute_service(self) -> None:
+        self.flags(compute_driver=f"dmigrate.{DMigrateDriver.__name__}")
+
+    def _fake_hypervisor(self) -> None:
+        """What of libvirt and QEMU Nova's fake lacks."""
+        test = self
+
+        def describe(domain: Any, flags: int) -> str:
+            return test._described(domain, original_xml(domain, flags))
+
+        def parse(element: Any) -> dict[str, Any]:
+            disk = original_parse(element)
+            disk["serial"] = element.findtext("serial")
+            driver = element.find("driver")
+            disk["cache"] = None if driver is None else driver.get("cache")
+            return disk
+
+        def abort(domain: Any) -> None:
+            test.aborted.set()
+
+        def post_copy(domain: Any) -> None:
+            test.paused.set()
+
+        def limit(domain: Any, milliseconds: int, flags: int = 0) -> None:
+            test.downtimes.append(milliseconds)
+
+        original_xml = fakelibvirt.Domain.XMLDesc
+        original_parse = fakelibvirt._parse_disk_info
+        domain = "nova.tests.fixtures.libvirt.Domain."
+        for name, function in (
+            ("nova.tests.fixtures.libvirt._parse_disk_info", parse),
+            (domain + "XMLDesc", describe),
+            (domain + "abortJob", abort),
+            (domain + "migrateStartPostCopy", post_copy),
+            (domain + "migrateSetMaxDowntime", limit),
+        ):
+            self.useFixture(fixtures.MonkeyPatch(name, function))
+        self.with_port = False
+        # There is no QEMU whose monitor could be asked
+        self.useFixture(fixtures.MockPatchObject(NovaGuest, "memory_layout", lambda _: "mtree"))
+
+    def _described(self, domain: Any, text: str) -> str:
+        """The domain's XML with what the fake forgets of disks."""
+        tree = etree.fromstring(text)
+        known = {disk["target_dev"]: disk for disk in domain._def["devices"]["disks"]}
+        for element in tree.iterfind("devices/disk"):
+            disk = known[element.find("target").get("dev")]
+            if disk.get("serial"):
+                etree.SubElement(element, "serial").text = disk["serial"]
+            if disk.get("cache"):
+                element.find("driver").set("cache", disk["cache"])
+        if self.with_port:
+            channel = etree.SubElement(tree.find("devices"), "channel", type="unix")
+            etree.SubElement(channel, "source", mode="bind", path="/run/channel")
+            etree.SubElement(channel, "target", type="virtio", name=PORT_NAME)
+        return etree.tostring(tree, encoding="unicode")
+
+    def _migrate_stub(self, domain: Any, destination: str, params: Any, flags: int) -> None:
+        self.calls.append({"destination": destination, "flags": flags, **params})
+        domain._job_type = fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED
+        try:
+            self.during()
+        except BaseException:
+            domain._job_type = fakelibvirt.VIR_DOMAIN_JOB_NONE
+            raise
+        connection = self.dest.driver._host.get_connection()
+        connection.createXML(params["destination_xml"], "flags")
+        domain.complete_job()
+
+    # What tests do
+
+    def make_server(self, **more: Any) -> dict[str, Any]:
+        """A server on ``src`` with a volume, and its agent."""
+        flavor = self._create_flavor(extra_spec=self.EXTRA_SPECS or None)
+        server = self._create_server(flavor_id=flavor, host="src", networks="none", **more)
+        self._attach_volume(server, VOLUME)
+        if self.AGENT:
+            self.agent = services.Agent(VOLUME[:20])
+            self.useFixture(services.Served(server["id"], self.agent, AGENT))
+        self.server = server
+        return server
+
+    def migrate(self, server: dict[str, Any], to: str = "dest") -> None:
+        """Ask for it; it goes on by itself."""
+        body = {"os-migrateLive": {"host": to, "block_migration": "auto"}}
+        self.api.post_server_action(server["id"], body)
+
+    def host_of(self, server: dict[str, Any]) -> str:
+        host: str = self.api.get_server(server["id"])["OS-EXT-SRV-ATTR:host"]
+        return host
+
+    def event(self, server: dict[str, Any], name: str = "compute_dmigrate") -> dict[str, Any]:
+        """The event of that name in the server's last live migration; waited for."""
+        for _ in range(50):
+            for action in self.api.get_instance_actions(server["id"]):
+                path = f"/servers/{server['id']}/os-instance-actions/{action['request_id']}"
+                events = self.api.api_get(path).body["instanceAction"]["events"]
+                for event in events:
+                    if event["event"] == name and event["result"]:
+                        found: dict[str, Any] = event
+                        return found
+            time.sleep(0.1)
+        raise AssertionError(f"no event {name}")
+
+    def summaries(self) -> Any:
+        """The history, newest first."""
+        return History(self.directory / "history").list()
+
+    def libvirt_fails(self, message: str = "operation failed: the job has ended") -> None:
+        """What libvirt says of a migration that has failed."""
+        raise fakelibvirt.make_libvirtError(
+            fakelibvirt.libvirtError, message, error_code=fakelibvirt.VIR_ERR_INTERNAL_ERROR
+        )
+
+    @property
+    def orders(self) -> list[Any]:
+        """All orders of relays."""
+        return [order for host in self.hosts.values() for order in host.orders]

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Live migrations by Nova's API that go through the relays."""
+
+import json
+import threading
+import time
+from typing import Any
+
+from nova.tests.fixtures import libvirt as fakelibvirt
+
+from tests.functional import base, services
+
+MIB = 1 << 20
+POST_COPY = fakelibvirt.VIR_MIGRATE_POSTCOPY
+TLS = fakelibvirt.VIR_MIGRATE_TLS
+PARALLEL = getattr(fakelibvirt, "VIR_MIGRATE_PARALLEL", 0)
+
+
+class RelayedTest(base.MigrationTest):
+    def test_libvirt_migrates_to_the_source_relay_and_the_destination_reads_its_own_device(self):
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.assertEqual("dest", self.host_of(server))
+        (call,) = self.calls
+        destination, source = self.hosts["dest"].orders[0], self.hosts["src"].orders[0]
+        self.assertEqual(f"unix:{source.qemu_socket}", call["migrate_uri"])
+        self.assertEqual(destination.qemu_socket, source.qemu_socket)
+        self.assertEqual(destination.token, source.token)
+        self.assertEqual("qemu+tcp://dest/system", call["destination"])
+        self.assertEqual(0, call["bandwidth"])
+        (volume,) = destination.volumes
+        self.assertEqual(base.VOLUME[:20], volume.volume_id[:20])
+        self.assertEqual("/dev/sda", volume.location)
+        self.assertEqual(("dest", 49200), (source.host, source.port))
+        self.assertEqual(1, len(self.hosts["src"].maps))
+
+    def test_nothing_of_it_is_left(self):
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.event(server)
+        for host in self.hosts.values():
+            self.assertEqual([host.orders[0].session_id], host.closed)
+        self.assertEqual([], list((self.directory / "state/maps").iterdir()))
+        self.assertEqual({}, self.src.driver._relaying)
+
+    def test_the_action_the_history_and_a_notification_tell_how_it_went(self):
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        event = self.event(server)
+        self.assertEqual("Success", event["result"])
+        self.assertIn("through the relays", event["details"])
+        self.assertIn("300 MiB over the network", event["details"])
+        (summary,) = self.summaries()
+        self.assertEqual(("dmigrate", "completed"), (summary.mode, summary.state))
+        self.assertEqual(("src", "dest"), (summary.source, summary.destination))
+        self.assertEqual(600 * MIB, summary.volume_bytes)
+        told = [
+            each for each in self.notifier.notifications if each.event_type.startswith("dmigrate.")
+        ]
+        self.assertEqual(["dmigrate.migration.end"], [each.event_type for each in told])
+        self.assertEqual(summary.id, told[0].payload["id"])
+        json.dumps(told[0].payload)
+
+    def test_the_downtime_limit_is_held_back_until_the_bulk_is_resolved(self):
+        self.hosts_resolve(False)
+        self.flags(live_migration_downtime=400, group="libvirt")
+
+        def during() -> None:
+            self.wait_for(lambda: self.downtimes == [1])
+            time.sleep(1.5)  # in which Nova's monitor sets its first step
+            self.assertEqual([1], self.downtimes)
+            self.hosts_resolve(True)
+            self.wait_for(lambda: len(self.downtimes) > 1)
+
+        self.during = during
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.assertEqual([1, 40], self.downtimes)
+
+    def test_caps_of_nova_are_kept_by_the_relays(self):
+        self.flags(live_migration_bandwidth=50, group="libvirt")
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.assertEqual(0, self.calls[0]["bandwidth"])
+        self.assertEqual(50 * MIB, self.hosts["src"].orders[0].network_bandwidth)
+
+    def test_the_relays_go_over_novas_migration_network(self):
+        self.flags(live_migration_inbound_addr="192.0.2.7", group="libvirt")
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.assertEqual("192.0.2.7", self.hosts["src"].orders[0].host)
+        self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
+
+    def test_servers_migrate_at_the_same_time(self):
+        self.flags(max_concurrent_live_migrations=3)
+        gate = threading.Barrier(3, timeout=20)
+        self.during = gate.wait
+        servers = [self.make_server() for _ in range(3)]
+        for server in servers:
+            self.migrate(server)
+        for server in servers:
+            self._wait_for_migration_status(server, ["completed"])
+            self.assertEqual("dest", self.host_of(server))
+        self.assertEqual(3, len({call["migrate_uri"] for call in self.calls}))
+        self.assertEqual(3, len({order.token for order in self.hosts["src"].orders}))
+
+    def test_it_migrates_back(self):
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.event(server)
+        self.src, self.dest = self.dest, self.src
+        self._live_migrate(server, "completed", host="src")
+        self.assertEqual("src", self.host_of(server))
+        self.assertTrue(self.calls[1]["migrate_uri"].startswith("unix:"))
+
+    def hosts_resolve(self, value: bool) -> None:
+        self.hosts["src"].progress["bulk_resolved"] = value
+
+    def wait_for(self, condition: Any, seconds: float = 20) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.05)
+
+
+class EncryptedTest(base.MigrationTest):
+    def setUp(self):
+        # Read when a compute starts
+        self.flags(live_migration_with_native_tls=True, group="libvirt")
+        super().setUp()
+
+    def test_relays_encrypt_in_qemus_place(self):
+        for host in self.hosts.values():
+            host.hello_changes = {"tls": True}
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.assertEqual(0, self.calls[0]["flags"] & TLS)
+        self.assertEqual("dest", self.hosts["src"].orders[0].tls_peer_name)
+        self.assertEqual("src", self.hosts["dest"].orders[0].tls_peer_name)
+
+    def test_it_is_never_less_than_without_us(self):
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.assertNotEqual(0, self.calls[0]["flags"] & TLS)
+        self.assertNotIn("migrate_uri", self.calls[0])
+        self.assertEqual([], self.orders)
+        self.event(server)
+        self.assertEqual("native-tls", self.summaries()[0].fallback_reason)
+
+
+class SeveralConnectionsTest(base.MigrationTest):
+    def setUp(self):
+        self.flags(live_migration_parallel_connections=4, group="libvirt")
+        super().setUp()
+
+    def test_one_connection_is_what_a_relay_sees(self):
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.assertEqual(0, self.calls[0]["flags"] & PARALLEL)
+        self.assertNotIn("parallel.connections", self.calls[0])
+        self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
+
+
+class SteeredTest(base.MigrationTest):
+    """Migrations that operators intervene in."""
+
+    def force(self, server: Any, migration: Any) -> None:
+        self.wait_for_call()
+        path = f"/servers/{server['id']}/migrations/{migration['id']}/action"
+        self.api.api_post(path, {"force_complete": None})
+
+    def running(self, server: Any) -> Any:
+        return self._wait_for_migration_status(server, ["running"])
+
+    def wait_for_call(self) -> None:
+        end = time.monotonic() + 20
+        while not self.calls:
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.05)
+
+    def assert_closed(self) -> None:
+        for host in self.hosts.values():
+            ordered = {order.session_id for order in host.orders}
+            self.assertEqual(ordered, set(host.closed))
+
+
+class InterventionTest(SteeredTest):
+    def test_an_abort_ends_it_and_the_server_stays(self):
+        def during() -> None:
+            self.assertTrue(self.aborted.wait(20))
+            self.libvirt_fails("operation aborted: canceled by client")
+
+        self.during = during
+        server = self.make_server()
+        self.migrate(server)
+        migration = self.running(server)
+        self.api.api_delete(f"/servers/{server['id']}/migrations/{migration['id']}")
+        event = self.event(server)
+        self.assertEqual("Error", event["result"])
+        self.assertEqual("cancelled", self.summaries()[0].state)
+        self.assertEqual(1, len(self.calls))
+        self.assertEqual("src", self.host_of(server))
+        self.assert_closed()
+
+    def test_an_abort_before_libvirt_knows_of_it_ends_it_as_well(self):
+        self.hosts["dest"].state = "queued"
+        server = self.make_server()
+        self.migrate(server)
+        migration = self.running(server)
+        self.api.api_delete(f"/servers/{server['id']}/migrations/{migration['id']}")
+        self._wait_for_migration_status(server, ["cancelled"])
+        self._wait_for_state_change(server, "ACTIVE")
+        self.assertEqual([], self.calls)
+        self.event(server)
+        self.assertEqual("cancelled", self.summaries()[0].state)
+        self.assert_closed()
+
+    def test_force_complete_pauses_the_server(self):
+        def during() -> None:
+            domain = self.src.driver._host.get_connection().lookupByUUIDString(server["id"])
+            end = time.monotonic() + 20
+            while domain._state != fakelibvirt.VIR_DOMAIN_PAUSED:
+                self.assertLess(time.monotonic(), end)
+                time.sleep(0.05)
+
+        self.during = during
+        server = self.make_server()
+        self.migrate(server)
+        self.force(server, self.running(server))
+        self._wait_for_migration_status(server, ["completed"])
+        self.assertEqual("dest", self.host_of(server))
+
+
+class PostCopyTest(SteeredTest):
+    def setUp(self):
+        self.flags(live_migration_permit_post_copy=True, group="libvirt")
+        super().setUp()
+
+    def test_force_complete_switches_to_post_copy(self):
+        self.during = lambda: self.assertTrue(self.paused.wait(20))
+        server = self.make_server()
+        self.migrate(server)
+        self.force(server, self.running(server))
+        self._wait_for_migration_status(server, ["completed"])
+        self.assertNotEqual(0, self.calls[0]["flags"] & POST_COPY)
+        self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
+
+
+class FailureTest(base.MigrationTest):
+    """libvirt's migration fails."""
+
+    def test_a_failure_that_is_not_the_relays_is_one_of_novas(self):
+        self.during = self.libvirt_fails
+        server = self.make_server()
+        self.migrate(server)
+        event = self.event(server)
+        self.assertEqual("Error", event["result"])
+        self.assertIn("the job has ended", event["details"])
+        self.assertEqual(1, len(self.calls))
+        self.assertEqual("src", self.host_of(server))
+        self.assertEqual("failed", self.summaries()[0].state)
+
+    def test_a_relay_that_fails_has_it_done_once_more_in_the_ordinary_way(self):
+        def during() -> None:
+            if len(self.calls) == 1:
+                self.hosts["src"].state = "failed"
+                self.hosts["src"].message = "the other relay is gone"
+                time.sleep(1)  # in which that is noticed
+                self.libvirt_fails()
+
+        self.during = during
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.assertEqual("dest", self.host_of(server))
+        first, second = self.calls
+        self.assertTrue(first["migrate_uri"].startswith("unix:"))
+        self.assertNotIn("migrate_uri", second)
+        self.event(server)
+        (summary,) = self.summaries()
+        self.assertEqual(("ordinary", "completed"), (summary.mode, summary.state))
+        self.assertEqual("relay-failed", summary.fallback_reason)
+        self.assertIn("the other relay is gone", summary.fallback_message)
+
+    def test_the_map_that_fails_costs_nothing_but_its_use(self):
+        server = self.make_server()
+        self.agent.outcome = "failed"
+        self.hosts["src"].progress = dict(services.PROGRESS, map="none", mapped_pages=0)
+        self.during = lambda: time.sleep(1)
+        self._live_migrate(server, "completed", host="dest")
+        self.event(server)
+        (summary,) = self.summaries()
+        self.assertEqual("dmigrate", summary.mode)
+        self.assertEqual("agent-refused", summary.fallback_reason)

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who decides whether a server's live migrations go through the relays, and what then happens."""
+
+from typing import Any
+
+from nova.tests.functional.api import client
+
+from tests.functional import base
+
+IMAGE = "155d900f-4e14-4e4c-a73d-069cbf4541e6"
+
+
+class NobodySaysTest(base.MigrationTest):
+    EXTRA_SPECS: dict[str, str] = {}
+
+    def test_migrations_are_novas_own(self):
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.assertNotIn("migrate_uri", self.calls[0])
+        self.assertEqual([], self.orders)
+        self.assertEqual((), self.summaries())
+
+    def test_the_operators_default_counts(self):
+        self.flags(default_policy="preferred", group="dmigrate")
+        self.assert_relayed(self.make_server())
+
+    def test_the_image_counts(self):
+        image = dict(self.glance.show(None, IMAGE), id="a2459075-d96c-40d5-893e-577ff92e721c")
+        image["properties"] = {**image["properties"], "dmigrate_policy": "preferred"}
+        self.glance.create(None, image)
+        self.assert_relayed(self.make_server(image_uuid=image["id"]))
+
+    def test_metadata_count_if_the_operator_wants_so(self):
+        server = self.make_server()
+        self.api.api_post(
+            f"/servers/{server['id']}/metadata", {"metadata": {"dmigrate_policy": "preferred"}}
+        )
+        self._live_migrate(server, "completed", host="dest")
+        self.assertNotIn("migrate_uri", self.calls.pop())
+        self.flags(policy_from_metadata=True, group="dmigrate")
+        self.src, self.dest = self.dest, self.src
+        self._live_migrate(server, "completed", host="src")
+        self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
+
+    def test_what_is_no_policy_is_refused_before_anything_is_done(self):
+        self.flags(policy_from_metadata=True, group="dmigrate")
+        server = self.make_server()
+        self.api.api_post(
+            f"/servers/{server['id']}/metadata", {"metadata": {"dmigrate_policy": "perhaps"}}
+        )
+        self.migrate(server)
+        self._wait_for_migration_status(server, ["error"])
+        event = self.event(server, "compute_check_can_live_migrate_destination")
+        self.assertIn("'perhaps'", event["details"])
+        self.assertEqual([], self.calls)
+
+    def test_hosts_have_a_trait(self):
+        traits = self._get_provider_traits(self.compute_rp_uuids["src"])
+        self.assertIn("CUSTOM_DMIGRATE", traits)
+
+    def test_the_api_checks_the_extra_spec(self):
+        flavor = self._create_flavor()
+        path = f"/flavors/{flavor}/os-extra_specs"
+        self.admin_api.microversion = "2.86"
+        for value in ("disabled", "preferred", "required"):
+            self.admin_api.api_post(path, {"extra_specs": {"dmigrate:policy": value}})
+        for key, value in (("dmigrate:policy", "always"), ("dmigrate:polici", "required")):
+            error = self.assertRaises(
+                client.OpenStackApiException,
+                self.admin_api.api_post,
+                path,
+                {"extra_specs": {key: value}},
+            )
+            self.assertEqual(400, error.response.status_code)
+
+    def assert_relayed(self, server: Any) -> None:
+        self._live_migrate(server, "completed", host="dest")
+        self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
+
+
+class DisabledTest(base.MigrationTest):
+    EXTRA_SPECS = {"dmigrate:policy": "disabled"}
+
+    def test_the_flavor_comes_before_the_default(self):
+        self.flags(default_policy="required", group="dmigrate")
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.assertNotIn("migrate_uri", self.calls[0])
+        self.assertEqual([], self.orders)
+
+
+class RefusalTest(base.MigrationTest):
+    """Relays are required."""
+
+    EXTRA_SPECS = {"dmigrate:policy": "required"}
+
+    def assert_refused(self, why: str) -> None:
+        server = self.make_server()
+        self.migrate(server)
+        self._wait_for_migration_status(server, ["error"])
+        server = self._wait_for_state_change(server, "ACTIVE")
+        event = self.event(server, "compute_check_can_live_migrate_destination")
+        self.assertEqual("Error", event["result"])
+        self.assertIn("nova-dmigrate is required, but", event["details"])
+        self.assertIn(why, event["details"])
+        self.assertEqual([], self.calls)
+        self.assertEqual([], self.orders)
+
+
+class RequiredTest(RefusalTest):
+    def test_it_goes_through_the_relays_and_waits_for_the_map(self):
+        self.hosts["src"].progress["map"] = "offered"
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
+        self.assertEqual(1, len(self.hosts["src"].maps))
+
+    def test_what_is_known_only_then_fails_it_and_leaves_the_server_as_it_is(self):
+        self.hosts["dest"].state, self.hosts["dest"].message = "failed", "no memory"
+        server = self.make_server()
+        self.migrate(server)
+        self._wait_for_migration_status(server, ["failed"])
+        server = self._wait_for_state_change(server, "ACTIVE")
+        self.assertEqual("src", self.host_of(server))
+        self.assertEqual([], self.calls)
+        event = self.event(server)
+        self.assertEqual("Error", event["result"])
+        self.assertIn("required, but", event["details"])
+        self.assertIn("no memory", event["details"])
+
+    def test_without_a_map_it_is_not_migrated(self):
+        server = self.make_server()
+        self.agent.outcome = "failed"
+        self.migrate(server)
+        self._wait_for_migration_status(server, ["failed"])
+        self.assertEqual([], self.calls)
+        self.assertIn("no database server runs", self.event(server)["details"])
+
+    def test_a_source_that_cannot_refuses_before_anything_is_done(self):
+        self.hosts["src"].hello_changes = {"obstacle": "AppArmor"}
+        self.assert_refused("AppArmor")
+
+    def test_a_destination_that_cannot_refuses_before_anything_is_done(self):
+        self.hosts["dest"].hello_changes = {"draining": True}
+        self.assert_refused("the service of host dest is being shut down")
+
+
+class RequiredWithoutAgentTest(RefusalTest):
+    AGENT = False
+
+    def test_a_guest_without_an_agent_is_refused(self):
+        self.assert_refused("no answer in time")
+
+
+class RequiredWithoutServiceTest(RefusalTest):
+    SERVICES = ("src",)
+
+    def test_a_destination_without_a_host_service_is_refused(self):
+        self.assert_refused("Host dest")
