@@ -61,6 +61,7 @@ def settings_from(config: cfg.ConfigOpts) -> RelaySettings:
         connect_timeout=relay.connect_timeout,
         handshake_timeout=config.wire.handshake_timeout,
         stall_timeout=relay.stall_timeout,
+        idle_timeout=relay.idle_timeout,
         network_bandwidth=relay.network_bandwidth * _MIB,
         volume_queue_depth=volume.queue_depth,
         volume_read_size=volume.read_size * _KIB,

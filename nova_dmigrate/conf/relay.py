@@ -163,6 +163,19 @@ Relays that have nothing to say send each other keepalives, so only a broken
 network or a dead process is silent.
 """,
     ),
+    cfg.IntOpt(
+        "idle_timeout",
+        default=900,
+        min=1,
+        max=86400,
+        help="""
+Seconds for which a relay waits for QEMU's stream before it ends by itself.
+
+Usually whoever has started a relay ends it, and if not, the host service does.
+This is for relays that nobody knows any more. It has to be longer than
+``[migration]prepare_time`` and ``map_time`` together.
+""",
+    ),
 ]
 
 FILES = [

@@ -50,6 +50,15 @@ class Record:
     host: str | None = None
     port: int | None = None
 
+    @classmethod
+    def parse(cls, data: dict[str, Any]) -> "Record":
+        """What an earlier service has noted. A later version's has noted more, perhaps.
+
+        :raises TypeError: something is missing.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in known})
+
     @property
     def identity(self) -> Identity | None:
         """Who the relay is, None before it was started."""
@@ -117,8 +126,8 @@ class Store:
         records = []
         for path in self._sessions.glob(f"*{_SUFFIX}"):
             try:
-                record = Record(**json.loads(path.read_bytes()))
-            except (OSError, ValueError, TypeError) as error:
+                record = Record.parse(json.loads(path.read_bytes()))
+            except (OSError, ValueError, TypeError, AttributeError) as error:
                 LOG.warning("%s is not understood, and removed: %s", path, error)
                 path.unlink(missing_ok=True)
                 continue

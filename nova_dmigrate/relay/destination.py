@@ -120,6 +120,7 @@ class DestinationRelay:
         self._sampler.start()
         self._life.start("accept", self._accept_source)
         self._life.start("core", self._run_core)
+        self._life.limit_waiting(self._settings.idle_timeout)
         return self._finish(*self._life.outcome())
 
     def cancel(self) -> bool:
@@ -218,6 +219,7 @@ class DestinationRelay:
         self._outlet.send(buffers)
 
     def _dial(self) -> None:
+        self._life.begin()
         self._outlet.dial()
         # Once more, because a failure may have come before there was a socket to break.
         self._life.on_failure(self._outlet.abort)

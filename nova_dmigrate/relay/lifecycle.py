@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The threads of one relay: they run together, and the first failure of one ends them all."""
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +33,7 @@ class Lifecycle:
         self._closers: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._begun = threading.Event()
         self.kept = False
         self.failure: exception.DMigrateError | None = None
 
@@ -133,6 +135,21 @@ class Lifecycle:
         """Let nobody cancel from now on. Failures are failures all the same."""
         with self._lock:
             self.kept = self.failure is None
+
+    def limit_waiting(self, seconds: float) -> None:
+        """Fail unless `begin` is called within that time."""
+        self.on_failure(self._begun.set)
+        self.start("patience", functools.partial(self._wait_for_begin, seconds))
+
+    def begin(self) -> None:
+        """What was waited for has begun."""
+        self._begun.set()
+
+    def _wait_for_begin(self, seconds: float) -> None:
+        if not self._begun.wait(seconds):
+            raise exception.QemuError(
+                instance=self._instance, reason=f"QEMU has not begun within {seconds:g} s"
+            )
 
     def _guarded(self, target: Callable[[], None]) -> None:
         try:

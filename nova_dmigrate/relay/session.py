@@ -34,6 +34,7 @@ class RelaySettings:
     connect_timeout: float = 10.0
     handshake_timeout: float = 5.0
     stall_timeout: float = 30.0
+    idle_timeout: float = 900.0
     network_bandwidth: float = 0.0
     volume_queue_depth: int = 8
     volume_read_size: int = _MIB

@@ -196,6 +196,7 @@ class SourceRelay:
             self._outbox.direct = functools.partial(self._send_parcel, self._wire.data[0])
         self._life.start("answers", self._receive_answers)
         self._life.start("stream", self._relay_stream)
+        self._life.limit_waiting(self._settings.idle_timeout)
         return self._finish(*self._life.outcome())
 
     def cancel(self) -> bool:
@@ -218,6 +219,7 @@ class SourceRelay:
     def _relay_stream(self) -> None:
         assert self._listener is not None
         self._qemu = self._listener.accept()
+        self._life.begin()
         self._life.start("watch", self._listener.watch)
         self._stages.enter("setup")
         self._intake = Intake(self._qemu, self._pool, self._parser, self._session.instance)

@@ -2,6 +2,7 @@
 """What a service knows of its predecessor."""
 
 import dataclasses
+import json
 import os
 import stat
 import sys
@@ -51,6 +52,13 @@ class StoreTest(base.TestCase):
         self.store.save(RECORD)
         self.assertEqual([RECORD], self.store.load())
         self.assertEqual({"s.json", "s.events"}, {path.name for path in sessions.iterdir()})
+
+    def test_what_a_later_version_has_noted_beside_is_ignored(self) -> None:
+        self.store.save(RECORD)
+        (path,) = (self.directory / "state" / "sessions").iterdir()
+        path.write_text(json.dumps({**json.loads(path.read_text()), "later": 1}))
+        self.assertEqual([RECORD], self.store.load())
+        self.assertTrue(path.exists())
 
     def test_one_service_has_them_at_a_time(self) -> None:
         self.assertRaises(exception.ConfigurationError, self.make)

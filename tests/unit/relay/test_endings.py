@@ -263,6 +263,58 @@ def advised(stream: bytes) -> bytes:
     return stream[:begin] + command + stream[begin:]
 
 
+class TestIdle(EndingTestCase):
+    """A QEMU that never comes."""
+
+    def idle(self, **settings: RelaySettings) -> Pair:
+        pair = self.ending(**settings)
+        pair.prepare()
+        threads = [
+            threading.Thread(target=target, daemon=True)
+            for target in (pair._run_source, pair._run_destination)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(HANGS)
+        pair.recorder.close()
+        self.assert_states(pair, "failed", pair.destination_summary["state"])
+        return pair
+
+    def test_the_source_ends_by_itself_and_the_destination_with_it(self) -> None:
+        pair = self.idle(source_settings=RelaySettings(idle_timeout=0.1))
+        self.assertIn("QEMU has not begun within 0.1 s", pair.source_summary["reason"])
+        self.assertEqual("cancelled", pair.destination_summary["state"])
+
+    def test_the_destination_ends_by_itself_and_the_source_with_it(self) -> None:
+        pair = self.idle(destination_settings=RelaySettings(idle_timeout=0.1))
+        self.assertIn("QEMU has not begun within 0.1 s", pair.destination_summary["reason"])
+
+    def test_a_destination_without_a_source_ends_by_itself(self) -> None:
+        pair = self.ending(
+            source_token=bytes(32), destination_settings=RelaySettings(idle_timeout=0.1)
+        )
+        self.assertRaises(exception.AuthenticationError, pair.prepare)
+        pair._run_destination()
+        pair.recorder.close()
+        self.assertIn("QEMU has not begun", pair.destination_summary["reason"])
+
+    def test_who_has_begun_has_all_the_time(self) -> None:
+        settings = RelaySettings(idle_timeout=0.5)
+        guest = FakeGuest(3, ram_pages=PAGES)
+        pair = self.pair(guest, source_settings=settings, destination_settings=settings)
+        (stream,) = pair.chunks
+
+        def send(qemu: socket.socket) -> None:
+            qemu.sendall(stream[: len(stream) // 2])
+            threading.Event().wait(1.0)
+            qemu.sendall(stream[len(stream) // 2 :])
+
+        pair.sender = send
+        pair.run()
+        self.assert_exact(guest, pair)
+
+
 class TestAnywhere(EndingTestCase):
     """The same at random places of the stream, and before them as well as behind them."""
 
