@@ -23,7 +23,8 @@ from oslo_log import log
 from nova_dmigrate import conf, exception, version
 from nova_dmigrate.host.capacity import Limits, Rates, shortage
 from nova_dmigrate.host.service import HostService, ServiceSettings
-from nova_dmigrate.host.sessions import Sessions, SessionSettings
+from nova_dmigrate.host.session import SessionSettings
+from nova_dmigrate.host.sessions import Sessions
 from nova_dmigrate.host.store import Store
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 from nova_dmigrate.rpc.host_messages import HOST
@@ -86,6 +87,7 @@ def service_settings_from(config: cfg.ConfigOpts, name: str) -> ServiceSettings:
         tls=config.wire.tls,
         max_relays=host.max_relays,
         volume_directories=tuple(host.volume_directories),
+        map_directories=tuple(host.map_directories) or (f"{host.state_directory}/maps",),
         channel_directories=tuple(host.channel_directories),
     )
 
