@@ -114,13 +114,25 @@ Relays that still run then go on without it, and its successor takes them over.
 PERMISSIONS = [
     cfg.ListOpt(
         "volume_directories",
-        default=[],
+        default=["/dev/*", "/dev/*/*", "/dev/disk/*/*", "/var/lib/nova", "/var/lib/libvirt/images"],
         help="""
 Where volumes may lie that relays read: directories for files, and paths of block
-devices, in which ``*`` stands for any text, as in ``/dev/mapper/vg-volume*``.
+devices, in which ``*`` stands for any text but ``/``, as in
+``/dev/mapper/vg-volume*``.
 
-Empty allows whatever the relays may open. A relay is told only of the volumes
-of its instance in any case; this list holds even if whoever migrates is wrong.
+A relay is told only of the volumes of its instance in any case; this list holds
+even if whoever migrates is wrong. The default allows all block devices, and
+files where Nova and libvirt have them: name the devices of volumes where
+they can be told from the host's own. Empty allows whatever the relays may open.
+""",
+    ),
+    cfg.ListOpt(
+        "map_directories",
+        default=[],
+        help="""
+Directories below which the buffer maps and memory layouts lie that relays
+read. Empty stands for ``maps`` in ``state_directory``, where whoever migrates with
+this configuration puts them.
 """,
     ),
     cfg.ListOpt(

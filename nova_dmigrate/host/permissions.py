@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of this host a requester may have opened: volumes, sockets of QEMU, ports of guests."""
+"""What of this host a requester may have opened: volumes, maps, sockets and ports of guests."""
 
 import fnmatch
 import os
@@ -22,6 +22,20 @@ def volume_location(location: str, allowed: Sequence[str]) -> str:
     ):
         raise exception.RequestRefused(
             reason=f"volumes at {location} are not read on this host", code="volume-not-allowed"
+        )
+    return real
+
+
+def map_file(path: str, allowed: Sequence[str]) -> str:
+    """Where a buffer map, or a memory layout, really lies, if it may be read.
+
+    :param allowed: directories.
+    :raises RequestRefused: it may not.
+    """
+    real = os.path.realpath(path)
+    if not any(_is_below(real, entry) for entry in allowed):
+        raise exception.RequestRefused(
+            reason=f"{path} is not where this host has its buffer maps", code="map-not-allowed"
         )
     return real
 

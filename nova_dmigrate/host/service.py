@@ -53,6 +53,7 @@ class ServiceSettings:
     tls: bool
     max_relays: int
     volume_directories: Sequence[str] = ()
+    map_directories: Sequence[str] = ()
     channel_directories: Sequence[str] = ()
 
 
@@ -105,9 +106,9 @@ class HostService:
     def open_source(self, order: OpenSource) -> SessionState:
         description: dict[str, Any] = {"host": order.host, "port": order.port}
         if order.buffer_map is not None:
-            description["buffer_map"] = order.buffer_map
+            description["buffer_map"] = self._map_file(order.buffer_map)
         if order.memory_layout is not None:
-            description["memory_layout"] = order.memory_layout
+            description["memory_layout"] = self._map_file(order.memory_layout)
         return self._open("source", order, description)
 
     def session(self, arguments: SessionReference) -> SessionState:
@@ -118,7 +119,9 @@ class HostService:
 
     def use_map(self, arguments: UseMap) -> SessionState:
         return self._sessions.use_map(
-            arguments.session_id, arguments.buffer_map, arguments.memory_layout
+            arguments.session_id,
+            self._map_file(arguments.buffer_map),
+            self._map_file(arguments.memory_layout),
         )
 
     def close(self, arguments: SessionReference) -> SessionState:
@@ -142,6 +145,9 @@ class HostService:
 
     def agent(self, request: AgentRequest) -> AgentAnswer:
         return self._agents.ask(request)
+
+    def _map_file(self, path: str) -> str:
+        return permissions.map_file(path, self._settings.map_directories)
 
     def _open(self, role: str, order: Order, description: dict[str, Any]) -> SessionState:
         directory = permissions.socket_directory(order.qemu_socket, self._store.sockets)

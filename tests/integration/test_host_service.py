@@ -365,6 +365,7 @@ class PermissionsTest(Hosts):
         return {
             "host__max_lease": 5,
             "host__volume_directories": f"{cls.place}/volumes,{cls.place}/vol-*,/dev/loop*",
+            "host__map_directories": f"{cls.place}/maps",
             "host__channel_directories": f"{cls.place}/ports",
         }
 
@@ -415,6 +416,32 @@ class PermissionsTest(Hosts):
                 volumes=(host_messages.Volume("v", "tape", "/dev/st0"),),
             ),
         )
+
+    def test_only_maps_in_the_allowed_place_are_read(self) -> None:
+        maps, outside = self.place / "maps", self.place / "outside.map"
+        maps.mkdir()
+        self.addCleanup(shutil.rmtree, maps)
+        outside.write_bytes(bytes(MIB))
+        (maps / "link").symlink_to(outside)
+        good, wrong = maps / "map", (outside, maps / "link", self.place / "maps-2")
+        pair = self.pair()
+        pair.open_destination()
+        pair.destination.wait("running")
+        for path in wrong:
+            for saved in (relays.SavedMap(path, good), relays.SavedMap(good, path)):
+                pair.saved = saved
+                self.assert_refused("map-not-allowed", pair.open_source)
+        pair.saved = None
+        pair.open_source()
+        pair.source.wait("running")
+        use_map = pair.source.client.use_map
+        for path in wrong:
+            for files in ((path, good), (good, path)):
+                self.assert_refused(
+                    "map-not-allowed", use_map, pair.order.session_id, *map(str, files)
+                )
+        use_map(pair.order.session_id, str(good), str(good))
+        wait_until(lambda: (pair.source.progress() or {})["map"] == "refused", "it was looked for")
 
     def test_an_agent_is_asked_through_the_service(self) -> None:
         ports = self.place / "ports"

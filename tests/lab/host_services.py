@@ -64,6 +64,9 @@ class HostService:
             "host__name": self.name,
             "host__state_directory": self.state,
             "host__socket_directory": self.sockets,
+            # Each test has its files elsewhere
+            "host__volume_directories": "/",
+            "host__map_directories": "/",
             **options,
         }
         groups: dict[str, list[str]] = {}

@@ -202,6 +202,8 @@ name = {host.name}
 socket_directory = {_SOCKETS}
 state_directory = {_STATE}
 channel_directories = {GUESTS}
+volume_directories = /
+map_directories = {self._directory}/maps
 drain_timeout = 1
 [relay]
 compression = {self._compression}

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nova_dmigrate import exception
+from nova_dmigrate.conf import host
 from nova_dmigrate.host import permissions
 from tests import base
+from tests.unit.volumes.loop import LoopDevice
 
 
 class PermissionsTest(base.TestCase):
@@ -59,6 +61,36 @@ class PermissionsTest(base.TestCase):
             "volume-not-allowed", permissions.volume_location, str(self.here / "x"), ("/*",)
         )
 
+    def test_by_default_volumes_are_devices_and_files_of_nova_and_libvirt(self) -> None:
+        (entries,) = (
+            each.default for each in host.PERMISSIONS if each.name == "volume_directories"
+        )
+        device = self.useFixture(LoopDevice(self._file(self.here / "disk"))).path
+        (self.here / "link").symlink_to(device)
+        files = ("/var/lib/nova/instances/i/disk", "/var/lib/nova/mnt/h/volume-1")
+        for path in (device, *files):
+            self.assertEqual(path, permissions.volume_location(path, entries))
+        for path in (
+            self.here / "disk",
+            self.here / "link",
+            "/etc/shadow",
+            "/dev/zero",
+            "/dev/shm",
+        ):
+            self.assert_refused(
+                "volume-not-allowed", permissions.volume_location, str(path), entries
+            )
+
+    def test_maps_lie_in_their_directories(self) -> None:
+        entries = (str(self.allowed),)
+        self.assertEqual(
+            f"{self.allowed}/m.map", permissions.map_file(f"{self.allowed}/m.map", entries)
+        )
+        (self.allowed / "link").symlink_to(self.here / "outside")
+        for path in (self.here / "outside", self.allowed / "link", f"{self.allowed}-2/m.map"):
+            self.assert_refused("map-not-allowed", permissions.map_file, str(path), entries)
+            self.assert_refused("map-not-allowed", permissions.map_file, str(path), ())
+
     def test_sockets_are_in_the_hosts_directory_or_one_of_their_own(self) -> None:
         self.assertIsNone(permissions.socket_directory(f"{self.here}/q", self.here))
         found = permissions.socket_directory(f"{self.here}/new/q", self.here)
@@ -79,6 +111,10 @@ class PermissionsTest(base.TestCase):
         self.assert_refused(
             "agent-unreachable", permissions.channel, str(self.allowed / "gone"), entries
         )
+
+    def _file(self, path: Path) -> Path:
+        path.write_bytes(bytes(1 << 20))
+        return path
 
     def _listen(self, path: Path) -> socket.socket:
         listener = socket.socket(socket.AF_UNIX)
