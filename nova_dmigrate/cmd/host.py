@@ -88,7 +88,6 @@ def service_settings_from(config: cfg.ConfigOpts, name: str) -> ServiceSettings:
         max_relays=host.max_relays,
         volume_directories=tuple(host.volume_directories),
         map_directories=tuple(host.map_directories) or (f"{host.state_directory}/maps",),
-        map_directories=tuple(host.map_directories) or (f"{host.state_directory}/maps",),
         channel_directories=tuple(host.channel_directories),
     )
 
