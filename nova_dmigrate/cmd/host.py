@@ -26,6 +26,7 @@ from nova_dmigrate.host.service import HostService, ServiceSettings
 from nova_dmigrate.host.session import SessionSettings
 from nova_dmigrate.host.sessions import Sessions
 from nova_dmigrate.host.store import Store
+from nova_dmigrate.retention import Retention
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 from nova_dmigrate.rpc.host_messages import HOST
 
@@ -73,7 +74,7 @@ def session_settings_from(config: cfg.ConfigOpts, name: str) -> SessionSettings:
         address=name,
         queue_timeout=host.queue_timeout,
         max_lease=host.max_lease,
-        summary_days=host.summary_days,
+        summaries=Retention(count=host.summary_count, days=host.summary_days),
         owner=_owner(host.qemu_user, host.qemu_group),
     )
 

@@ -187,6 +187,16 @@ libvirt has source and destination use the same path.
 Days for which summaries of migrations are kept.
 """,
     ),
+    cfg.IntOpt(
+        "summary_count",
+        default=1000,
+        min=0,
+        max=1000000,
+        help="""
+How many summaries of migrations are kept at most, the newest ones. 0 means no
+limit but that of ``summary_days``.
+""",
+    ),
 ]
 
 OPTIONS: list[cfg.Opt] = [*IDENTITY, *LIMITS, *PERMISSIONS, *FILES]

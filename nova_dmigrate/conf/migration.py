@@ -149,6 +149,25 @@ switchover.
 Where the summary of each migration is kept.
 """,
     ),
+    cfg.IntOpt(
+        "history_days",
+        default=365,
+        min=0,
+        max=36500,
+        help="""
+Days for which it is kept there. 0 keeps it for ever. What is older is removed
+when a migration is added.
+""",
+    ),
+    cfg.IntOpt(
+        "history_count",
+        default=1000,
+        min=0,
+        max=1000000,
+        help="""
+How many summaries are kept there at most, the newest ones. 0 means no limit.
+""",
+    ),
 ]
 
 OPTIONS: list[cfg.Opt] = [*AGENT, *HOSTS, *LIBVIRT]

@@ -17,6 +17,7 @@ from nova_dmigrate.host.capacity import Claim, Limits, Rates
 from nova_dmigrate.host.qemu_files import QemuFiles
 from nova_dmigrate.host.relays import Identity, RelayProcess, Report, read_events, read_summary
 from nova_dmigrate.host.store import Record, Store
+from nova_dmigrate.retention import Retention
 from nova_dmigrate.rpc.host_messages import FINAL, MAX_PROGRESS, SessionState
 from nova_dmigrate.stream.format import POSTCOPY_STARTED
 
@@ -37,7 +38,7 @@ _IDLE_STAGES = ("preparing", "waiting", "connected")
 
 @dataclass(frozen=True)
 class SessionSettings:
-    """Seconds, days.
+    """Seconds.
 
     :ivar command: what starts a relay.
     :ivar address: where others reach a relay that listens everywhere.
@@ -49,7 +50,7 @@ class SessionSettings:
     address: str
     queue_timeout: float = 300.0
     max_lease: float = 60.0
-    summary_days: float = 30.0
+    summaries: Retention = Retention(count=1000, days=30)
     owner: tuple[int, int] = (-1, -1)
 
 

@@ -36,6 +36,7 @@ class Sessions:
         self._qemu_files = QemuFiles(settings.owner)
         self._bandwidth = Bandwidth(settings.limits, self._lock)
         self._draining = False
+        self._prune_at = time.monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sessions", daemon=True)
 
@@ -177,13 +178,12 @@ class Sessions:
     # Looking after them
 
     def _run(self) -> None:
-        pruned = float("-inf")
         while not self._stopped.wait(_TICK):
             try:
                 self._tick()
-                if time.monotonic() > pruned + _PRUNE_INTERVAL:
-                    pruned = time.monotonic()
-                    self._store.prune(self._settings.summary_days)
+                if time.monotonic() >= self._prune_at:
+                    self._prune_at = time.monotonic() + _PRUNE_INTERVAL
+                    self._store.prune(self._settings.summaries)
             except Exception:
                 LOG.exception("Unexpected error while looking after the sessions")
 
@@ -207,6 +207,8 @@ class Sessions:
         if not session.active:
             self._sessions.pop(session.record.session_id, None)
             session.remove()
+            # There is one more summary now
+            self._prune_at = time.monotonic()
 
     # By identifier
 

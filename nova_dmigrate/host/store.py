@@ -1,23 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a host's service has started, on disk: one file a session, readable for the service only."""
 
-import contextlib
 import dataclasses
 import fcntl
 import json
 import logging
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 from nova_dmigrate import exception
 from nova_dmigrate.host.relays import Identity, RelayFiles
+from nova_dmigrate.retention import Retention
 
 LOG = logging.getLogger(__name__)
 
 _SUFFIX = ".json"
-_DAY = 24 * 3600.0
 
 
 @dataclasses.dataclass
@@ -138,13 +136,9 @@ class Store:
                 path.unlink(missing_ok=True)
         return sorted(records, key=lambda record: record.created)
 
-    def prune(self, days: float) -> None:
-        """Remove summaries that are older."""
-        oldest = time.time() - days * _DAY
-        for path in self._summaries.iterdir():
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < oldest:
-                    path.unlink()
+    def prune(self, kept: Retention) -> None:
+        """Remove summaries that are not kept any more."""
+        kept.prune(self._summaries.iterdir())
 
     def _path(self, session_id: str) -> Path:
         return self._sessions / f"{session_id}{_SUFFIX}"

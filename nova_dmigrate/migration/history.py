@@ -12,20 +12,29 @@ import os
 import secrets
 from pathlib import Path
 
+from oslo_config import cfg
+
 from nova_dmigrate import exception
 from nova_dmigrate.migration.summary import MigrationSummary, is_id
+from nova_dmigrate.retention import Retention
 
 LOG = logging.getLogger(__name__)
 
 #: Some ten times what the longest series of two relays take.
 _MAX_FILE = 256 << 20
+#: What a writer that was killed has left is not another one's that is just writing.
+_PARTIAL = Retention(days=1)
 
 
 class History:
-    """The summaries in ``directory``, which is made when the first one comes."""
+    """The summaries in ``directory``, which is made when the first one comes.
 
-    def __init__(self, directory: Path) -> None:
+    :param kept: how many, and for how long; the others go when one is added.
+    """
+
+    def __init__(self, directory: Path, kept: Retention | None = None) -> None:
         self._directory = directory
+        self._kept = kept or Retention()
 
     def add(self, summary: MigrationSummary) -> Path:
         """Keep a summary; returns its file.
@@ -51,6 +60,8 @@ class History:
             raise _error(f"{self._directory} already has a migration {summary.id}") from error
         except (OSError, TypeError, ValueError) as error:
             raise _error(f"{path} cannot be written: {error}") from error
+        self._kept.prune(map(self._path, self._ids()), newest=path)
+        _PARTIAL.prune(self._directory.glob(".*.partial"))
         return path
 
     def list(self, limit: int | None = None) -> tuple[MigrationSummary, ...]:
@@ -117,11 +128,18 @@ class History:
                 os.close(descriptor)
 
 
-def keep(summary: MigrationSummary, directory: str) -> None:
+def history_of(config: cfg.ConfigOpts) -> History:
+    """The history of the host that has this configuration."""
+    options = config.migration
+    kept = Retention(count=options.history_count, days=options.history_days)
+    return History(Path(options.history_directory), kept)
+
+
+def keep(summary: MigrationSummary, config: cfg.ConfigOpts) -> None:
     """Note a migration that has ended. That it cannot be noted is in the log: it has ended all the
     same."""
     try:
-        History(Path(directory)).add(summary)
+        history_of(config).add(summary)
     except (OSError, exception.DMigrateError) as error:
         LOG.error("The migration is not in the history: %s", error)
 

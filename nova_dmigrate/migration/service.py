@@ -56,7 +56,7 @@ def migrate(
             on_progress,
             threading.Event() if cancelled is None else cancelled,
         ).run()
-    history.keep(summary, config.migration.history_directory)
+    history.keep(summary, config)
     return summary
 
 

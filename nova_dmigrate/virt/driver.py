@@ -195,9 +195,7 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
     def _tell(self, context: Any, host: str, summary: Any) -> None:
         from nova_dmigrate.virt import report
 
-        config = self._config
-        directory = None if config is None else config.migration.history_directory
-        report.tell(context, host, directory, summary)
+        report.tell(context, host, self._config, summary)
 
     def live_migration_abort(self, instance: Any) -> None:
         """Abort; libvirt knows nothing yet of a migration that is being prepared."""

@@ -8,6 +8,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from nova import objects, rpc, utils
+from oslo_config import cfg
 
 from nova_dmigrate.migration import history
 from nova_dmigrate.migration.summary import COMPLETED, MigrationSummary
@@ -21,16 +22,16 @@ NOTIFICATION = "dmigrate.migration.end"
 _DETAILS = 255
 
 
-def tell(context: Any, host: str, history_directory: str | None, summary: MigrationSummary) -> None:
+def tell(context: Any, host: str, config: cfg.ConfigOpts | None, summary: MigrationSummary) -> None:
     """Tell all who may want to know. What of it fails is in the log; the migration is over.
 
     :param host: the host that tells it.
-    :param history_directory: None if that is not known.
+    :param config: nova-dmigrate's own; None if there is none.
     """
     level = logging.INFO if summary.state == COMPLETED else logging.ERROR
     LOG.log(level, "Instance %s: %s", summary.instance, summary.sentence())
-    if history_directory is not None:
-        history.keep(summary, history_directory)
+    if config is not None:
+        history.keep(summary, config)
     try:
         _note_event(context, host, summary)
     except Exception as error:  # noqa: BLE001 - the action may be gone, or the conductor

@@ -218,6 +218,17 @@ class SessionsTest(Hosts):
             self.assert_refused("unknown-session", relay.renew)
         self.assert_nothing_left()
 
+    def test_a_host_keeps_only_so_many_summaries(self) -> None:
+        self.restart(self.one, host__summary_count=2)
+        self.addCleanup(self.restart, self.one)
+        for _ in range(3):
+            pair = self.pair().open()
+            pair.close_sessions()
+            newest = pair.order.session_id
+        summaries = self.one.state / "summaries"
+        wait_until(lambda: len(list(summaries.iterdir())) == 2, "the oldest summary is removed")
+        self.assertTrue((summaries / f"{newest}.json").is_file())
+
     def test_the_host_tells_of_itself(self) -> None:
         state = self.client_of(self.one).hello()
         self.assertEqual(("one", "127.0.0.1"), (state.host, state.migration_address))

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from cliff.command import Command
-from oslo_config import cfg
 
 from nova_dmigrate.cmd.cli.base import CommandLine
 from nova_dmigrate.cmd.cli.display import (
@@ -17,7 +16,7 @@ from nova_dmigrate.cmd.cli.display import (
     CheckedShowOne,
     cells,
 )
-from nova_dmigrate.migration import history
+from nova_dmigrate.migration.history import history_of
 from nova_dmigrate.report.history import write_history_report
 
 
@@ -40,7 +39,7 @@ class History(CheckedLister):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Sequence[str], Sequence[Any]]:
         """The newest summaries."""
-        summaries = _history(self.app.configuration()).list(parsed_args.limit)
+        summaries = history_of(self.app.configuration()).list(parsed_args.limit)
         return HISTORY_COLUMNS, [cells(each, HISTORY_COLUMNS) for each in summaries]
 
 
@@ -57,7 +56,7 @@ class Show(CheckedShowOne):
 
     def take_action(self, parsed_args: argparse.Namespace) -> tuple[Sequence[str], Sequence[Any]]:
         """The summary."""
-        summary = _history(self.app.configuration()).get(parsed_args.id)
+        summary = history_of(self.app.configuration()).get(parsed_args.id)
         return SUMMARY_COLUMNS, cells(summary, SUMMARY_COLUMNS)
 
 
@@ -83,15 +82,11 @@ class Report(Command):
 
     def take_action(self, parsed_args: argparse.Namespace) -> None:
         """Write it, and tell where."""
-        past = _history(self.app.configuration())
+        past = history_of(self.app.configuration())
         summaries = [past.get(each) for each in parsed_args.ids]
         path = parsed_args.output or Path(f"{parsed_args.ids[0]}.html")
         write_history_report(summaries, path)
         print(path, file=self.app.stdout)
-
-
-def _history(config: cfg.ConfigOpts) -> history.History:
-    return history.History(Path(config.migration.history_directory))
 
 
 def _count(text: str) -> int:

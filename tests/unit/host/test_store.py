@@ -12,6 +12,7 @@ from pathlib import Path
 from nova_dmigrate import exception
 from nova_dmigrate.host.relays import Identity, RelayFiles, RelayProcess, read_events, read_summary
 from nova_dmigrate.host.store import Record, Store
+from nova_dmigrate.retention import Retention
 from tests import base
 
 LONG = 60.0
@@ -75,7 +76,7 @@ class StoreTest(base.TestCase):
         for path in (old, fresh):
             path.write_text("{}")
         os.utime(old, (time.time() - 3 * 86400,) * 2)
-        self.store.prune(days=2)
+        self.store.prune(Retention(days=2))
         self.assertEqual((False, True), (old.exists(), fresh.exists()))
 
 

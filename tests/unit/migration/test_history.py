@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 from nova_dmigrate import exception
 from nova_dmigrate.migration.history import History
 from nova_dmigrate.migration.summary import new_id
+from nova_dmigrate.retention import Retention
 from tests import base
 from tests.unit.migration.summaries import ORDINARY, RELAYED, series
 
@@ -113,6 +115,25 @@ class HistoryTest(base.TestCase):
             self.assertIn(identifier, self.log.output)
             self.assertIn(identifier, self.refusal(identifier))
         self.assertNotIn("notes.json", self.log.output)
+
+    def test_only_the_newest_are_kept(self) -> None:
+        history = History(self.directory, Retention(count=3))
+        added = [dataclasses.replace(RELAYED, id=f"20261125-17030{n}-abcdef") for n in range(6)]
+        for number, summary in enumerate(added):
+            os.utime(history.add(summary), (number, number))
+        self.assertEqual(tuple(reversed(added[-3:])), history.list())
+        self.assertEqual(3, len(os.listdir(self.directory)))
+
+    def test_old_ones_go_when_another_one_comes(self) -> None:
+        old = self.history.add(RELAYED)
+        killed = self.directory / f".{RELAYED.id}.0123abcd.partial"
+        killed.touch()
+        other = self.directory / "notes.json"
+        other.write_text("not ours")
+        for path in (old, killed, other):
+            os.utime(path, (time.time() - 3 * 86400,) * 2)
+        new = History(self.directory, Retention(days=2)).add(ORDINARY)
+        self.assertEqual({new.name, other.name}, set(os.listdir(self.directory)))
 
     def test_several_writers_lose_nothing_and_a_reader_sees_whole_files_only(self) -> None:
         writers = [self.writer(20, 20) for _ in range(3)]
