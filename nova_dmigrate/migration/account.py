@@ -36,6 +36,11 @@ class Account:
         self.phases = Phases()
         self.relay_failure: str | None = None
 
+    @property
+    def nothing_sent(self) -> bool:
+        """Whether the source's QEMU has sent its relay nothing, as far as that has told."""
+        return bool(self._relays.get("source", {}).get("guest_bytes") == 0)
+
     def note_map(self, relayed: RelayedMigration, completed: bool) -> None:
         """libvirt is done: what became of the buffer map.
 

@@ -20,6 +20,10 @@ class Reason(enum.Enum):
         "native-tls",
         "the migration has to be encrypted, and the relays do not encrypt ([wire]tls)",
     )
+    OLD_LIBVIRT = (
+        "old-libvirt",
+        "libvirt {version} does not migrate over UNIX sockets, 6.8.0 and later do",
+    )
     CONFIGURATION = ("configuration", "{error}")
     UNEXPECTED = ("unexpected", "an error that was not expected, see the log: {error}")
     HOST_DEVICES = ("host-devices", "devices of the host are passed through: {devices}")

@@ -8,6 +8,7 @@ connection of its own: on a shared one, questions and the abort wait for seconds
 import contextlib
 import dataclasses
 import logging
+import queue
 import threading
 import time
 from types import TracebackType
@@ -23,6 +24,7 @@ from nova_dmigrate.migration.job import Job
 LOG = logging.getLogger(__name__)
 
 _KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3
+_OPEN_PATIENCE = 10.0  # seconds
 _MIB = 1 << 20
 _USUAL_DOWNTIME_MS = 300
 
@@ -100,6 +102,16 @@ class LibvirtGuest:
         return answer
 
     @property
+    def libvirt_version(self) -> int:
+        """The libvirt on its host: a million times the major version, a thousand times the minor
+        one, and the rest; 0 if it does not tell."""
+        try:
+            return int(self._connection.getLibVersion())
+        except libvirt.libvirtError as error:
+            LOG.info("%s: libvirt does not tell its version: %s", self.facts.name, error)
+            return 0
+
+    @property
     def max_downtime_ms(self) -> int:
         """QEMU's downtime limit, in milliseconds; its usual one if libvirt does not tell."""
         try:
@@ -164,7 +176,7 @@ class LibvirtGuest:
         return self._handle
 
     def _open(self) -> Any:
-        connection = libvirt.open(self._connect)
+        connection = open_libvirt(self._connect)
         connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
         return connection
 
@@ -240,7 +252,7 @@ class RunningMigration:
 
     def _run(self) -> None:
         try:
-            connection = libvirt.open(self._connect)
+            connection = open_libvirt(self._connect)
             with contextlib.closing(connection):
                 connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
                 domain = connection.lookupByUUIDString(self._uuid)
@@ -260,6 +272,36 @@ def _job(stats: dict[str, Any]) -> Job:
         downtime_ms=stats.get("downtime_net", stats.get("downtime")),
         statistics=stats,
     )
+
+
+def open_libvirt(uri: str, patience: float = _OPEN_PATIENCE) -> Any:
+    """A connection to a libvirt: libvirt's own call has no limit of time.
+
+    :param patience: seconds.
+    :raises libvirtError: it cannot be reached, or does not answer within that time.
+    """
+    outcome: queue.SimpleQueue[tuple[Any, libvirt.libvirtError | None]] = queue.SimpleQueue()
+    given_up = threading.Event()
+
+    def connect() -> None:
+        try:
+            connection = libvirt.open(uri)
+        except libvirt.libvirtError as error:
+            outcome.put((None, error))
+            return
+        outcome.put((connection, None))
+        if given_up.is_set():
+            connection.close()
+
+    threading.Thread(target=connect, name="libvirt-open", daemon=True).start()
+    try:
+        connection, error = outcome.get(timeout=patience)
+    except queue.Empty:
+        given_up.set()
+        raise libvirt.libvirtError(f"{uri} does not answer within {patience:g} s") from None
+    if error is not None:
+        raise error
+    return connection
 
 
 def _start_event_loop() -> None:

@@ -100,11 +100,13 @@ class Migration:
         self._enter("checking")
         guest, request, settings = self._guest, self._request, self._settings
         preflight.examine(guest.facts, request)
+        preflight.libvirt_can(guest.libvirt_version, guest.facts.name)
         source, destination = (
             ask_host(host, self._instance, settings.host_timeout)
             for host in (self._peers.source, self._peers.destination)
         )
         preflight.hosts_agree(guest.facts, source, destination)
+        preflight.encrypted_as_well(guest.facts, request.tls, source)
         subject = Guest(
             memory=guest.facts.memory,
             volumes=preflight.volumes_of(guest.facts, destination.drivers),
@@ -197,12 +199,13 @@ class Migration:
         self._report({})
 
     def _may_retry(self) -> bool:
-        """Whether a migration that has failed was the relays' failure, and nothing is lost."""
+        """Whether a migration that has failed was the relays' failure, or never began, and nothing
+        is lost."""
         return bool(
             self._settings.retry_ordinary
             and self._request.mode is Mode.AUTO
             and not self._cancelled.is_set()
-            and self._account.relay_failure
+            and (self._account.relay_failure or self._account.nothing_sent)
             and self._guest.runs_here
         )
 
@@ -214,24 +217,28 @@ class Migration:
 
     def _report(self, told: Report, max_downtime_ms: int | None = None) -> None:
         job = self._job or Job()
-        self._on_progress(
-            Progress(
-                phase=self._phases.current,
-                elapsed=self._phases.elapsed,
-                guest_bytes=told.get("guest_bytes", job.transferred),
-                wire_bytes=told.get("wire_bytes", job.transferred),
-                volume_bytes=told.get("volume_bytes", 0),
-                ram_bytes=told.get("ram_bytes", job.total),
-                mapped_pages=told.get("mapped_pages", 0),
-                network_rate=told.get("wire_rate", 0.0),
-                volume_rate=told.get("volume_rate", 0.0),
-                remaining_bytes=self._job.remaining if self._job else None,
-                unresolved=told.get("unresolved_pages", 0),
-                misses=sum(told.get("misses", {}).values()),
-                passes=told.get("passes", job.passes),
-                max_downtime_ms=max_downtime_ms,
-            )
+        progress = Progress(
+            phase=self._phases.current,
+            elapsed=self._phases.elapsed,
+            guest_bytes=told.get("guest_bytes", job.transferred),
+            wire_bytes=told.get("wire_bytes", job.transferred),
+            volume_bytes=told.get("volume_bytes", 0),
+            ram_bytes=told.get("ram_bytes", job.total),
+            mapped_pages=told.get("mapped_pages", 0),
+            network_rate=told.get("wire_rate", 0.0),
+            volume_rate=told.get("volume_rate", 0.0),
+            remaining_bytes=self._job.remaining if self._job else None,
+            unresolved=told.get("unresolved_pages", 0),
+            misses=sum(told.get("misses", {}).values()),
+            passes=told.get("passes", job.passes),
+            max_downtime_ms=max_downtime_ms,
         )
+        try:
+            self._on_progress(progress)
+        except Exception:
+            # A display that is gone (a closed pipe) must not end a migration that is under way
+            LOG.exception("Instance %s: progress is not shown any more", self._instance)
+            self._on_progress = lambda progress: None
 
     def _summary(self, fallback: exception.FallBack | None, error: str | None) -> MigrationSummary:
         job = self._guest.completed_job() or self._job or Job()

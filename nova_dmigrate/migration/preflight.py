@@ -16,6 +16,8 @@ from nova_dmigrate.rpc.channel import PORT_NAME
 from nova_dmigrate.rpc.host_messages import HostState
 from nova_dmigrate.volumes import VolumeSpec
 
+#: libvirt from which on the migration's URI may be unix:PATH.
+_UNIX_SOCKETS = 6_008_000
 #: Kinds of disks in the XML, and the driver that reads them.
 _DRIVERS = {"block": "block", "file": "block"}
 
@@ -99,6 +101,27 @@ def host_ready(host: HostState, instance: str) -> None:
         raise because(Reason.HOST_DRAINING, instance, host=host.host)
     if host.obstacle:
         raise because(Reason.CONFINED, instance, host=host.host, why=host.obstacle)
+
+
+def encrypted_as_well(domain: Domain, encrypted: bool, source: HostState) -> None:
+    """See that relays encrypt what QEMU would.
+
+    :param encrypted: QEMU shall encrypt its stream.
+    :raises FallBack: they do not: only the ordinary migration is as safe as was asked for.
+    """
+    if encrypted and not source.tls:
+        raise because(Reason.NATIVE_TLS, domain.name)
+
+
+def libvirt_can(version: int, instance: str) -> None:
+    """See that the source's libvirt migrates over UNIX sockets.
+
+    :param version: as libvirt has it, a million times the major one and so on.
+    :raises FallBack: it does not.
+    """
+    if version < _UNIX_SOCKETS:
+        numbers = (version // 1_000_000, version // 1000 % 1000, version % 1000)
+        raise because(Reason.OLD_LIBVIRT, instance, version=".".join(map(str, numbers)))
 
 
 def hosts_agree(domain: Domain, source: HostState, destination: HostState) -> None:

@@ -16,7 +16,7 @@ from oslo_config import cfg
 from nova_dmigrate import exception
 from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.migration import history, preflight
-from nova_dmigrate.migration.libvirt_guest import LibvirtGuest
+from nova_dmigrate.migration.libvirt_guest import LibvirtGuest, open_libvirt
 from nova_dmigrate.migration.orchestrator import Migration
 from nova_dmigrate.migration.peers import host_client, open_peers, settings_from
 from nova_dmigrate.migration.progress import Progress
@@ -72,6 +72,7 @@ def check(request: MigrationRequest, config: cfg.ConfigOpts) -> list[Finding]:
             guest = stack.enter_context(LibvirtGuest(request.connect_uri, request.domain))
             with _noted(found):
                 preflight.examine(guest.facts, request)
+                preflight.libvirt_can(guest.libvirt_version, guest.facts.name)
         names = [request.source_host, request.destination_host]
         for name in names:
             if not name:
@@ -85,6 +86,7 @@ def check(request: MigrationRequest, config: cfg.ConfigOpts) -> list[Finding]:
         with _noted(found):
             if len(states) == len(names):
                 preflight.hosts_agree(guest.facts, *states)
+                preflight.encrypted_as_well(guest.facts, request.tls, states[0])
             drivers = states[-1].drivers if states else ("block",)
             volumes = preflight.volumes_of(guest.facts, drivers)
             names_of = ", ".join(each.location for each in volumes)
@@ -102,19 +104,23 @@ def with_hosts(request: MigrationRequest, config: cfg.ConfigOpts) -> MigrationRe
     return dataclasses.replace(
         request,
         source_host=request.source_host or config.host.name or socket.gethostname(),
-        destination_host=request.destination_host or _host_of(request.destination_uri),
+        destination_host=request.destination_host
+        or _host_of(request.destination_uri, config.migration.host_timeout),
     )
 
 
-def _host_of(uri: str) -> str | None:
-    """The host of a libvirt URI, by the name that it has for itself where the URI has a number."""
+def _host_of(uri: str, patience: float) -> str | None:
+    """The host of a libvirt URI, by the name that it has for itself where the URI has a number.
+
+    :param patience: seconds that it gets to tell.
+    """
     name = urllib.parse.urlsplit(uri).hostname
     try:
         ipaddress.ip_address(name or "")
     except ValueError:
         return name
     try:
-        connection = libvirt.open(uri)
+        connection = open_libvirt(uri, patience)
     except libvirt.libvirtError as error:
         LOG.info("libvirt at %s does not tell its name: %s", uri, error)
         return name

@@ -18,7 +18,6 @@ from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.peers import ask_host, host_client, open_peers, settings_from
 from nova_dmigrate.migration.request import AgentTransport, MigrationRequest, Mode
 from nova_dmigrate.rpc.client import AgentClient
-from nova_dmigrate.rpc.host_messages import HostState
 from nova_dmigrate.virt import volumes
 from nova_dmigrate.virt.policy import Policy
 
@@ -82,15 +81,6 @@ def examine(domain: Domain, way: NovasWay, request: MigrationRequest) -> None:
     preflight.examine(domain, request)
 
 
-def encrypted_as_well(domain: Domain, way: NovasWay, source: HostState) -> None:
-    """What Nova would have encrypted must not be readable between the relays.
-
-    :raises FallBack: it would be.
-    """
-    if way.tls and not source.tls:
-        raise because(Reason.NATIVE_TLS, domain.name)
-
-
 def at_source(
     domain: Domain,
     way: NovasWay,
@@ -108,7 +98,7 @@ def at_source(
     with open_peers(request, config, settings, domain.uuid, domain.channel) as peers:
         source = ask_host(peers.source, domain.name, settings.host_timeout)
         preflight.host_ready(source, domain.name)
-        encrypted_as_well(domain, way, source)
+        preflight.encrypted_as_well(domain, way.tls, source)
         # Hosts of one cloud have the same readers; if they have not, it is told later
         preflight.volumes_of(domain, source.drivers, volumes.connected(connections))
         with peers.agent(peers.source) as agent:

@@ -222,7 +222,7 @@ class Relaying:
             for host in (peers.source, peers.destination)
         )
         preflight.hosts_agree(guest.facts, source, destination)
-        conditions.encrypted_as_well(guest.facts, way, source)
+        preflight.encrypted_as_well(guest.facts, way.tls, source)
         subject = Guest(
             memory=guest.facts.memory,
             volumes=preflight.volumes_of(

@@ -137,6 +137,18 @@ class PreflightTest(base.TestCase):
             self.assertIn("vdb ", str(error))
             self.assertIn(sentence, str(error))
 
+    def test_what_is_to_be_encrypted_is_encrypted_between_relays_too(self):
+        preflight.encrypted_as_well(domain(), False, host(tls=False))
+        preflight.encrypted_as_well(domain(), True, host(tls=True))
+        found = self.reason(preflight.encrypted_as_well, domain(), True, host(tls=False))
+        self.assertEqual("native-tls", found)
+
+    def test_a_libvirt_that_knows_no_unix_sockets_is_named(self):
+        preflight.libvirt_can(6_008_000, "i")
+        error = self.assertRaises(exception.FallBack, preflight.libvirt_can, 6_007_001, "i")
+        self.assertEqual("old-libvirt", error.kwargs["code"])
+        self.assertIn("libvirt 6.7.1", str(error))
+
     def test_both_hosts_must_agree(self):
         found = domain()
         preflight.hosts_agree(found, host(), host())
