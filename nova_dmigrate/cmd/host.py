@@ -121,10 +121,12 @@ def main(arguments: list[str] | None = None) -> int:
         name = config.host.name or socket.gethostname()
         settings = session_settings_from(config, name)
         store = Store(Path(config.host.state_directory), Path(config.host.socket_directory))
+        sessions = Sessions(settings, store)
+        _offer_metrics(config, sessions)
     except (cfg.Error, exception.ConfigurationError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return _WRONG_CONFIGURATION
-    _serve(config, name, Sessions(settings, store), store)
+    _serve(config, name, sessions, store)
     return _WELL
 
 
@@ -153,6 +155,22 @@ def _serve(config: cfg.ConfigOpts, name: str, sessions: Sessions, store: Store) 
     server.stop()
     sessions.stop()
     store.close()
+
+
+def _offer_metrics(config: cfg.ConfigOpts, sessions: Sessions) -> None:
+    """:raises ConfigurationError: they are wanted, and it is not possible."""
+    address, port = str(config.host.metrics_address), config.host.metrics_port
+    if not port:
+        return
+    try:
+        from nova_dmigrate.host import metrics
+
+        metrics.serve(sessions.figures, address, port)
+    except (ImportError, OSError) as error:
+        raise exception.ConfigurationError(
+            reason=f"[host]metrics_port: no metrics at {address}, port {port}: {error}"
+        ) from error
+    LOG.info("Metrics for Prometheus are at http://%s:%d/metrics", address, port)
 
 
 def _owner(user: str, group: str) -> tuple[int, int]:

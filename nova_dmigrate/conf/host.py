@@ -199,4 +199,22 @@ limit but that of ``summary_days``.
     ),
 ]
 
-OPTIONS: list[cfg.Opt] = [*IDENTITY, *LIMITS, *PERMISSIONS, *FILES]
+METRICS = [
+    cfg.HostAddressOpt(
+        "metrics_address",
+        default="127.0.0.1",
+        help="""
+Address at which the service tells Prometheus what goes on. Whoever reaches it
+may read that.
+""",
+    ),
+    cfg.PortOpt(
+        "metrics_port",
+        default=0,
+        help="""
+TCP port for that, with the path ``/metrics``. 0 tells nothing.
+""",
+    ),
+]
+
+OPTIONS: list[cfg.Opt] = [*IDENTITY, *LIMITS, *PERMISSIONS, *FILES, *METRICS]

@@ -17,6 +17,7 @@ from nova_dmigrate.host.capacity import Claim, Limits, Rates
 from nova_dmigrate.host.qemu_files import QemuFiles
 from nova_dmigrate.host.relays import Identity, RelayProcess, Report, read_events, read_summary
 from nova_dmigrate.host.store import Record, Store
+from nova_dmigrate.host.totals import Totals
 from nova_dmigrate.retention import Retention
 from nova_dmigrate.rpc.host_messages import FINAL, MAX_PROGRESS, SessionState
 from nova_dmigrate.stream.format import POSTCOPY_STARTED
@@ -57,20 +58,28 @@ class SessionSettings:
 class Session:
     """A record, and what is known of its relay only while the service runs.
 
+    :param totals: get what it has done when it has ended.
+    :ivar progress: what the relay has told of itself last; at its end that is its summary.
     :ivar rates: the caps that the relay has taken; None before it has taken any.
     """
 
     def __init__(
-        self, record: Record, settings: SessionSettings, store: Store, qemu_files: QemuFiles
+        self,
+        record: Record,
+        settings: SessionSettings,
+        store: Store,
+        qemu_files: QemuFiles,
+        totals: Totals,
     ) -> None:
         self.record = record
         self._settings = settings
         self._store = store
         self._qemu_files = qemu_files
+        self._totals = totals
         self._files = store.files(record.session_id)
         self._process: RelayProcess | None = None
         self._ready = False
-        self._progress: Report = {}
+        self.progress: Report = {}
         now = time.monotonic()
         self._lease_end = now + record.lease_seconds
         self._queue_end = now + record.wait_seconds
@@ -104,7 +113,7 @@ class Session:
     def told(self, queue_position: int) -> SessionState:
         """How far it is."""
         record = self.record
-        progress = json.dumps(self._progress) if self._progress else ""
+        progress = json.dumps(self.progress) if self.progress else ""
         running = record.state == "running"
         return SessionState(
             session_id=record.session_id,
@@ -243,7 +252,7 @@ class Session:
         if process is not None and self.record.state == "running":
             answer = process.ask("progress", _ASK_TIMEOUT)
             if answer is not None:
-                self._progress = answer
+                self.progress = answer
 
     def offer_map(self, buffer_map: str, memory_layout: str) -> bool:
         """Whether the relay loads a map that has come only now."""
@@ -274,7 +283,7 @@ class Session:
         if process is None or not self.active:
             return
         self.ask_progress()
-        if self._progress and self._progress.get("stage") not in _IDLE_STAGES:
+        if self.progress and self.progress.get("stage") not in _IDLE_STAGES:
             process.wait(_ENDING_PATIENCE)
         for number in (signal.SIGTERM, signal.SIGKILL):
             process.signal(number)
@@ -289,6 +298,7 @@ class Session:
         record.state, record.message = state, message[:_MAX_MESSAGE]
         record.description = None
         self._kill_at = None
+        self._totals.ended[record.role, state] += 1
         if self._process is not None:
             self._process.bury()
             self._process = None
@@ -314,7 +324,8 @@ class Session:
         """The relay is gone: how has it ended?"""
         summary = read_summary(self._files.summary)
         told = summary or next((each for each in events if each.get("event") == "end"), None)
-        self._progress = summary or {}
+        self._totals.add(self.record.role, summary or self.progress)
+        self.progress = summary or {}
         state, reason = "failed", "the relay was killed"
         if told is not None and told.get("state") in FINAL:
             state, reason = told["state"], told.get("reason") or ""

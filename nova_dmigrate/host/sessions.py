@@ -4,23 +4,41 @@
 A thread looks after them a few times a second.
 """
 
+import collections
 import logging
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from nova_dmigrate import exception
 from nova_dmigrate.host import turns
 from nova_dmigrate.host.bandwidth import Bandwidth
+from nova_dmigrate.host.capacity import Limits
 from nova_dmigrate.host.qemu_files import QemuFiles
 from nova_dmigrate.host.session import Session, SessionSettings
 from nova_dmigrate.host.store import Record, Store
+from nova_dmigrate.host.totals import Totals
 from nova_dmigrate.rpc.host_messages import SessionState
 
 LOG = logging.getLogger(__name__)
 
 _TICK = 0.1
 _PRUNE_INTERVAL = 3600.0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A moment of a host.
+
+    :ivar sessions: how many there are, by role and state.
+    :ivar totals: of sessions that have ended and of those that have not.
+    """
+
+    sessions: collections.Counter[tuple[str, str]]
+    totals: Totals
+    limits: Limits
+    draining: bool
 
 
 class Sessions:
@@ -35,6 +53,7 @@ class Sessions:
         self._sessions: dict[str, Session] = {}
         self._qemu_files = QemuFiles(settings.owner)
         self._bandwidth = Bandwidth(settings.limits, self._lock)
+        self._totals = Totals()
         self._draining = False
         self._prune_at = time.monotonic()
         self._stopped = threading.Event()
@@ -88,6 +107,21 @@ class Sessions:
         """How many wait."""
         with self._lock:
             return len(turns.queue(self._sessions.values()))
+
+    def figures(self) -> Figures:
+        """How many there are, and what they have done."""
+        with self._lock:
+            sessions = list(self._sessions.values())
+            totals = self._totals.copy()
+            for session in sessions:
+                if session.active:
+                    totals.add(session.record.role, session.progress)
+            return Figures(
+                collections.Counter((each.record.role, each.record.state) for each in sessions),
+                totals,
+                self._settings.limits,
+                self._draining,
+            )
 
     # Requests
 
@@ -213,7 +247,7 @@ class Sessions:
     # By identifier
 
     def _session(self, record: Record) -> Session:
-        return Session(record, self._settings, self._store, self._qemu_files)
+        return Session(record, self._settings, self._store, self._qemu_files, self._totals)
 
     def _find(self, session_id: str) -> Session:
         with self._lock:

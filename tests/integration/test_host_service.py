@@ -50,9 +50,11 @@ BOUNDING = "CapabilityBoundingSet"
 class FakeMigration:
     """Both QEMUs of a pair that runs, with a small make-believe guest."""
 
-    def __init__(self, pair: ServedPair, ram_pages: int = 2048) -> None:
+    def __init__(
+        self, pair: ServedPair, ram_pages: int = 2048, guest: FakeGuest | None = None
+    ) -> None:
         self.pair = pair
-        self.guest = FakeGuest(1, ram_pages=ram_pages, mapped=0)
+        self.guest = guest or FakeGuest(1, ram_pages=ram_pages, mapped=0)
         self.stream = memoryview(self.guest.stream())
         self.recorded = bytearray()
         self._listener = socket.socket(socket.AF_UNIX)

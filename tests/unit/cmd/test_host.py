@@ -88,3 +88,20 @@ class MainTest(TestCase):
         with contextlib.redirect_stderr(errors), mock.patch.object(host.log, "setup"):
             self.assertEqual(2, host.main(["--config-file", str(path)]))
         self.assertIn("max_relays", errors.getvalue())
+
+    def test_metrics_without_their_package_are_a_wrong_configuration(self) -> None:
+        here = self.make_directory()
+        path = here / "x.conf"
+        path.write_text(
+            f"[host]\nmetrics_port = 1\nstate_directory = {here}/state\n"
+            f"socket_directory = {here}/run\n"
+        )
+        errors = io.StringIO()
+        missing = {"prometheus_client": None, "nova_dmigrate.host.metrics": None}
+        with (
+            contextlib.redirect_stderr(errors),
+            mock.patch.object(host.log, "setup"),
+            mock.patch.dict(sys.modules, missing),
+        ):
+            self.assertEqual(2, host.main(["--config-file", str(path)]))
+        self.assertIn("[host]metrics_port", errors.getvalue())
