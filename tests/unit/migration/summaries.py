@@ -22,6 +22,7 @@ RELAYED = MigrationSummary(
     downtime_ms=87,
     guest_bytes=2048 * MIB,
     wire_bytes=620 * MIB,
+    saved_bytes=310 * MIB,
     volume_bytes=930 * MIB,
     pages_referenced=238080,
     misses=1204,
