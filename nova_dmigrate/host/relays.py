@@ -159,12 +159,33 @@ class RelayProcess:
 def read_events(path: Path) -> list[Report]:
     """What a relay has told so far. A line that is not complete yet is left out."""
     try:
-        with open(path, "rb") as file:
-            lines = file.read(_MAX_EVENTS).split(b"\n")[:-1]
+        data = _read(path)
     except OSError:
         return []
+    return _parse(data)
+
+
+def has_told_kept(path: Path) -> bool:
+    """Whether a relay has told that only QEMU may end it, which it does before it is so. What
+    cannot be read counts as told.
+    """
+    try:
+        data = _read(path)
+    except FileNotFoundError:
+        return False  # went with the relay's end
+    except OSError:
+        return True
+    return any(event.get("event") == "kept" for event in _parse(data))
+
+
+def _read(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(_MAX_EVENTS)
+
+
+def _parse(data: bytes) -> list[Report]:
     events = []
-    for line in lines:
+    for line in data.split(b"\n")[:-1]:
         with contextlib.suppress(ValueError):
             event = json.loads(line)
             if isinstance(event, dict):

@@ -15,12 +15,18 @@ from dataclasses import dataclass
 
 from nova_dmigrate.host.capacity import Claim, Limits, Rates
 from nova_dmigrate.host.qemu_files import QemuFiles
-from nova_dmigrate.host.relays import Identity, RelayProcess, Report, read_events, read_summary
+from nova_dmigrate.host.relays import (
+    Identity,
+    RelayProcess,
+    Report,
+    has_told_kept,
+    read_events,
+    read_summary,
+)
 from nova_dmigrate.host.store import Record, Store
 from nova_dmigrate.host.totals import Totals
 from nova_dmigrate.retention import Retention
 from nova_dmigrate.rpc.host_messages import FINAL, MAX_PROGRESS, SessionState
-from nova_dmigrate.stream.format import POSTCOPY_STARTED
 
 LOG = logging.getLogger(__name__)
 
@@ -33,6 +39,7 @@ _ENDING_PATIENCE = 2.0
 #: Seconds from SIGTERM to SIGKILL.
 _TERM_PATIENCE = 3.0
 _MAX_MESSAGE = 1000
+_KEPT = "it ends with QEMU alone: post-copy may have begun"
 #: Stages in which a relay has nothing to finish.
 _IDLE_STAGES = ("preparing", "waiting", "connected")
 
@@ -219,6 +226,9 @@ class Session:
                 if "port" in event:
                     self.record.host = self._reachable(event["host"])
                     self.record.port = event["port"]
+            elif event.get("event") == "kept" and not self.record.kept:
+                self.record.kept, self.record.message = True, _KEPT
+                self._save()
         if not alive:
             self._settle(events)
 
@@ -226,7 +236,7 @@ class Session:
         """Leases, time limits."""
         record = self.record
         if self._kill_at is not None:
-            if now > self._kill_at and self._process is not None:
+            if now > self._kill_at and self._process is not None and not self._kept():
                 self._process.signal(signal.SIGKILL)
         elif self.queued:
             if self.lapsed(now):
@@ -234,7 +244,7 @@ class Session:
             elif now > self._queue_end:
                 self.finish("failed", f"no room in time: {record.message}")
         elif self.active and self.lapsed(now):
-            if not self._in_post_copy():
+            if not self._kept():
                 LOG.warning(
                     "Instance %s: the %s relay is ended, nobody has asked for it any more",
                     record.instance,
@@ -278,7 +288,7 @@ class Session:
         return answer is not None
 
     def end(self) -> None:
-        """End the relay, whatever it does."""
+        """End the relay, whatever it does, but for one that only QEMU may end."""
         process = self._process
         if process is None or not self.active:
             return
@@ -286,6 +296,15 @@ class Session:
         if self.progress and self.progress.get("stage") not in _IDLE_STAGES:
             process.wait(_ENDING_PATIENCE)
         for number in (signal.SIGTERM, signal.SIGKILL):
+            # Each time: one that does not heed SIGTERM has told why
+            if self._kept():
+                LOG.warning(
+                    "Instance %s: the %s relay goes on: %s",
+                    self.record.instance,
+                    self.record.role,
+                    _KEPT,
+                )
+                return
             process.signal(number)
             if process.wait(_TERM_PATIENCE):
                 return
@@ -336,10 +355,11 @@ class Session:
             self._process.signal(signal.SIGTERM)
             self._kill_at = now + _TERM_PATIENCE
 
-    def _in_post_copy(self) -> bool:
-        """Whether the guest already runs at the destination and needs the relay to go on."""
-        answer = self._process.ask("progress", _ASK_TIMEOUT) if self._process else None
-        return answer is not None and str(answer.get("pass_through")).startswith(POSTCOPY_STARTED)
+    def _kept(self) -> bool:
+        """Whether only QEMU may end the relay: the guest may run at the destination by now, and is
+        lost without it. That does not depend on an answer of the relay, which may hang.
+        """
+        return self.record.kept or has_told_kept(self._files.events)
 
     def _reachable(self, host: str) -> str:
         """Where others reach a relay that listens on ``host``."""

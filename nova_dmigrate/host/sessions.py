@@ -197,6 +197,8 @@ class Sessions:
     def close(self, session_id: str) -> SessionState:
         """End a session and remove what belongs to it; its last state.
 
+        One whose relay only QEMU may end runs on, and is removed when that has ended.
+
         :raises RequestRefused: there is no such session.
         """
         session = self._find(session_id)

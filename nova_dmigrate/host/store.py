@@ -27,6 +27,7 @@ class Record:
     :ivar socket: that of QEMU's stream. :ivar directory: that of ``socket``, if it is the
         session's own.
     :ivar host, port: where a destination relay listens.
+    :ivar kept: whether only QEMU may end the relay, because a guest in post-copy needs it.
     """
 
     session_id: str
@@ -47,6 +48,7 @@ class Record:
     started: str | None = None
     host: str | None = None
     port: int | None = None
+    kept: bool = False
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> "Record":

@@ -86,7 +86,10 @@ class HostClient:
         return self._session("use_map", host_messages.UseMap(session_id, buffer_map, memory_layout))
 
     def close_session(self, session_id: str) -> SessionState:
-        """End a session, whatever its relay does; its last state. The summary stays."""
+        """End a session; its last state. The summary stays.
+
+        It is still running where QEMU may have begun post-copy: then its relay ends with QEMU.
+        """
         return self._session("close", host_messages.SessionReference(session_id))
 
     def summary(self, session_id: str) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -816,17 +816,23 @@ def as_nobody(program: str, *arguments: Path) -> "subprocess.Popen[bytes]":
     )
 
 
-class GuestTest(MigrationTestCase, Hosts):
-    """A real QEMU moves through relays that two services run."""
+class ServedGuests(MigrationTestCase, Hosts):
+    """Real QEMUs, and relays that two services run."""
 
     guest: ClassVar[dict[str, Any]] = {"ram_mb": 160, "fill_mb": 64, "mapped": 90}
 
     @contextlib.contextmanager
-    def served(self, **options: Any) -> Iterator[tuple[ServedPair, Guest]]:
-        """A pair with the guest's own map, and the QEMU that it will move to."""
+    def served(
+        self, capabilities: Sequence[str] = (), **options: Any
+    ) -> Iterator[tuple[ServedPair, Guest]]:
+        """A pair with the guest's own map, and the QEMU that it will move to.
+
+        :param capabilities: of that QEMU.
+        """
         with contextlib.ExitStack() as stack:
             pair = self.pair(volumes={VOLUME: self.spec.disk}, saved=self.map_of(), **options)
             destination = stack.enter_context(Guest.start_destination(self.spec))
+            destination.set_capabilities(*capabilities)
             pair.open_destination()
             destination.listen(pair.incoming)
             pair.destination.wait("running")
@@ -834,6 +840,8 @@ class GuestTest(MigrationTestCase, Hosts):
             pair.source.wait("running")
             yield pair, destination
 
+
+class GuestTest(ServedGuests):
     def assert_moved(self, pair: ServedPair, destination: Guest, state: dict[str, Any]) -> None:
         self.assertEqual("completed", state["status"], f"{state}\n{pair.last_words()}")
         self.assertEqual("paused", destination.wait_incoming(PATIENCE))
