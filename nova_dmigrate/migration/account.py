@@ -37,9 +37,12 @@ class Account:
         self.relay_failure: str | None = None
 
     @property
-    def nothing_sent(self) -> bool:
-        """Whether the source's QEMU has sent its relay nothing, as far as that has told."""
-        return bool(self._relays.get("source", {}).get("guest_bytes") == 0)
+    def worth_another_try(self) -> bool:
+        """Whether a migration that has failed may well succeed without the relays: one of them has
+        failed, or the source's QEMU had not sent anything yet.
+        """
+        sent = self._relays.get("source", {}).get("guest_bytes")
+        return self.relay_failure is not None or sent == 0
 
     def note_map(self, relayed: RelayedMigration, completed: bool) -> None:
         """libvirt is done: what became of the buffer map.

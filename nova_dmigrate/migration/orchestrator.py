@@ -205,7 +205,7 @@ class Migration:
             self._settings.retry_ordinary
             and self._request.mode is Mode.AUTO
             and not self._cancelled.is_set()
-            and (self._account.relay_failure or self._account.nothing_sent)
+            and self._account.worth_another_try
             and self._guest.runs_here
         )
 

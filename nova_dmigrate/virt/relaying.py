@@ -349,13 +349,14 @@ class Relaying:
         self._account.note_relays(relayed)
 
     def _may_retry(self) -> bool:
-        """Whether a migration that has failed was the relays' failure, and nothing is lost."""
+        """Whether a migration that has failed was the relays' failure, or never began, and nothing
+        is lost."""
         return bool(
             self._retry
             and self._order.policy is Policy.PREFERRED
             and not self._cancelled.is_set()
             and not self._post_copy
-            and self._account.relay_failure
+            and self._account.worth_another_try
             and self._guest is not None
             and self._guest.runs_here()
         )
