@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _serve(config: cfg.ConfigOpts, name: str, sessions: Sessions, store: Store) -> None:
     # Relays do without oslo.messaging, and so does whoever reads this module's settings
-    from nova_dmigrate.rpc import broker
+    from nova_dmigrate.rpc import broker, calm
 
     # Of the ways to tell another thread, this one is safe in a signal's handler
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -142,6 +142,7 @@ def _serve(config: cfg.ConfigOpts, name: str, sessions: Sessions, store: Store) 
     # At DEBUG they tell of every byte
     for chatty in ("amqp", "oslo.messaging", "oslo_messaging"):
         logging.getLogger(chatty).setLevel(logging.INFO)
+    calm.calm()
     service = HostService(service_settings_from(config, name), sessions, store)
     server = broker.BrokerServer(name, Dispatcher(service, HOST), config)
     sessions.start()

@@ -612,6 +612,10 @@ class ServiceLifeTest(Hosts):
         state = wait_until(renewed, "the services answer over the new broker")
         self.assertEqual("running", state.state)
         migration.finish()
+        for service in (self.one, self.two):
+            told = service.log_file.read_text().count("is unreachable")
+            # Of several connections with an attempt every few seconds: once a minute
+            self.assertIn(told, (1, 2), service.last_words())
 
     # Who is not there
 

@@ -12,6 +12,7 @@ from cliff.commandmanager import CommandManager
 from oslo_config import cfg
 
 from nova_dmigrate import conf, version
+from nova_dmigrate.rpc import calm
 
 PROGRAM = "nova-dmigrate"
 WRONG_USAGE = 2
@@ -81,6 +82,7 @@ class CommandLine(App):
             file = logging.FileHandler(self.options.log_file)
             file.setFormatter(logging.Formatter(self.LOG_FILE_MESSAGE_FORMAT))
             root.addHandler(file)
+        calm.calm()
 
     @property
     def quiet(self) -> bool:
