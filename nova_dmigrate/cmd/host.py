@@ -8,9 +8,8 @@ over.
 Exit status: 0 stopped, 2 wrong configuration.
 """
 
-import grp
 import logging
-import pwd
+import os
 import queue
 import signal
 import socket
@@ -21,6 +20,7 @@ from oslo_config import cfg
 from oslo_log import log
 
 from nova_dmigrate import conf, exception, version
+from nova_dmigrate.host import qemu_account
 from nova_dmigrate.host.capacity import Limits, Rates, shortage
 from nova_dmigrate.host.service import HostService, ServiceSettings
 from nova_dmigrate.host.session import SessionSettings
@@ -75,11 +75,13 @@ def session_settings_from(config: cfg.ConfigOpts, name: str) -> SessionSettings:
         queue_timeout=host.queue_timeout,
         max_lease=host.max_lease,
         summaries=Retention(count=host.summary_count, days=host.summary_days),
-        owner=_owner(host.qemu_user, host.qemu_group),
+        owner=qemu_account.owner(host.qemu_user, host.qemu_group),
     )
 
 
-def service_settings_from(config: cfg.ConfigOpts, name: str) -> ServiceSettings:
+def service_settings_from(
+    config: cfg.ConfigOpts, name: str, owner: tuple[int, int]
+) -> ServiceSettings:
     """What the service says of its host, and allows on it."""
     host, address = config.host, str(config.wire.listen_address)
     return ServiceSettings(
@@ -87,6 +89,7 @@ def service_settings_from(config: cfg.ConfigOpts, name: str) -> ServiceSettings:
         migration_address=None if address in _ANY_ADDRESS else address,
         tls=config.wire.tls,
         max_relays=host.max_relays,
+        qemu_user=os.geteuid() if owner == qemu_account.OWN else owner[0],
         volume_directories=tuple(host.volume_directories),
         map_directories=tuple(host.map_directories) or (f"{host.state_directory}/maps",),
         channel_directories=tuple(host.channel_directories),
@@ -126,11 +129,13 @@ def main(arguments: list[str] | None = None) -> int:
     except (cfg.Error, exception.ConfigurationError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return _WRONG_CONFIGURATION
-    _serve(config, name, sessions, store)
+    _serve(config, name, settings.owner, sessions, store)
     return _WELL
 
 
-def _serve(config: cfg.ConfigOpts, name: str, sessions: Sessions, store: Store) -> None:
+def _serve(
+    config: cfg.ConfigOpts, name: str, owner: tuple[int, int], sessions: Sessions, store: Store
+) -> None:
     # Relays do without oslo.messaging, and so does whoever reads this module's settings
     from nova_dmigrate.rpc import broker, calm
 
@@ -143,7 +148,7 @@ def _serve(config: cfg.ConfigOpts, name: str, sessions: Sessions, store: Store) 
     for chatty in ("amqp", "oslo.messaging", "oslo_messaging"):
         logging.getLogger(chatty).setLevel(logging.INFO)
     calm.calm()
-    service = HostService(service_settings_from(config, name), sessions, store)
+    service = HostService(service_settings_from(config, name, owner), sessions, store)
     server = broker.BrokerServer(name, Dispatcher(service, HOST), config)
     sessions.start()
     server.start()
@@ -172,18 +177,6 @@ def _offer_metrics(config: cfg.ConfigOpts, sessions: Sessions) -> None:
             reason=f"[host]metrics_port: no metrics at {address}, port {port}: {error}"
         ) from error
     LOG.info("Metrics for Prometheus are at http://%s:%d/metrics", address, port)
-
-
-def _owner(user: str, group: str) -> tuple[int, int]:
-    try:
-        return (
-            pwd.getpwnam(user).pw_uid if user else -1,
-            grp.getgrnam(group).gr_gid if group else -1,
-        )
-    except KeyError as error:
-        raise exception.ConfigurationError(
-            reason=f"[host]qemu_user or qemu_group: {error.args[0]}"
-        ) from error
 
 
 if __name__ == "__main__":

@@ -148,15 +148,19 @@ may be asked on behalf of other hosts.
         default="",
         help="""
 User that the sockets for QEMU, and the directory of each migration's socket, are
-given to, e.g. ``libvirt-qemu``. Empty leaves them to the user of this service,
-which does where QEMU runs as root.
+given to, by name or number.
+
+Empty looks for it: ``user`` in ``/etc/libvirt/qemu.conf``, else an account named
+``libvirt-qemu`` or ``qemu``, else root. It has to be the one that QEMU runs as:
+where it is not, migrations are ordinary ones.
 """,
     ),
     cfg.StrOpt(
         "qemu_group",
         default="",
         help="""
-Group that these are given to, e.g. ``kvm`` or ``qemu``.
+Group that these are given to, by name or number. Empty takes libvirt's ``group``
+where the user is libvirt's, else that user's own.
 """,
     ),
 ]

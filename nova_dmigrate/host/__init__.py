@@ -2,11 +2,12 @@
 """The service of a host: starts the relays of migrations, keeps them within limits, ends them.
 
 ``relays`` is one relay as a process, which outlives the service; ``store`` keeps on disk what was
-started; ``qemu_files`` has what QEMU needs of it; ``session`` is one of them with its states.
+started; ``qemu_files`` has what QEMU needs of it, and ``qemu_account`` finds out who that is;
+``session`` is one of them with its states.
 ``capacity`` says how many there is room for, and what share each has: ``turns`` starts the next one
 accordingly, ``bandwidth`` gives the shares. ``sessions`` has them all, for requests and for the
 thread that looks after them; ``permissions`` and ``agents`` say what a requester may reach on this
 host; ``service`` has the methods of the protocol.
 
-Nothing here knows Nova or libvirt.
+Nothing here asks Nova or libvirt.
 """

@@ -7,15 +7,14 @@ import shutil
 import stat
 from pathlib import Path
 
+from nova_dmigrate.host.qemu_account import OWN
 from nova_dmigrate.host.store import Record
-
-_OWN = (-1, -1)
 
 
 class QemuFiles:
     """Makes, gives away, and removes it.
 
-    :param owner: user and group that get it, -1 for the service's own.
+    :param owner: user and group that get it, as in `qemu_account`.
     """
 
     def __init__(self, owner: tuple[int, int]) -> None:
@@ -30,7 +29,7 @@ class QemuFiles:
             return
         path = Path(record.directory)
         path.mkdir(mode=0o700, exist_ok=True)
-        if self._owner != _OWN:
+        if self._owner != OWN:
             # What is made there belongs to QEMU's group, whoever makes it
             path.chmod(0o2770)
             self._give(path)
@@ -51,5 +50,5 @@ class QemuFiles:
             shutil.rmtree(record.directory, ignore_errors=True)
 
     def _give(self, path: Path) -> None:
-        if self._owner != _OWN:
+        if self._owner != OWN:
             os.chown(path, *self._owner, follow_symlinks=False)

@@ -46,12 +46,14 @@ class ServiceSettings:
 
     :ivar migration_address: where relays listen; None for everywhere.
     :ivar tls: whether sessions in the clear are refused.
+    :ivar qemu_user: number of the user that QEMU's sockets are for.
     """
 
     name: str
     migration_address: str | None
     tls: bool
     max_relays: int
+    qemu_user: int
     volume_directories: Sequence[str] = ()
     map_directories: Sequence[str] = ()
     channel_directories: Sequence[str] = ()
@@ -85,6 +87,7 @@ class HostService:
             draining=self._sessions.draining,
             migration_address=self._settings.migration_address,
             socket_directory=str(self._store.sockets),
+            qemu_user=self._settings.qemu_user,
             obstacle=confinement.obstacle(self._store.sockets),
         )
 

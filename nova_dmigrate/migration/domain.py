@@ -50,6 +50,7 @@ class Domain:
     :ivar memory: bytes.
     :ivar channel: the host's socket of the agent's port; None if there is no such port.
     :ivar host_devices: names of kinds of passed-through devices.
+    :ivar qemu_user: number of the user that its QEMU runs as; None if that is not told.
     """
 
     uuid: str
@@ -59,6 +60,7 @@ class Domain:
     disks: tuple[Disk, ...]
     channel: Path | None
     host_devices: tuple[str, ...]
+    qemu_user: int | None = None
 
 
 def parse_domain(xml: str) -> Domain:
@@ -80,6 +82,7 @@ def parse_domain(xml: str) -> Domain:
             disks=tuple(_disk(element) for element in root.iterfind("devices/disk")),
             channel=_channel(root),
             host_devices=tuple(_host_devices(root)),
+            qemu_user=_qemu_user(root),
         )
     except (ElementTree.ParseError, ValueError, KeyError) as error:
         raise exception.MigrationError(
@@ -120,6 +123,16 @@ def _channel(root: ElementTree.Element) -> Path | None:
         if element.get("type") == "unix" and path:
             return Path(path)
     return None
+
+
+def _qemu_user(root: ElementTree.Element) -> int | None:
+    """As the label of libvirt's own security driver has it: "+64055:+64055", "root:root"."""
+    label = root.findtext("seclabel[@model='dac']/label", "")
+    user = label.partition(":")[0].removeprefix("+")
+    if user == "root":
+        return 0
+    # The other names are those of the source host
+    return int(user) if user.isdigit() else None
 
 
 def _host_devices(root: ElementTree.Element) -> list[str]:

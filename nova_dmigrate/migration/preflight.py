@@ -131,6 +131,7 @@ def hosts_agree(domain: Domain, source: HostState, destination: HostState) -> No
     """
     host_ready(source, domain.name)
     host_ready(destination, domain.name)
+    _sockets_for_qemu(domain, source, destination)
     if source.tls != destination.tls:
         raise because(Reason.TLS_DIFFERS, domain.name)
     if not set(source.wire_versions) & set(destination.wire_versions):
@@ -142,3 +143,19 @@ def hosts_agree(domain: Domain, source: HostState, destination: HostState) -> No
             ours=source.socket_directory,
             theirs=destination.socket_directory,
         )
+
+
+def _sockets_for_qemu(domain: Domain, source: HostState, destination: HostState) -> None:
+    """See that the sockets of relays are for the user that QEMU runs as: otherwise it cannot use
+    them, which libvirt tells too late.
+
+    :raises FallBack: they are not.
+    """
+    user = domain.qemu_user
+    # Numbers of accounts differ from host to host, but not root's
+    pairs = [(source, source.qemu_user == user)]
+    pairs.append((destination, (destination.qemu_user == 0) == (user == 0)))
+    for host, right in pairs:
+        if not right and None not in (user, host.qemu_user):
+            why = f"QEMU runs as user {user}, they are for user {host.qemu_user} ([host]qemu_user)"
+            raise because(Reason.CONFINED, domain.name, host=host.host, why=why)

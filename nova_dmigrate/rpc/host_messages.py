@@ -181,7 +181,8 @@ class HostState:
     ``drivers``: of volumes that its relays can read. ``relays``: how many run, of both roles;
     ``max_relays``: how many of each role may. ``draining``: it takes no new session.
     ``migration_address``: where its relays listen, None if everywhere. ``obstacle``: what keeps
-    its guests from the relays' sockets, empty if nothing is known that does.
+    its guests from the relays' sockets, empty if nothing is known that does. ``qemu_user``: number
+    of the user that these sockets are for, None if it is not known.
     """
 
     host: str = checked(_NAME)
@@ -197,6 +198,7 @@ class HostState:
     migration_address: str | None = checked(optional(_NAME))
     socket_directory: str = checked(path())
     obstacle: str = checked(_SENTENCE, default="")
+    qemu_user: int | None = checked(optional(integer(0, 1 << 32)), default=None)
 
 
 @dataclasses.dataclass(frozen=True)

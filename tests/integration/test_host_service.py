@@ -186,6 +186,30 @@ class Hosts(base.TestCase):
         self.assertEqual(0, service.wait())
         service.start()
 
+    def assert_nobody_migrates(self, tls_names: tuple[str, str] | None = None) -> None:
+        """A migration between QEMUs of an ordinary user."""
+        # As the directories above the real ones are
+        for path in (self.place, self.place / "one", self.place / "two"):
+            path.chmod(0o711)
+        pair = self.pair(tls_names=tls_names)
+        pair.open_destination()
+        destination = as_nobody(RECEIVER, pair.incoming)
+        self.addCleanup(processes.end, destination)
+        wait_until(pair.incoming.exists, "the destination's QEMU listens")
+        pair.destination.wait("running")
+        pair.open_source()
+        pair.source.wait("running")
+        stream = self.place / "stream"
+        stream.write_bytes(FakeGuest(1, ram_pages=1024, mapped=0).stream())
+        stream.chmod(0o644)
+        source = as_nobody(SENDER, pair.outgoing, stream)
+        self.addCleanup(processes.end, source)
+        self.assertEqual((0, 0), (source.wait(PATIENCE), destination.wait(PATIENCE)))
+        for relay in (pair.source, pair.destination):
+            relay.wait("delivered")
+        pair.close_sessions()
+        self.assert_nothing_left()
+
     def assert_nothing_left(self) -> None:
         for service in (self.one, self.two):
             wait_until(lambda each=service: not each.left_behind(), "nothing is left")
@@ -756,27 +780,7 @@ class ProductionTest(Hosts):
         return ["setpriv", f"--bounding-set=-all{allowed}", "--inh-caps=-all", "--no-new-privs"]
 
     def test_a_migration_between_qemus_of_another_user(self) -> None:
-        # As the directories above the real ones are
-        for path in (self.place, self.place / "one", self.place / "two"):
-            path.chmod(0o711)
-        pair = self.pair(tls_names=("one", "two"))
-        pair.open_destination()
-        destination = as_nobody(RECEIVER, pair.incoming)
-        self.addCleanup(processes.end, destination)
-        wait_until(pair.incoming.exists, "the destination's QEMU listens")
-        pair.destination.wait("running")
-        pair.open_source()
-        pair.source.wait("running")
-        stream = self.place / "stream"
-        stream.write_bytes(FakeGuest(1, ram_pages=1024, mapped=0).stream())
-        stream.chmod(0o644)
-        source = as_nobody(SENDER, pair.outgoing, stream)
-        self.addCleanup(processes.end, source)
-        self.assertEqual((0, 0), (source.wait(PATIENCE), destination.wait(PATIENCE)))
-        for relay in (pair.source, pair.destination):
-            relay.wait("delivered")
-        pair.close_sessions()
-        self.assert_nothing_left()
+        self.assert_nobody_migrates(("one", "two"))
 
     def test_the_other_host_must_be_the_one_that_is_expected(self) -> None:
         pair = self.pair(tls_names=("one", "three"))

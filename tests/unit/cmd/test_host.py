@@ -53,12 +53,12 @@ class SettingsTest(TestCase):
 
     def test_the_address_is_told_if_it_is_one(self) -> None:
         for address, told in (("0.0.0.0", None), ("::", None), ("192.0.2.1", "192.0.2.1")):
-            settings = host.service_settings_from(self.make(wire__listen_address=address), "one")
+            settings = host.service_settings_from(
+                self.make(wire__listen_address=address), "one", (5, 6)
+            )
             self.assertEqual(told, settings.migration_address)
 
     def test_qemus_user_and_group_are_looked_up(self) -> None:
-        settings = host.session_settings_from(self.make(), "one")
-        self.assertEqual((-1, -1), settings.owner)
         user, group = pwd.getpwnam("nobody"), grp.getgrgid(pwd.getpwnam("nobody").pw_gid)
         config = self.make(host__qemu_user="nobody", host__qemu_group=group.gr_name)
         settings = host.session_settings_from(config, "one")

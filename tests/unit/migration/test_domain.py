@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
 from pathlib import Path
 
 from nova_dmigrate import exception
@@ -148,6 +149,35 @@ class PreflightTest(base.TestCase):
         error = self.assertRaises(exception.FallBack, preflight.libvirt_can, 6_007_001, "i")
         self.assertEqual("old-libvirt", error.kwargs["code"])
         self.assertIn("libvirt 6.7.1", str(error))
+
+    def test_the_user_of_qemu_is_told(self):
+        dynamic = "<seclabel type='dynamic' model='dac' relabel='yes'><label>{}</label></seclabel>"
+        for label, user in (
+            ("+64055:+64055", 64055),
+            ("root:root", 0),
+            ("+0:+0", 0),
+            ("qemu:qemu", None),
+            ("", None),
+        ):
+            found = domain("</devices>", dynamic.format(label), "<devices>")
+            self.assertEqual(user, found.qemu_user)
+        self.assertIsNone(domain().qemu_user)
+        apparmor = dynamic.replace("dac", "apparmor").format("+1:+1")
+        self.assertIsNone(domain("</devices>", apparmor, "<devices>").qemu_user)
+
+    def test_sockets_must_be_for_the_user_of_qemu(self):
+        found = dataclasses.replace(domain(), qemu_user=64055)
+        known, unknown, root = (host(qemu_user=user) for user in (64055, None, 0))
+        elsewhere = host(qemu_user=107)
+        for hosts in ((known, known), (unknown, known), (known, unknown), (known, elsewhere)):
+            preflight.hosts_agree(found, *hosts)
+        for hosts in ((root, root), (known, root), (elsewhere, known)):
+            self.assertEqual("confined", self.reason(preflight.hosts_agree, found, *hosts))
+        found = dataclasses.replace(found, qemu_user=0)
+        preflight.hosts_agree(found, root, root)
+        for hosts in ((known, root), (root, known)):
+            self.assertEqual("confined", self.reason(preflight.hosts_agree, found, *hosts))
+        preflight.hosts_agree(dataclasses.replace(found, qemu_user=None), root, known)
 
     def test_both_hosts_must_agree(self):
         found = domain()
