@@ -23,13 +23,15 @@ import pymysql.cursors  # type: ignore[import-untyped]
 from nova_dmigrate import exception
 
 DEFAULT_USER = "nova_dmigrate"
+# Global variables that are set as text; all others are numbers
+TEXTS = ("innodb_buffer_pool_filename",)
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _USER = re.compile(r"[A-Za-z0-9_]{1,32}")
 _PEER = struct.Struct("iII")  # struct ucred: pid, uid, gid
 # Ways to log in that hand the password over as it is, whatever the server keeps of it
 _CLEARTEXT = ("mysql_clear_password", "dialog")
-# At most: four requests at a time, what is done every second, and the command line
+# At most: four requests at a time, what is done every second, the hot pages (two), the command line
 _CONNECTIONS = 8
 _NO_PLUGIN = 2059  # CR_AUTH_PLUGIN_CANNOT_LOAD
 _VERSION = re.compile(r"(?:5\.5\.5-)?(\d+)\.(\d+)(?:\.(\d+))?")
@@ -113,18 +115,22 @@ class Database:
         return self._named("SHOW GLOBAL STATUS", names)
 
     def set_global(self, name: str, value: str) -> None:
-        """Set a numeric global variable.
+        """Set a global variable: a number, or one of `TEXTS`.
 
         :raises ServerError: if the server refuses; ``code`` is ``privilege`` when it is because
             of the user.
         """
         if not _NAME.fullmatch(name):
             raise ValueError(f"{name!r} is not the name of a variable")
-        number = float(value)
-        literal = str(int(number)) if number.is_integer() else f"{number:.6f}"
+        if name in TEXTS:
+            literal, arguments = "%s", [value]
+        else:
+            number = float(value)
+            literal = str(int(number)) if number.is_integer() else f"{number:.6f}"
+            arguments = None
         with self._translated():
             with self._connection.cursor() as cursor:
-                cursor.execute(f"SET GLOBAL {name} = {literal}")
+                cursor.execute(f"SET GLOBAL {name} = {literal}", arguments)
 
     def may_set_globals(self) -> bool:
         """Whether this user's own grants allow setting InnoDB's variables."""
@@ -148,6 +154,8 @@ class Database:
         return PoolStatus(**{names[name]: int(value) for name, value in status.items()})
 
     def _named(self, statement: str, names: Sequence[str]) -> dict[str, str]:
+        if not names:
+            return {}
         marks = ", ".join(["%s"] * len(names))
         with self._translated():
             rows = self._rows(f"{statement} WHERE Variable_name IN ({marks})", list(names))
@@ -333,6 +341,7 @@ def _sentence(error: BaseException) -> str:
 _CODES = {
     **dict.fromkeys((1044, 1045, 1251, 1698, 1862, _NO_PLUGIN), "login"),
     **dict.fromkeys((1142, 1227, 3814), "privilege"),
+    1238: "read-only",
     **dict.fromkeys((2002, 2003, 2006, 2013), "gone"),
 }
 

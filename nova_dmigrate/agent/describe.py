@@ -23,6 +23,8 @@ _CAPABILITIES = {
     "CAP_DAC_READ_SEARCH": (2, "open the files of the database"),
     "CAP_SYS_PTRACE": (19, "read the memory of the database server"),
     "CAP_SYS_ADMIN": (21, "learn guest-physical addresses"),
+    "CAP_SETGID": (6, "keep a list of hot pages beside the data, as the server's group"),
+    "CAP_SETUID": (7, "keep a list of hot pages beside the data, as the server's account"),
 }
 _FLUSH_METHOD = "innodb_flush_method"
 _BUFFERING = "innodb_data_file_buffering"  # MariaDB 11

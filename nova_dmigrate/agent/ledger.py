@@ -15,7 +15,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nova_dmigrate.rpc import fields
 from nova_dmigrate.rpc.fields import (
@@ -31,10 +31,12 @@ from nova_dmigrate.rpc.fields import (
 
 LOG = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _FORMAT = 1
 _MAX_BYTES = 1 << 18
 _TIME = number(0, 1e10)
-_VALUE = text(64)
+_VALUE = text(512)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,7 @@ class LedgerFile:
         unreadable = []
         for path in self._copies:
             try:
-                return _read(path)
+                return read_record(Ledger, path)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError, RecursionError) as error:
@@ -129,7 +131,7 @@ class LedgerFile:
         """Replace the file. When this returns, it survives a crash of the guest."""
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         for path in self._copies:
-            _write(path, ledger)
+            write_record(path, ledger)
             self._sync_directory()
 
     def remove(self) -> None:
@@ -151,19 +153,28 @@ class LedgerFile:
             os.close(descriptor)
 
 
-def _read(path: Path) -> Ledger:
+def read_record(cls: type[T], path: Path) -> T:
+    """A record that `write_record` has written.
+
+    :raises OSError: if there is none that can be read.
+    :raises ValueError: if it is none of these (RecursionError, too).
+    """
     with path.open("rb") as file:
         content = file.read(_MAX_BYTES + 1)
     if len(content) > _MAX_BYTES:
         raise ValueError("it is too long")
-    return fields.parse(Ledger, json.loads(content))
+    return fields.parse(cls, json.loads(content))
 
 
-def _write(path: Path, ledger: Ledger) -> None:
+def write_record(path: Path, values: Any) -> None:
+    """Replace a file as a whole; on disk is the old one or the new one.
+
+    :raises OSError: if it cannot be written; the old one is as it was.
+    """
     fresh = path.with_suffix(path.suffix + ".new")
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:
-        json.dump(fields.to_dict(ledger), file)
+        json.dump(fields.to_dict(values), file)
         file.flush()
         os.fsync(file.fileno())
     fresh.replace(path)

@@ -94,6 +94,13 @@ class PlaceTable:
         place = self.bases[entry] + (key - start)
         return known, place, self._full_crc32[entry], self._reason[entry]
 
+    def pages(self, place: U64) -> U64:
+        """The pages at places, u64 (n,), that `find` has told: space << 32 | page."""
+        # Of files that begin at one place only the last has any
+        entry = np.searchsorted(self.bases, place, side="right") - 1
+        found: U64 = self._starts[entry] + (place - self.bases[entry])
+        return found
+
 
 class BlockTable:
     """Finds the volume blocks of places.

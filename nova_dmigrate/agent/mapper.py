@@ -94,7 +94,7 @@ class ServerMap:
         pace = pacing.Pace(settings.cpu_share, settings.time_limit, self._cancellation)
         notes = _Notes()
         spaces = tablespaces.discover(server, notes.unreadable)
-        page_size = _common_page_size(spaces)
+        page_size = tablespaces.common_page_size(spaces)
         table = location.PlaceTable(
             _Locator(server, settings, notes).locate(spaces, page_size, self._cancellation)
         )
@@ -176,18 +176,6 @@ def _named(paths: Sequence[str]) -> str:
     return first if len(paths) == 1 else f"{first} and {len(paths) - 1} more"
 
 
-def _common_page_size(spaces: Sequence[tablespaces.Tablespace]) -> int:
-    """The server's page size, of which all its tablespaces are: that of most of them.
-
-    A file that was forgotten in the data directory may have another.
-    """
-    sizes = collections.Counter(space.page_size for space in spaces)
-    for space in spaces:
-        if space.space_id == 0:
-            return space.page_size
-    return sizes.most_common(1)[0][0] if sizes else tablespaces.DEFAULT_PAGE_SIZE
-
-
 class _Locator:
     """Finds out where each file lies, or why it is excluded."""
 
@@ -207,14 +195,8 @@ class _Locator:
     ) -> list[location.File]:
         files = []
         places = 0
-        taken: dict[int, int] = {}
-        for space in spaces:
+        for space in tablespaces.consistent(spaces, page_size):
             cancelled.check()
-            # Of a tablespace that is there twice (a copy left lying about) the file that the
-            # server has open comes first.
-            if space.page_size != page_size or space.first_page < taken.get(space.space_id, 0):
-                continue
-            taken[space.space_id] = space.first_page + space.pages
             excluded = space.excluded
             placed: list[storage.Placed] = []
             if excluded is None:

@@ -14,22 +14,16 @@ import contextlib
 import dataclasses
 import logging
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from nova_dmigrate import exception
-from nova_dmigrate.agent import flushing, ledger, processes
+from nova_dmigrate.agent import changes, flushing, ledger
 from nova_dmigrate.agent.database import Database, Login
 from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.rpc import messages
 
 LOG = logging.getLogger(__name__)
-
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-# Uptime is in whole seconds, and follows the wall clock
-_BEGAN_TOLERANCE = 30.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,15 +36,6 @@ class PreparationSettings:
     max_flush_bytes: int = 200 << 20
     max_lease_seconds: float = 600.0
     max_seconds: float = 7200.0
-
-
-def boot_clock() -> float:
-    """Seconds since boot, also those in which the guest was suspended."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-def read_boot_id() -> str:
-    return _BOOT_ID.read_text(encoding="ascii").strip()
 
 
 class Preparation:
@@ -71,7 +56,7 @@ class Preparation:
         login: Callable[[str], Login],
         connect: Callable[[Login], Database],
         settings: PreparationSettings | None = None,
-        clock: Callable[[], float] = boot_clock,
+        clock: Callable[[], float] = changes.boot_clock,
         boot_id: str | None = None,
     ) -> None:
         self._file = file
@@ -80,7 +65,7 @@ class Preparation:
         self._connect = connect
         self._settings = settings or PreparationSettings()
         self._clock = clock
-        self._boot_id = boot_id or read_boot_id()
+        self._boot_id = boot_id or changes.read_boot_id()
         self._lock = threading.Lock()
         self._held: ledger.Ledger | None = None
         self._trouble = ""
@@ -170,7 +155,9 @@ class Preparation:
     def findings(self) -> list[Finding]:
         """What the operator has to put right by hand."""
         lost = self._file.lost()
-        return [Finding("lost-ledger", Severity.PROBLEM, _loss(lost))] if lost else []
+        if not lost:
+            return []
+        return [Finding("lost-ledger", Severity.PROBLEM, changes.loss(lost, flushing.ORDER))]
 
     @property
     def active(self) -> bool:
@@ -178,9 +165,8 @@ class Preparation:
         return self._held is not None
 
     def _check_lost(self) -> None:
-        lost = self._file.lost()
-        if lost:
-            raise exception.AgentError(reason=_loss(lost), code="lost-ledger")
+        for found in self.findings():
+            raise exception.AgentError(reason=found.message, code=found.code)
 
     # Preparing
 
@@ -195,12 +181,7 @@ class Preparation:
         return databases, failures
 
     def _open(self, login: Login) -> Database:
-        try:
-            return self._connect(login)
-        except OSError as error:
-            raise exception.ServerError(
-                server=login.socket, reason=str(error), code="gone"
-            ) from error
+        return changes.open_server(self._connect, login)
 
     def _prepare(
         self,
@@ -238,7 +219,7 @@ class Preparation:
             left: list[ledger.Entry] = []
             for database, entry in plans:
                 with _noted(failures):
-                    applied.append(_apply(database, entry))
+                    applied.append(changes.apply(database, entry))
                     continue
                 if self._restore_server(entry) is not None:
                     left.append(entry)
@@ -256,7 +237,7 @@ class Preparation:
 
     def _plan(self, database: Database, seconds: float) -> ledger.Entry:
         """What to change in one server; what is changed already keeps its original value."""
-        identity = self._identify(database)
+        identity = changes.identify(database, self._clock())
         current = database.variables(flushing.ORDER)
         originals = dict(current)
         ours = {}
@@ -284,7 +265,7 @@ class Preparation:
     ) -> tuple[ledger.Change, ...]:
         """What is changed already in this run of a server."""
         for entry in self._entries():
-            if entry.socket == database.login.socket and self._same_run(entry.identity, identity):
+            if entry.socket == database.login.socket and changes.same_run(entry.identity, identity):
                 return entry.changes
         return ()
 
@@ -322,44 +303,7 @@ class Preparation:
 
     def _restore_server(self, entry: ledger.Entry) -> str | None:
         """None when nothing in that server is ours any more, else why it still is."""
-        try:
-            database = self._open(self._login(entry.socket))
-        except exception.ServerError as error:
-            if entry.identity.pid is not None and not _runs(entry.identity):
-                LOG.info("%s has ended: nothing to restore", entry.socket)
-                return None
-            return str(error)
-        try:
-            if not self._same_run(entry.identity, self._identify(database)):
-                LOG.info("%s was restarted: its settings are its own again", entry.socket)
-                return None
-            current = database.variables([change.name for change in entry.changes])
-            for change in reversed(entry.changes):
-                _put_back(database, change, current.get(change.name), entry.applied)
-        except (exception.ServerError, OSError) as error:
-            return str(error)
-        finally:
-            database.close()
-        LOG.info("%s: settings restored", entry.socket)
-        return None
-
-    # Which run of a server it is
-
-    def _identify(self, database: Database) -> ledger.Identity:
-        if database.pid is not None:
-            try:
-                started = processes.read_start_time(database.pid)
-                return ledger.Identity(pid=database.pid, start_time=started)
-            except (OSError, ValueError):
-                pass
-        uptime = float(database.status(["Uptime"]).get("Uptime", 0))
-        return ledger.Identity(began=self._clock() - uptime)
-
-    @staticmethod
-    def _same_run(one: ledger.Identity, other: ledger.Identity) -> bool:
-        if one.pid is not None or other.pid is not None:
-            return (one.pid, one.start_time) == (other.pid, other.start_time)
-        return abs((one.began or 0) - (other.began or 0)) < _BEGAN_TOLERANCE
+        return changes.restore(entry, self._connect, self._login(entry.socket), self._clock())
 
     # Telling
 
@@ -409,55 +353,6 @@ def _noted(failures: list[exception.ServerError]) -> Iterator[None]:
     except exception.ServerError as error:
         LOG.warning("Not prepared: %s", error)
         failures.append(error)
-
-
-def _apply(database: Database, entry: ledger.Entry) -> ledger.Entry:
-    """Make the changes; the entry with the values that the server shows then."""
-    for change in entry.changes:
-        database.set_global(change.name, change.ours)
-    shown = database.variables([change.name for change in entry.changes])
-    return dataclasses.replace(
-        entry,
-        applied=True,
-        changes=tuple(
-            dataclasses.replace(change, ours=shown.get(change.name, change.ours))
-            for change in entry.changes
-        ),
-    )
-
-
-def _put_back(database: Database, change: ledger.Change, current: str | None, exact: bool) -> None:
-    """Put one setting back, unless it is not ours.
-
-    :param exact: the value that is ours is known for certain; else any but the original is.
-    """
-    if current is None or flushing.equal(current, change.original):
-        return
-    if exact and not flushing.equal(current, change.ours):
-        LOG.warning(
-            "%s: %s is now %s, which is not what the agent has set (%s): it stays",
-            database.login.socket,
-            change.name,
-            current,
-            change.ours,
-        )
-        return
-    database.set_global(change.name, change.original)
-
-
-def _runs(identity: ledger.Identity) -> bool:
-    try:
-        return processes.read_start_time(identity.pid or 0) == identity.start_time
-    except (OSError, ValueError):
-        return False
-
-
-def _loss(files: Sequence[Path]) -> str:
-    return (
-        "the note of what an earlier preparation has changed cannot be read, so that nothing of it "
-        f"can be put back. See to {', '.join(flushing.ORDER)} of the database servers (they are "
-        f"right after a restart of the server), then remove {', '.join(map(str, files))}"
-    )
 
 
 def _idle(lease_id: str, message: str) -> messages.LeaseState:

@@ -17,6 +17,7 @@ from typing import Protocol
 from nova_dmigrate import exception, version
 from nova_dmigrate.agent import database, describe, ledger, mapper, maps, options, processes
 from nova_dmigrate.agent.follow_up import FollowUp
+from nova_dmigrate.agent.hot_pages import HotPages, HotPagesSettings
 from nova_dmigrate.agent.preparation import Preparation, PreparationSettings
 from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
@@ -38,6 +39,7 @@ class AgentSettings:
     login: database.Login = database.Login("")
     preparation: PreparationSettings = PreparationSettings()
     mapping: options.MapOptions = options.MapOptions()
+    hot_pages: HotPagesSettings = HotPagesSettings()
 
 
 class Servers:
@@ -104,6 +106,18 @@ def make_preparation(settings: AgentSettings) -> Preparation:
     )
 
 
+def make_hot_pages(settings: AgentSettings, busy: Callable[[], bool] = lambda: False) -> HotPages:
+    """What keeps the lists of hot pages, and fills buffer pools from them."""
+    return HotPages(
+        settings.state_directory,
+        Servers(settings),
+        database.connect,
+        settings.hot_pages,
+        settings.mapping,
+        busy,
+    )
+
+
 class AgentService:
     """The methods of `rpc.messages`, and the state behind them."""
 
@@ -112,6 +126,7 @@ class AgentService:
     ) -> None:
         self._servers = Servers(settings)
         self.preparation = make_preparation(settings)
+        self.hot_pages = make_hot_pages(settings, lambda: self.preparation.active)
         self._maps = maps.MapStore(self._servers.build_map, settings.state_directory)
         self.follow_up = FollowUp(on_move)
         self._incarnation = uuid.uuid4().hex
@@ -131,7 +146,7 @@ class AgentService:
 
     def describe(self, arguments: messages.Nothing) -> messages.Description:
         made = describe.inspect(self._servers.find, self._servers.login)
-        found = (*self.preparation.findings(), *made.findings)
+        found = (*self.preparation.findings(), *self.hot_pages.findings(), *made.findings)
         return dataclasses.replace(made, findings=found).to_message()
 
     def health(self, arguments: messages.Nothing) -> messages.Health:
@@ -150,7 +165,8 @@ class AgentService:
         )
 
     def prepare(self, arguments: messages.PrepareArguments) -> messages.LeaseState:
-        return self.preparation.prepare(arguments)
+        with self.hot_pages.held_off():
+            return self.preparation.prepare(arguments)
 
     def renew(self, arguments: messages.RenewArguments) -> messages.LeaseState:
         return self.preparation.renew(arguments.lease_id, arguments.lease_seconds)
@@ -169,6 +185,12 @@ class AgentService:
 
     def map_end(self, arguments: messages.MapReference) -> messages.Done:
         return self._maps.end(arguments.map_id)
+
+    def warm_up(self, arguments: messages.Nothing) -> messages.WarmUpState:
+        return self.hot_pages.warm_up()
+
+    def warm_up_state(self, arguments: messages.Nothing) -> messages.WarmUpState:
+        return self.hot_pages.warm_up_state()
 
 
 class RequestServer(Protocol):
@@ -199,8 +221,10 @@ def run(
             # Backwards, each whatever becomes of the others. Settings are restored last: what a
             # request that came before the end still changes is put back, a later one is refused
             stack.callback(service.preparation.close)
+            stack.callback(service.hot_pages.stop)
             stack.callback(server.stop)
             stack.callback(service.follow_up.stop)
+            service.hot_pages.start()
             service.follow_up.start()
             server.start()
             while not stopped.wait(_TICK_SECONDS):

@@ -17,6 +17,7 @@ compression leaves no mark in the flags; it shows as holes inside of pages (see 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import errno
 import os
@@ -24,7 +25,7 @@ import posixpath
 import re
 import stat
 import struct
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 from nova_dmigrate.agent import processes
 
@@ -156,6 +157,31 @@ def discover(server: processes.ServerProcess, unreadable: Unreadable) -> list[Ta
         if part is not None:
             found[candidate.key] = part
     return sorted(found.values(), key=lambda space: (space.space_id, space.first_page))
+
+
+def common_page_size(spaces: Sequence[Tablespace]) -> int:
+    """The server's page size, of which all its tablespaces are: that of most of them.
+
+    A file that was forgotten in the data directory may have another.
+    """
+    sizes = collections.Counter(space.page_size for space in spaces)
+    for space in spaces:
+        if space.space_id == 0:
+            return space.page_size
+    return sizes.most_common(1)[0][0] if sizes else DEFAULT_PAGE_SIZE
+
+
+def consistent(spaces: Sequence[Tablespace], page_size: int) -> Iterator[Tablespace]:
+    """Those of that page size, each page once.
+
+    Of a tablespace that is there twice (a copy left lying about) the file that the server has open
+    comes first.
+    """
+    taken: dict[int, int] = {}
+    for space in spaces:
+        if space.page_size == page_size and space.first_page >= taken.get(space.space_id, 0):
+            taken[space.space_id] = space.first_page + space.pages
+            yield space
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,8 @@
 
 ``serve`` answers the hosts. ``check`` tells whether a migration would profit, and what is
 missing. ``map --summary`` makes a buffer map and tells what is in it. ``restore`` puts back what
-an agent that is gone has left changed. ``grants`` prints the statements that make the SQL user.
+an agent that is gone has left changed. ``warm-up`` fills the buffer pools from the lists of hot
+pages. ``grants`` prints the statements that make the SQL user.
 
 Exit status: 0 all is well, 1 something is missing or failed, 2 wrong usage or configuration.
 """
@@ -17,8 +18,9 @@ import re
 import signal
 import sys
 import threading
+import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,20 @@ from oslo_config import cfg
 from oslo_log import log
 
 from nova_dmigrate import conf, exception, version
-from nova_dmigrate.agent import database, describe, options, processes, service
+from nova_dmigrate.agent import (
+    database,
+    describe,
+    hot_pages,
+    hotlist_keeper,
+    options,
+    processes,
+    service,
+    warm_up,
+)
 from nova_dmigrate.agent.preparation import PreparationSettings
 from nova_dmigrate.buffermap import PAGE_SIZE, save_parts
 from nova_dmigrate.findings import Finding, Severity
+from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 
 LOG = log.getLogger(__name__)
@@ -37,6 +49,7 @@ LOG = log.getLogger(__name__)
 PROGRAM = "nova-dmigrate-agent"
 _WELL, _TROUBLE, _WRONG_USAGE = 0, 1, 2
 _MIB = 1 << 20
+_FOLLOW_SECONDS = 0.5
 _MAX_PASSWORD = 4096
 _DMI_UUID = Path("/sys/class/dmi/id/product_uuid")
 _VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}(\.[0-9]{1,4})?(-.*)?")
@@ -54,6 +67,8 @@ def _add_commands(commands: Any) -> None:
     made.add_argument("--json", action="store_true", help="tell it for programs")
     made.add_argument("--output", metavar="FILE", help="write the map to a file")
     commands.add_parser("restore", help="put back settings that a dead agent has left changed")
+    warm_up = commands.add_parser("warm-up", help="fill the buffer pools, hottest pages first")
+    warm_up.add_argument("--json", action="store_true", help="tell the outcome for programs")
     grants = commands.add_parser("grants", help="print the statements that make the SQL user")
     grants.add_argument("--flavour", choices=["mysql", "mariadb"], help="else the running server's")
     grants.add_argument("--version", type=_version, help="of --flavour, e.g. 5.7 (default 8.0)")
@@ -110,6 +125,12 @@ def settings_from(config: cfg.ConfigOpts) -> service.AgentSettings:
             cpu_share=agent.map_cpu_share,
             time_limit=agent.map_time_limit,
         ),
+        hot_pages=hot_pages.HotPagesSettings(
+            lists=hotlist_keeper.ListSettings(
+                interval=agent.hot_list_interval, share=agent.hot_list_share
+            ),
+            warm_up_rate=agent.warm_up_rate * _MIB,
+        ),
     )
 
 
@@ -138,7 +159,8 @@ def main(arguments: list[str] | None = None) -> int:
         _set_up_logging(config, quiet=command.name != "serve")
         if command.name == "serve":
             return _serve(config, settings)
-        return {"check": _check, "map": _map, "restore": _restore}[command.name](settings, command)
+        commands = {"check": _check, "map": _map, "restore": _restore, "warm-up": _warm_up}
+        return commands[command.name](settings, command)
     except (cfg.Error, exception.ConfigurationError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return _WRONG_USAGE
@@ -246,8 +268,51 @@ def _restore(settings: service.AgentSettings, command: Any) -> int:
         preparation = service.make_preparation(settings)
         preparation.recover()
         state = preparation.restore()
+        left = service.make_hot_pages(settings).recover()
     print(state.message)
-    return _WELL if state.state == "idle" else _TROUBLE
+    if left is not None:
+        print(f"settings for the hot pages cannot be put back now: {left}")
+    return _WELL if state.state == "idle" and left is None else _TROUBLE
+
+
+def _warm_up(settings: service.AgentSettings, command: Any) -> int:
+    try:
+        with service.exclusive(settings.state_directory):
+            pages = service.make_hot_pages(settings)
+            pages.start()
+            try:
+                pages.warm_up()
+                state = _follow(pages.warm_up_state, quiet=command.json)
+            finally:
+                pages.stop()
+    except exception.AgentError as error:
+        if error.kwargs.get("code") != "running":
+            raise
+        directory = settings.state_directory
+        hot_pages.ask_running_agent(directory)
+        state = _follow(lambda: hot_pages.running_agents_state(directory), quiet=command.json)
+    if command.json:
+        _print_json(vars(state))
+    elif state.state == "done":
+        print(f"{state.loaded} pages are in memory, {state.seconds:.1f} s")
+    else:
+        print(f"{PROGRAM}: {state.state}: {state.message}", file=sys.stderr)
+    return _WELL if state.state == "done" else _TROUBLE
+
+
+def _follow(ask: Callable[[], messages.WarmUpState | None], quiet: bool) -> messages.WarmUpState:
+    """Wait for the end of a warm-up, and print how far it is."""
+    told = None
+    while True:
+        state = ask()
+        if state is not None and state.state not in ("idle", *warm_up.UNFINISHED):
+            return state
+        if state is not None and not quiet:
+            line = f"{state.state}: {state.loaded} of {state.total} pages"
+            if line != told:
+                print(line, flush=True)
+            told = line
+        time.sleep(_FOLLOW_SECONDS)
 
 
 def _grants(settings: service.AgentSettings, command: Any) -> int:

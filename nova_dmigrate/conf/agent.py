@@ -182,4 +182,41 @@ host asks again.
     ),
 ]
 
-OPTIONS: list[cfg.Opt] = [*REQUESTS, *SERVERS, *MAPPING, *PREPARATION]
+HOT_PAGES = [
+    cfg.FloatOpt(
+        "hot_list_interval",
+        default=300,
+        min=0,
+        max=86400,
+        help="""
+Seconds after which the list of hot pages beside a server's data is replaced by
+a new one. 0 keeps none.
+
+The list is the file that the server itself loads at its start
+(``innodb_buffer_pool_filename``). After an evacuation the buffer pool is filled
+from it, hottest pages first.
+""",
+    ),
+    cfg.FloatOpt(
+        "hot_list_share",
+        default=0.9,
+        min=0.01,
+        max=1,
+        help="""
+The most, as a share of the buffer pool, that is on the list. A page takes some
+12 bytes, so that the list of 64 GiB has 45 MB.
+""",
+    ),
+    cfg.IntOpt(
+        "warm_up_rate",
+        default=100,
+        min=1,
+        max=65536,
+        help="""
+The most, in MiB/s, that a server is asked to read when its buffer pool is
+filled after an evacuation.
+""",
+    ),
+]
+
+OPTIONS: list[cfg.Opt] = [*REQUESTS, *SERVERS, *MAPPING, *PREPARATION, *HOT_PAGES]

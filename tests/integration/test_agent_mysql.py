@@ -4,13 +4,27 @@
 import contextlib
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import ClassVar
 
 from nova_dmigrate import exception
-from nova_dmigrate.agent import database, describe, flushing, ledger, preparation, processes
+from nova_dmigrate.agent import (
+    database,
+    describe,
+    flushing,
+    hot_pages,
+    hotlist,
+    hotlist_keeper,
+    hotlist_server,
+    ledger,
+    preparation,
+    processes,
+    service,
+    warm_up,
+)
 from nova_dmigrate.rpc import messages
 from tests import base
 from tests.lab import chroots, databases, loop, mysql56
@@ -114,6 +128,32 @@ class AnyServer(base.TestCase):
         self.assertEqual(0, float(opened.variables(flushing.ORDER)[flushing.HIGH_WATER]))
         self.assertEqual("idle", prepared.restore(state.lease_id).state)
         self.assertEqual(before, opened.variables(flushing.ORDER))
+
+    def test_a_list_of_hot_pages_is_kept_and_loaded(self) -> None:
+        settings = service.AgentSettings(
+            state_directory=self.make_directory(),
+            selector=processes.Selector(socket=str(self.socket)),
+            login=self.login(database.DEFAULT_USER, "a password"),
+            hot_pages=hot_pages.HotPagesSettings(hotlist_keeper.ListSettings(interval=3600)),
+        )
+        (server,) = service.Servers(settings).find()
+        before = self.connect().variables(hotlist_server.NAMES)
+        path = Path(server.path("ib_buffer_pool"))
+        path.unlink(missing_ok=True)
+        pages = service.make_hot_pages(settings)
+        pages.start()
+        self.addCleanup(pages.stop)
+        while not path.exists():
+            time.sleep(0.1)
+        with path.open("rb") as file:
+            listed = hotlist.decode(file).size
+        self.assertGreater(listed, 100)
+        pages.warm_up()
+        while pages.warm_up_state().state in warm_up.UNFINISHED:
+            time.sleep(0.1)
+        state = pages.warm_up_state()
+        self.assertEqual(("done", listed), (state.state, state.loaded), state.message)
+        self.assertEqual(before, self.connect().variables(hotlist_server.NAMES))
 
 
 @contextlib.contextmanager

@@ -114,10 +114,10 @@ class DescribeTest(base.TestCase):
 
     def test_each_missing_capability_is_told_with_its_purpose(self) -> None:
         self.assertEqual([], describe.missing_capabilities("CapEff:\t000001ffffffffff\n"))
-        found = describe.missing_capabilities("Name:\tx\nCapEff:\t0000000000080004\n")
+        found = describe.missing_capabilities("Name:\tx\nCapEff:\t00000000000800c4\n")
         self.assertEqual(1, len(found))
         self.assertIn("CAP_SYS_ADMIN", found[0].message)
-        self.assertEqual(3, len(describe.missing_capabilities("")))
+        self.assertEqual(5, len(describe.missing_capabilities("")))
 
     def test_health_tells_of_a_server_that_does_not_answer(self) -> None:
         def refused(login: Login) -> Any:

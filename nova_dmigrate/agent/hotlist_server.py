@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a server itself knows of its buffer pool: its dumps and loads of lists of hot pages.
+
+Both are begun by setting a variable, and told of by a sentence in a status variable. A dump has the
+pages in the order of the server's LRU list. It does not become the list as it is: a server that
+dumps has neither the old nor the new one for a moment, and brings none to the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nova_dmigrate import exception
+from nova_dmigrate.agent import cancellation, changes, flushing, hotlist, hotlist_file
+from nova_dmigrate.agent.database import Database
+
+FILENAME = "innodb_buffer_pool_filename"
+DUMP_SHARE = "innodb_buffer_pool_dump_pct"
+DUMP = "innodb_buffer_pool_dump_now"
+LOAD = "innodb_buffer_pool_load_now"
+ABORT = "innodb_buffer_pool_load_abort"
+HOME = "innodb_data_home_dir"
+INSTANCES = "innodb_buffer_pool_instances"
+DUMP_STATUS = "Innodb_buffer_pool_dump_status"
+LOAD_STATUS = "Innodb_buffer_pool_load_status"
+_FREE_PAGES = "Innodb_buffer_pool_pages_free"
+
+# What is changed for a dump or for loads, in the order in which it can be set
+NAMES = (flushing.CAPACITY_MAX, flushing.CAPACITY, DUMP_SHARE, FILENAME)
+
+_ON = "1"
+_DUMPED_SUFFIX = "-dump"
+_POLL = 0.05
+_DUMP_POLL = 0.01
+_DUMP_SECONDS = 120.0
+# The status tells seconds: two loads that end within one would look like one
+_APART = 1.1
+_BEGIN_SECONDS = 5.0
+_ABORT_SECONDS = 60.0
+# How the sentences begin
+_LOADING = ("Loading", "Loaded")
+_DUMPING = ("Dumping", "Instance", "Buffer pool")
+_LOAD_DONE = "Buffer pool(s) load completed"
+_ABORTED = "Buffer pool(s) load aborted"
+
+U64 = NDArray[np.uint64]
+
+
+def place_of(database: Database) -> hotlist_file.Place:
+    """Where the server keeps its list.
+
+    :raises StorageError: if that is no place that can be written to.
+    """
+    values = database.variables([FILENAME, HOME])
+    return hotlist_file.checked(
+        values.get(FILENAME, hotlist_file.DEFAULT_NAME), values.get(HOME, "")
+    )
+
+
+def is_loading(database: Database) -> bool:
+    """Whether the server loads a list at the moment."""
+    return database.status([LOAD_STATUS]).get(LOAD_STATUS, "").startswith(_LOADING)
+
+
+def free_pages(database: Database) -> int:
+    """How many pages of the pool hold nothing yet."""
+    return int(database.status([_FREE_PAGES]).get(_FREE_PAGES, 0))
+
+
+@contextlib.contextmanager
+def exchange(
+    database: Database,
+    directory: hotlist_file.ListDirectory,
+    borrowed: changes.Borrowed,
+    values: Mapping[str, str],
+) -> Iterator[str]:
+    """The file that the server dumps to and loads from, within the context.
+
+    That is the transfer file. MariaDB's newer versions let nobody name another file than the list
+    itself: there the list is kept under another name meanwhile.
+
+    :param values: of variables that are to be set meanwhile.
+    :raises ServerError: if the server refuses.
+    :raises StorageError: if the files cannot be changed.
+    """
+    directory.recover()
+    directory.remove(directory.transfer)
+    if _may_be_renamed(database):
+        try:
+            with borrowed.changed(database, {**values, FILENAME: directory.transfer}):
+                yield directory.transfer
+        finally:
+            directory.remove(directory.transfer)
+        return
+    directory.save()
+    try:
+        with borrowed.changed(database, values):
+            yield directory.name
+    finally:
+        directory.recover()
+
+
+def dump(
+    database: Database,
+    directory: hotlist_file.ListDirectory,
+    share: float,
+    borrowed: changes.Borrowed,
+    cancelled: cancellation.Cancellation,
+) -> U64:
+    """Have the server tell what is in its pool: the list of ``share`` of the pool.
+
+    :raises ServerError: if it refuses, or fails.
+    :raises StorageError: if what it has written cannot be had.
+    :raises AgentError: if it is cancelled.
+    """
+    instances = int(database.variables([INSTANCES]).get(INSTANCES, 1))
+    percent = str(min(100, max(1, round(100 * share))))
+    dumped = directory.transfer + _DUMPED_SUFFIX
+    directory.remove(dumped)
+    try:
+        with exchange(database, directory, borrowed, {DUMP_SHARE: percent}) as name:
+            _dump(database, directory, name, cancelled)
+            directory.link(name, dumped)
+            # At once: until then it may have the list's name
+            directory.recover()
+        pages = directory.read(dumped)
+    finally:
+        directory.remove(dumped)
+    return hotlist.interleave(pages, instances)
+
+
+def _may_be_renamed(database: Database) -> bool:
+    """Whether the server can be told another name for its file: asked with the one that it has."""
+    try:
+        database.set_global(FILENAME, database.variables([FILENAME])[FILENAME])
+    except exception.ServerError as error:
+        if error.kwargs.get("code") == "read-only":
+            return False
+        raise
+    return True
+
+
+def _dump(
+    database: Database,
+    directory: hotlist_file.ListDirectory,
+    name: str,
+    cancelled: cancellation.Cancellation,
+) -> None:
+    before = database.status([DUMP_STATUS]).get(DUMP_STATUS, "")
+    inode = directory.inode(name)
+    database.set_global(DUMP, _ON)
+    began = time.monotonic()
+    # The server gives the file its name when it is whole
+    while directory.inode(name) in (None, inode):
+        status = database.status([DUMP_STATUS]).get(DUMP_STATUS, "")
+        seconds = time.monotonic() - began
+        # It may have failed as it has the last time
+        failed = not status.startswith(_DUMPING) and (status != before or seconds > _BEGIN_SECONDS)
+        if failed or seconds > _DUMP_SECONDS:
+            raise exception.ServerError(
+                server=database.login.socket, reason=f"no dump of its pool: {status}", code="dump"
+            )
+        cancelled.wait(_DUMP_POLL)
+
+
+class Loader:
+    """Has a server load lists, one after the other. For one thread.
+
+    :param name: of the file in that directory that it loads, see `exchange`.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        directory: hotlist_file.ListDirectory,
+        name: str,
+        cancelled: cancellation.Cancellation,
+    ) -> None:
+        self._database = database
+        self._directory = directory
+        self._name = name
+        self._cancelled = cancelled
+        self._ended = time.monotonic()
+
+    def stop_own(self) -> None:
+        """End a load that the server has begun of its own accord.
+
+        :raises ServerError: if it does not end.
+        """
+        end = time.monotonic() + _ABORT_SECONDS
+        while self._status().startswith(_LOADING):
+            if time.monotonic() > end:
+                raise self._error("its own load does not end")
+            self._database.set_global(ABORT, _ON)
+            self._cancelled.wait(_POLL)
+        self._ended = time.monotonic()
+
+    def load(self, pages: U64) -> None:
+        """Have pages loaded. Returns when they are.
+
+        :raises ServerError: if the server fails.
+        :raises StorageError: if the file cannot be written.
+        :raises AgentError: if it is cancelled; the load is ended then.
+        """
+        self._directory.replace(self._name, pages, self._cancelled)
+        self._cancelled.wait(self._ended + _APART - time.monotonic())
+        before = self._status()
+        try:
+            self._begin(before)
+            while self._status().startswith(_LOADING):
+                self._cancelled.wait(_POLL)
+        except exception.AgentError as error:
+            if not isinstance(error, exception.ServerError):
+                self._database.set_global(ABORT, _ON)
+            raise
+        self._ended = time.monotonic()
+        status = self._status()
+        if not status.startswith(_LOAD_DONE):
+            raise self._error(f"it has loaded nothing: {status}")
+
+    def _begin(self, before: str) -> None:
+        """Start a load; returns as soon as the status speaks of it."""
+        # A server that is just going back to sleep may miss the first call
+        for _ in range(2):
+            self._database.set_global(LOAD, _ON)
+            end = time.monotonic() + _BEGIN_SECONDS
+            while time.monotonic() < end:
+                if self._status() != before:
+                    return
+                self._cancelled.wait(_POLL)
+        raise self._error("it does not begin to load")
+
+    def _status(self) -> str:
+        return self._database.status([LOAD_STATUS]).get(LOAD_STATUS, "")
+
+    def _error(self, reason: str) -> exception.ServerError:
+        return exception.ServerError(server=self._database.login.socket, reason=reason, code="load")
