@@ -3,12 +3,13 @@
 
 import threading
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import fixtures
 from lxml import etree
-from nova.tests.fixtures import cinder
 from nova.tests.fixtures import libvirt as fakelibvirt
 from nova.tests.functional import integrated_helpers
 from nova.tests.functional.libvirt import base as libvirt_base
@@ -21,12 +22,12 @@ from nova_dmigrate.virt.driver import DMigrateDriver
 from nova_dmigrate.virt.guest import NovaGuest
 from tests.functional import services
 
-VOLUME = cinder.CinderFixture.ISCSI_BACKED_VOL
+_ISCSI = {"driver_volume_type": "iscsi", "data": {"target_lun": "1"}}
 _CONFIGURATION = """
 [migration]
 agent_url = fake:
-agent_timeout = 1
-host_timeout = 1
+agent_timeout = {patience}
+host_timeout = {patience}
 queue_time = 2
 min_mapped_share = 0
 history_directory = {directory}/history
@@ -44,6 +45,7 @@ class MigrationTest(
 
     :ivar hosts: the stand-ins by name. :ivar calls: what libvirt was asked for, one each.
     :ivar during: called while libvirt migrates; what it raises libvirt does.
+    :ivar volumes: of the server that was made last.
     :ivar downtimes: milliseconds that QEMU's limit was set to.
     """
 
@@ -54,13 +56,17 @@ class MigrationTest(
     #: Hosts that have a service.
     SERVICES = ("src", "dest")
     AGENT = True
+    #: Seconds for answers. Short where one is waited for in vain.
+    PATIENCE = 20
 
     def setUp(self) -> None:
         self.directory = Path(self.useFixture(fixtures.TempDir()).path)
         file = self.directory / "nova-dmigrate.conf"
-        file.write_text(_CONFIGURATION.format(directory=self.directory))
+        file.write_text(_CONFIGURATION.format(directory=self.directory, patience=self.PATIENCE))
         super().setUp()
         self.flags(config_file=[str(file)], group="dmigrate")
+        # Nova's stand-in of os-brick has it at /dev/sda on each host
+        self.cinder.VOLUME_CONNECTION_INFO = {"fake": _ISCSI}
         self.calls: list[dict[str, Any]] = []
         self.downtimes: list[int] = []
         self.aborted, self.paused = threading.Event(), threading.Event()
@@ -146,21 +152,51 @@ class MigrationTest(
 
     # What tests do
 
-    def make_server(self, **more: Any) -> dict[str, Any]:
-        """A server on ``src`` with a volume, and its agent."""
+    def make_server(self, volumes: int = 1, **more: Any) -> dict[str, Any]:
+        """A server on ``src`` with volumes, and its agent."""
         flavor = self._create_flavor(extra_spec=self.EXTRA_SPECS or None)
         server = self._create_server(flavor_id=flavor, host="src", networks="none", **more)
-        self._attach_volume(server, VOLUME)
+        self.volumes = [str(uuid.uuid4()) for _ in range(volumes)]
+        for volume in self.volumes:
+            self._attach_volume(server, volume)
         if self.AGENT:
-            self.agent = services.Agent(VOLUME[:20])
+            self.agent = services.Agent(self.volumes[0][:20])
             self.useFixture(services.Served(server["id"], self.agent, AGENT))
         self.server = server
         return server
 
-    def migrate(self, server: dict[str, Any], to: str = "dest") -> None:
-        """Ask for it; it goes on by itself."""
-        body = {"os-migrateLive": {"host": to, "block_migration": "auto"}}
-        self.api.post_server_action(server["id"], body)
+    def migrate(self, server: dict[str, Any], refused: bool = False) -> None:
+        """Ask for it; it goes on by itself.
+
+        :param refused: it will be, which Nova's tests, where casts are calls, see as an answer.
+        """
+        body = {"os-migrateLive": {"host": "dest", "block_migration": "auto"}}
+        expected = {"check_response_status": [500]} if refused else {}
+        self.api.post_server_action(server["id"], body, **expected)
+
+    def wait_for(self, condition: Callable[[], Any], seconds: float = 60) -> None:
+        """Until that is so."""
+        end = time.monotonic() + seconds
+        while not condition():
+            self.assertLess(time.monotonic(), end)
+            time.sleep(0.05)
+
+    def settled(self, server: dict[str, Any]) -> str:
+        """The status of the server's migration that has not completed, when all is put back."""
+        self.wait_for(lambda: not self.src.driver._relaying)
+        statuses = ["failed", "cancelled", "error"]
+        self._wait_for_migration_status(server, statuses)
+        # Nova, which has put all back, may take it for an error on top
+        self.wait_for(lambda: not self.src.driver.active_migrations)
+        self._wait_for_server_parameter(server, {"OS-EXT-STS:task_state": None})
+        self.wait_for(lambda: not self._at_work())
+        status: str = self._wait_for_migration_status(server, statuses)["status"]
+        return status
+
+    def _at_work(self) -> bool:
+        """Whether a live migration is still somewhere between its threads."""
+        tasks = getattr(self.src.manager, "_in_progress_tasks", {}).values()
+        return any("live_migration" in str(task) for task in tasks)
 
     def host_of(self, server: dict[str, Any]) -> str:
         host: str = self.api.get_server(server["id"])["OS-EXT-SRV-ATTR:host"]

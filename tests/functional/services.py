@@ -118,7 +118,7 @@ class Host:
 class Agent:
     """The agent of one instance, with a map of 1 MiB of its memory.
 
-    :ivar outcome: ``ready`` or ``failed``.
+    :ivar outcome: of making the map: ``ready``, ``building`` or ``failed``.
     :ivar warmed_up: set when it was asked for that.
     """
 
@@ -145,6 +145,8 @@ class Agent:
             seconds=0.1,
             message="no database server runs" if failed else "",
         )
+
+    map_state = map_begin
 
     def map_chunk(self, arguments: Any) -> messages.Chunk:
         data = base64.b64encode(self._chunks[arguments.index]).decode()

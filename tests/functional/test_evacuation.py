@@ -12,7 +12,8 @@ class LostHostTest(base.MigrationTest):
     def lose(self) -> Any:
         server = self.make_server()
         self.src.stop()
-        self.api.force_down_service("src", "nova-compute", True)
+        (service,) = self.api.get_services(host="src", binary="nova-compute")
+        self.api.put_service(service["id"], {"forced_down": True})
         return server
 
 

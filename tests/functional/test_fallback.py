@@ -79,6 +79,7 @@ for _name, _row in ROWS.items():
 
 class NoServiceTest(OrdinaryTest):
     SERVICES = ("src",)
+    PATIENCE = 3
 
     def test_a_destination_without_us(self):
         self.assert_ordinary(self.make_server(), "host-unreachable")
@@ -86,6 +87,7 @@ class NoServiceTest(OrdinaryTest):
 
 class NoAgentTest(OrdinaryTest):
     AGENT = False
+    PATIENCE = 3
 
     def test_a_guest_without_an_agent(self):
         self.assert_ordinary(self.make_server(), "agent-unreachable")
