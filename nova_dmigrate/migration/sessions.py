@@ -180,8 +180,10 @@ class RelaySessions:
             except exception.HostError:
                 self._open.remove(host)
                 raise
+            queued = state.state == "queued"
             state = self._past("queued", host, state, self._terms.patience, waiting)
-        if state.state == "queued":
+        # At the end of the same time the host itself gives up what is queued
+        if queued and state.state in ("queued", "failed"):
             raise because(
                 Reason.NO_ROOM, self._instance, host=host.host, detail=state.message or "all busy"
             )
