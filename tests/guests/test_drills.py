@@ -7,7 +7,7 @@ from typing import ClassVar
 from nova_dmigrate.migration.summary import CANCELLED
 from tests import base
 from tests.lab import database_image, processes
-from tests.lab.demo.drills import CANCEL, EARLY, Drill, Outcome, carry_out
+from tests.lab.demo.drills import CANCEL, PHASES, Drill, Outcome, carry_out
 from tests.lab.demo.scene import Scene, small_scene
 from tests.lab.demo.soak import WARM_UP, soak
 
@@ -59,12 +59,18 @@ class TestDrills(base.TestCase):
     def test_a_source_relay_killed_in_the_middle(self) -> None:
         self.assertEqual(("completed", "ordinary"), self.way("source relay", "migrating"))
 
+    def test_a_source_relay_killed_when_the_guest_may_switch_over(self) -> None:
+        self.assertEqual(("completed", "ordinary"), self.way("source relay", "converging"))
+
     def test_a_destination_relay_killed_before_it_is_needed(self) -> None:
         way = self.way("destination relay", "starting relays")
         self.assertEqual(("completed", "ordinary"), way)
 
     def test_a_source_service_killed_in_the_middle(self) -> None:
         self.assertEqual(("completed", "dmigrate"), self.way("source service", "migrating"))
+
+    def test_a_source_service_killed_when_the_guest_may_switch_over(self) -> None:
+        self.assertEqual(("completed", "dmigrate"), self.way("source service", "converging"))
 
     def test_a_destination_service_killed_when_relays_start(self) -> None:
         self.drill("destination service", "starting relays")
@@ -84,9 +90,9 @@ class TestDrills(base.TestCase):
                 self.drill(victim, "migrating")
 
     def test_a_migration_cancelled_in_any_phase(self) -> None:
-        for phase in (*EARLY, "migrating"):
+        for phase in PHASES:
             with self.subTest(phase=phase):
-                outcome = self.drill(CANCEL, phase, once_more=phase == "migrating")
+                outcome = self.drill(CANCEL, phase, once_more=phase == PHASES[-1])
                 self.assertEqual(CANCELLED, outcome.summary.state)
 
     def test_migrations_back_and_forth_leave_nothing_behind(self) -> None:

@@ -4,13 +4,15 @@
 import contextlib
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 from nova_dmigrate import exception
 from nova_dmigrate.migration.progress import Progress
-from nova_dmigrate.migration.request import AgentTransport, Mode
+from nova_dmigrate.migration.request import Mode
 from nova_dmigrate.migration.summary import MigrationSummary
 from tests import base
+from tests.guests.fallbacks import CASES, Case, Place
 from tests.lab import database_guest, database_image, processes
 from tests.lab.database_guest import DatabaseSpec
 from tests.lab.demo.services import MigrationServices
@@ -31,6 +33,7 @@ class TestOrchestration(base.TestCase):
     hosts: ClassVar[LibvirtHosts]
     services: ClassVar[MigrationServices]
     domain: ClassVar[Domain]
+    directory: ClassVar[Path]
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -39,7 +42,7 @@ class TestOrchestration(base.TestCase):
         cls._class = contextlib.ExitStack()
         enter = cls._class.enter_context
         try:
-            directory = enter(processes.workspace())
+            cls.directory = directory = enter(processes.workspace())
             cls.hosts = enter(LibvirtHosts(directory))
             cls.services = enter(MigrationServices(cls.hosts, directory, tls=True, prepare_time=1))
             disk = database_guest.create_volume(directory / "volume.raw")
@@ -140,51 +143,28 @@ class TestOrchestration(base.TestCase):
         self.assertNotIn("mapping", summary.phases)
         self.assertEqual(before, self.settings())
 
-    def test_a_map_that_comes_too_late_costs_the_gain_only(self) -> None:
-        stopped = threading.Event()
+    # In the ordinary way, or without the volumes, with the reason
 
-        def on_progress(progress: Progress) -> None:
-            # It has answered once by then
-            if progress.phase == "starting relays" and not stopped.is_set():
-                stopped.set()
-                self.domain.guest.run("kill -STOP $(cat /run/agent.pid)")
-
-        try:
-            summary = self.migrate(on_progress=on_progress)
-        finally:
-            self.domain.guest.run("kill -CONT $(cat /run/agent.pid)")
-        self.assertTrue(stopped.is_set())
-        self.assertEqual(("completed", "dmigrate", "late-map"), _way(summary), summary)
-        self.assertEqual(0, summary.pages_referenced)
-        self.assertIn("but without the volumes, because", summary.sentence())
-
-    # In the ordinary way, with the reason
-
-    def test_a_host_without_its_service_makes_it_the_ordinary_one(self) -> None:
-        self.services.kill(self.destination)
-        try:
-            summary = self.migrate()
-        finally:
-            self.services.start(self.destination)
-        self.assertEqual(("completed", "ordinary", "host-unreachable"), _way(summary), summary)
-
-    def test_an_agent_that_does_not_answer_makes_it_the_ordinary_one(self) -> None:
-        self.domain.guest.run("kill -STOP $(</run/agent.pid)")
-        try:
-            summary = self.migrate()
-        finally:
-            self.domain.guest.run("kill -CONT $(</run/agent.pid)")
-        self.assertEqual(("completed", "ordinary", "agent-unreachable"), _way(summary), summary)
-
-    def test_nothing_is_done_when_relays_are_required_and_cannot_be_had(self) -> None:
-        error = self.assertRaises(
-            exception.FallBack,
-            self.migrate,
-            mode=Mode.REQUIRED,
-            agent_transport=AgentTransport.NONE,
-        )
-        self.assertEqual("no-agent", error.kwargs["code"])
-        self.assertEqual([self.source.name], self.running())
+    def check_reason(self, code: str, case: Case) -> None:
+        """What makes a migration the ordinary one is found, and told by its code."""
+        place = Place(self.services, self.domain, self.source, self.destination, self.directory)
+        before = self.settings()
+        with case.provoke(place) as options:
+            if case.way is None:
+                error = self.assertRaises(exception.FallBack, self.order, mode=case.mode, **options)
+                self.assertEqual(code, error.kwargs["code"], error)
+                self.assertEqual([self.source.name], self.running())
+            else:
+                summary = self.order(mode=case.mode, **options)
+                self.domain.arrived(self.destination)
+                self.assertEqual((*case.way, code), _way(summary), summary)
+                self.assertEqual(0, summary.pages_referenced)
+                why = " ".join(str(summary.fallback_message).split())
+                self.assertIn(why, summary.sentence())
+        self.assertEqual(1, len(self.running()))
+        # An agent that could not be asked restores when its lease ends
+        wait_until(lambda: self.settings() == before, "the settings are as they were")
+        self.assertEqual([], self.services.left_behind())
 
     # What fails on the way
 
@@ -206,6 +186,15 @@ class TestOrchestration(base.TestCase):
         self.hosts.heal()
         summary = self.migrate()
         self.assertEqual(("completed", "dmigrate", None), _way(summary), summary)
+
+
+def _test_of(code: str, case: Case) -> Callable[[TestOrchestration], None]:
+    return lambda test: test.check_reason(code, case)
+
+
+for _code, _case in CASES.items():
+    _name = f"test_a_migration_is_the_ordinary_one_{_code.replace('-', '_')}"
+    setattr(TestOrchestration, _name, _test_of(_code, _case))
 
 
 def _way(summary: MigrationSummary) -> tuple[str, str, str | None]:

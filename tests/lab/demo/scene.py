@@ -37,7 +37,8 @@ from tests.lab.processes import inmates
 HASTY: dict[str, Any] = {"lease": 15, "prepare_time": 2}
 #: Seconds for leases to end, and for libvirt to clean up.
 _PATIENCE = 60.0
-_DOWNTIME_MS = 1000
+#: Of a switchover, at most, if nothing else is asked for.
+DOWNTIME_MS = 1000
 _SETTINGS = (
     "SELECT @@innodb_max_dirty_pages_pct, @@innodb_max_dirty_pages_pct_lwm,"
     " @@innodb_io_capacity, @@innodb_io_capacity_max"
@@ -78,7 +79,12 @@ class Scene:
         """The command in the guest that starts its server as it was."""
         return f'start_server && {admit(self.server)} && client -e "{self.work}"'
 
-    def migrate(self, cancelled: threading.Event | None = None, **options: Any) -> MigrationSummary:
+    def migrate(
+        self,
+        cancelled: threading.Event | None = None,
+        max_downtime_ms: int = DOWNTIME_MS,
+        **options: Any,
+    ) -> MigrationSummary:
         """Have the guest migrated to the other host, as `MigrationServices.migrate` does."""
         source = self.domain.host
         cancelled = cancelled or threading.Event()
@@ -87,7 +93,7 @@ class Scene:
         try:
             return self.services.migrate(
                 *(self.domain.name, source, self.hosts.other(source)),
-                max_downtime_ms=_DOWNTIME_MS,
+                max_downtime_ms=max_downtime_ms,
                 cancelled=cancelled,
                 **options,
             )

@@ -3,11 +3,12 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +35,8 @@ with warnings.catch_warnings():
     from nova_dmigrate.migration import service
     from nova_dmigrate.rpc import broker
 
+#: Arguments of Python that make it a host's service.
+PROGRAM = ("-m", "nova_dmigrate.cmd.host")
 _SOCKETS = "/run/nova-dmigrate"
 _STATE = "/run/nova-dmigrate-state"
 
@@ -103,24 +106,65 @@ class MigrationServices:
         :param options: of the request, as `MigrationRequest` has them.
         :raises MigrationError: there is no such domain; or relays were required and cannot be had.
         """
-        request = MigrationRequest(
-            domain=domain,
-            destination_uri=destination.peer_uri,
-            connect_uri=source.uri,
-            instance=INSTANCE,
-            source_host=source.name,
-            destination_host=destination.name,
-            **options,
-        )
+        usual = {
+            "destination_uri": destination.peer_uri,
+            "connect_uri": source.uri,
+            "instance": INSTANCE,
+            "source_host": source.name,
+            "destination_host": destination.name,
+        }
+        request = MigrationRequest(domain, **{**usual, **options})
         return service.migrate(request, self._operator, on_progress, cancelled)
+
+    @contextlib.contextmanager
+    def operating(self, **options: object) -> Iterator[None]:
+        """Meanwhile the operator has other options, named ``group__option``."""
+        parts = [(name.partition("__"), value) for name, value in options.items()]
+        for (group, _, option), value in parts:
+            self._operator.set_override(option, value, group)
+        try:
+            yield
+        finally:
+            for (group, _, option), _ in parts:
+                self._operator.clear_override(option, group)
 
     def kill(self, host: LibvirtHost) -> None:
         """End a host's service as a crash does; its relays go on."""
         end(self._processes.pop(host.name))
 
+    def stop(self, host: LibvirtHost) -> None:
+        """Tell a host's service to end; it may wait for its relays."""
+        os.kill(self.pid(host), signal.SIGTERM)
+
     def start(self, host: LibvirtHost) -> None:
         """Start a host's service, and wait until it answers."""
         self._start(host)
+
+    @contextlib.contextmanager
+    def changed(
+        self, host: LibvirtHost, program: Sequence[str] = PROGRAM, **options: object
+    ) -> Iterator[None]:
+        """Meanwhile a host's service is another one, or has other options, named
+        ``group__option``.
+        """
+        more = self._directory / f"{host.name}-more.conf"
+        parts = [(name.partition("__"), value) for name, value in options.items()]
+        more.write_text(
+            "".join(f"[{group}]\n{name} = {value}\n" for (group, _, name), value in parts)
+        )
+        self.kill(host)
+        try:
+            self._start(host, program, more)
+            yield
+        finally:
+            if host.name in self._processes:
+                self.kill(host)
+            self._start(host)
+
+    def client(self, host: LibvirtHost) -> HostClient:
+        """Asks the service of a host."""
+        transport = broker.BrokerTransport(host.name, self._broker.services_url(), HOST)
+        return HostClient(host.name, transport, timeout=5)
 
     @property
     def broker(self) -> Broker:
@@ -145,9 +189,11 @@ class MigrationServices:
             self._log(host).read_bytes()[-3000:].decode(errors="replace") for host in self._hosts
         )
 
-    def _start(self, host: LibvirtHost) -> None:
-        argv = [sys.executable, "-W", "ignore", "-m", "nova_dmigrate.cmd.host"]
-        argv += ["--config-file", str(self._configuration(host))]
+    def _start(self, host: LibvirtHost, program: Sequence[str] = PROGRAM, *more: Path) -> None:
+        """:param more: configuration that counts more than the usual."""
+        argv = [sys.executable, "-W", "ignore", *program]
+        for path in (self._configuration(host), *more):
+            argv += ["--config-file", str(path)]
         with open(self._log(host), "ab") as log:
             process = spawn(
                 host.argv(argv),
@@ -158,8 +204,7 @@ class MigrationServices:
             )
         self._processes[host.name] = process
         self._ends.callback(terminate, process)
-        transport = broker.BrokerTransport(host.name, self._broker.services_url(), HOST)
-        with HostClient(host.name, transport, timeout=5) as client:
+        with self.client(host) as client:
 
             def answers() -> bool:
                 if process.poll() is not None:

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All reasons for the ordinary migration, and how each of them is brought about.
+
+with CASES["no-room"].provoke(place) as options:
+    services.migrate(..., mode=CASES["no-room"].mode, **options)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nova_dmigrate.migration.progress import Progress
+from nova_dmigrate.migration.request import AgentTransport, Mode
+from nova_dmigrate.rpc import host_messages
+from tests.lab.relays import wait_until
+
+if TYPE_CHECKING:  # whoever only reads the table needs no libvirt
+    from tests.lab.demo.services import MigrationServices
+    from tests.lab.domains import Domain
+    from tests.lab.libvirt_host import LibvirtHost
+
+_QEMU_CONF = Path("/etc/libvirt/qemu.conf")
+_READ_ONLY = Path("/run/libvirt/libvirt-sock-ro")
+_FULL = Path("/run/libvirt/libvirt-sock")
+_SOCKETS = Path("/run/nova-dmigrate")
+_LABEL = "security.selinux"
+#: No host has this address (RFC 5737).
+_NOWHERE = "192.0.2.1"
+#: A service of another version, of which relays speak otherwise.
+_OTHER_WIRE = """
+from nova_dmigrate.relay.wire import hello
+hello.VERSIONS = (1000,)
+from nova_dmigrate.cmd.host import main
+main()
+"""
+#: The database is not asked for anything, which is not always quick.
+_UNPREPARED = {"migration__prepare_time": 0}
+_ACCOUNT = "ALTER USER 'nova_dmigrate'@'localhost' ACCOUNT"
+#: For libvirt's hypervisor for tests, which runs whatever it is told of.
+_NODE = """
+<node>
+  <cpu><mhz>1000</mhz><model>i686</model><active>1</active><nodes>1</nodes><sockets>1</sockets>
+    <cores>1</cores><threads>1</threads></cpu>
+  <memory>8192000</memory>
+  <domain type='test'>
+    <name>{name}</name>
+    <uuid>{uuid}</uuid>
+    <memory>65536</memory>
+    <vcpu>1</vcpu>
+    <os><type>hvm</type></os>
+    <devices>{devices}</devices>
+  </domain>
+</node>
+"""
+_PORT = """
+<channel type='unix'><source mode='bind' path='/run/guests/agent.sock'/>
+  <target type='virtio' name='org.openstack.dmigrate.0'/></channel>
+"""
+_CACHED_DISK = """
+<disk type='file' device='disk'><driver name='qemu' type='raw' cache='writeback'/>
+  <source file='/run/guests/disk'/><target dev='vda' bus='virtio'/><serial>disk</serial></disk>
+"""
+_PCI_DEVICE = """
+<hostdev mode='subsystem' type='pci' managed='yes'>
+  <source><address domain='0x0000' bus='0x03' slot='0x00' function='0x0'/></source></hostdev>
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a guest is migrated from and to. ``directory``: for files."""
+
+    services: MigrationServices
+    domain: Domain
+    source: LibvirtHost
+    destination: LibvirtHost
+    directory: Path
+
+
+Options = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """How one reason is brought about.
+
+    ``provoke``: meanwhile it holds; gives options of `MigrationServices.migrate`. ``way``: state
+    and mode of the migration; None if there is none, because relays are required.
+    """
+
+    provoke: Callable[[Place], AbstractContextManager[Options]]
+    mode: Mode = Mode.REQUIRED
+    way: tuple[str, str] | None = None
+
+
+# What is asked for, and the domain
+
+
+@contextlib.contextmanager
+def _nothing(place: Place) -> Iterator[Options]:
+    yield {}
+
+
+@contextlib.contextmanager
+def _no_agent(place: Place) -> Iterator[Options]:
+    yield {"agent_transport": AgentTransport.NONE}
+
+
+def _other_domain(devices: str) -> Callable[[Place], AbstractContextManager[Options]]:
+    """One of the same name with other devices, which libvirt tells of just as well."""
+
+    @contextlib.contextmanager
+    def provoke(place: Place) -> Iterator[Options]:
+        node = place.directory / "node.xml"
+        node.write_text(_NODE.format(name=place.domain.name, uuid=uuid.uuid4(), devices=devices))
+        yield {"connect_uri": f"test+unix://{node}?socket={place.source.outside(_FULL)}"}
+
+    return provoke
+
+
+@contextlib.contextmanager
+def _monitor_denied(place: Place) -> Iterator[Options]:
+    """Whoever migrates may look at the domain, and not ask its QEMU."""
+    yield {"connect_uri": f"qemu+unix:///system?socket={place.source.outside(_READ_ONLY)}"}
+
+
+# The hosts
+
+
+@contextlib.contextmanager
+def _no_service(place: Place) -> Iterator[Options]:
+    place.services.kill(place.destination)
+    try:
+        yield {}
+    finally:
+        place.services.start(place.destination)
+
+
+def _destination(**options: object) -> Callable[[Place], AbstractContextManager[Options]]:
+    """The destination's service has other options."""
+
+    @contextlib.contextmanager
+    def provoke(place: Place) -> Iterator[Options]:
+        with place.services.changed(place.destination, **options):
+            yield {}
+
+    return provoke
+
+
+@contextlib.contextmanager
+def _in_the_clear(place: Place) -> Iterator[Options]:
+    """Relays do not encrypt, and QEMU shall."""
+    with contextlib.ExitStack() as stack:
+        for host in (place.source, place.destination):
+            stack.enter_context(place.services.changed(host, wire__tls=False))
+        yield {"tls": True}
+
+
+@contextlib.contextmanager
+def _other_wire(place: Place) -> Iterator[Options]:
+    with place.services.changed(place.destination, ("-c", _OTHER_WIRE)):
+        yield {}
+
+
+@contextlib.contextmanager
+def _confined(place: Place) -> Iterator[Options]:
+    """What the kernel and the file system of a host with SELinux tell."""
+    source = place.source
+    configuration, sockets = source.outside(_QEMU_CONF), source.outside(_SOCKETS)
+    with contextlib.ExitStack() as stack:
+        usual = configuration.read_text()
+        stack.callback(configuration.write_text, usual)
+        configuration.write_text(usual.replace('security_driver = "none"', ""))
+        source.run(["mount", "-t", "tmpfs", "tmpfs", "/sys/fs"])
+        stack.callback(source.run, ["umount", "/sys/fs"])
+        source.run(["sh", "-ec", "mkdir /sys/fs/selinux; echo 1 >/sys/fs/selinux/enforce"])
+        os.setxattr(sockets, _LABEL, b"system_u:object_r:var_run_t:s0")
+        stack.callback(os.removexattr, sockets, _LABEL)
+        yield {}
+
+
+@contextlib.contextmanager
+def _relay_of_another_migration(place: Place) -> Iterator[None]:
+    """One waits at the destination."""
+    session = str(uuid.uuid4())
+    order = host_messages.OpenDestination(
+        migration_id="another",
+        instance="another",
+        session_id=session,
+        token=secrets.token_hex(32),
+        qemu_socket=str(_SOCKETS / "another" / "qemu"),
+        tls_peer_name=place.source.name,
+        lease_seconds=60,
+    )
+    with place.services.client(place.destination) as client:
+        client.open_session(order)
+        try:
+            yield
+        finally:
+            client.close_session(session)
+
+
+@contextlib.contextmanager
+def _no_room(place: Place) -> Iterator[Options]:
+    changed = place.services.changed(place.destination, host__max_relays=1)
+    with changed, _relay_of_another_migration(place):
+        yield {"wait_seconds": 1}
+
+
+@contextlib.contextmanager
+def _draining(place: Place) -> Iterator[Options]:
+    services, host = place.services, place.destination
+    changed = services.changed(host, host__drain_timeout=60)
+    with changed, services.client(host) as client, _relay_of_another_migration(place):
+        services.stop(host)
+        wait_until(lambda: client.hello().draining, "the service is being stopped")
+        yield {}
+
+
+# The agent and its map
+
+
+def _operating(**options: object) -> Callable[[Place], AbstractContextManager[Options]]:
+    """Whoever migrates has other options."""
+
+    @contextlib.contextmanager
+    def provoke(place: Place) -> Iterator[Options]:
+        with place.services.operating(**options):
+            yield {}
+
+    return provoke
+
+
+@contextlib.contextmanager
+def _agent_stopped(place: Place) -> Iterator[Options]:
+    place.domain.guest.run("kill -STOP $(</run/agent.pid)")
+    try:
+        with place.services.operating(migration__agent_timeout=2):
+            yield {}
+    finally:
+        place.domain.guest.run("kill -CONT $(</run/agent.pid)")
+
+
+@contextlib.contextmanager
+def _agent_stopped_later(place: Place) -> Iterator[Options]:
+    """It has answered once by then."""
+    stopped = threading.Event()
+
+    def on_progress(progress: Progress) -> None:
+        if progress.phase == "starting relays" and not stopped.is_set():
+            stopped.set()
+            place.domain.guest.run("kill -STOP $(</run/agent.pid)")
+
+    try:
+        # In the end it is waited for so long; and then it restores by itself
+        with place.services.operating(migration__agent_timeout=10, migration__lease=10):
+            yield {"on_progress": on_progress}
+    finally:
+        place.domain.guest.run("kill -CONT $(</run/agent.pid)")
+
+
+@contextlib.contextmanager
+def _agent_locked_out(place: Place) -> Iterator[Options]:
+    """The database server does not know the agent any more."""
+    place.domain.guest.sql(f"{_ACCOUNT} LOCK")
+    try:
+        yield {}
+    finally:
+        place.domain.guest.sql(f"{_ACCOUNT} UNLOCK")
+
+
+@contextlib.contextmanager
+def _state_unwritable(place: Place) -> Iterator[Options]:
+    file = place.directory / "no-directory"
+    file.touch()
+    with place.services.operating(host__state_directory=str(file)):
+        yield {}
+
+
+@contextlib.contextmanager
+def _map_out_of_reach(place: Place) -> Iterator[Options]:
+    """The map is where the source's relay does not see it."""
+    directory = tempfile.mkdtemp(prefix="ndm-maps-", dir="/run")
+    try:
+        with place.services.operating(host__state_directory=directory, **_UNPREPARED):
+            yield {}
+    finally:
+        shutil.rmtree(directory)
+
+
+#: By code.
+CASES: Mapping[str, Case] = {
+    "asked": Case(_nothing, Mode.ORDINARY, ("completed", "ordinary")),
+    "native-tls": Case(_in_the_clear),
+    "host-devices": Case(_other_domain(_PORT + _PCI_DEVICE)),
+    "no-agent": Case(_no_agent),
+    "no-agent-port": Case(_other_domain(_CACHED_DISK)),
+    "no-volumes": Case(_other_domain(_PORT + _CACHED_DISK)),
+    "host-unreachable": Case(_no_service, Mode.AUTO, ("completed", "ordinary")),
+    "host-refused": Case(_destination(host__volume_directories="/nowhere")),
+    "host-draining": Case(_draining),
+    "confined": Case(_confined),
+    "no-room": Case(_no_room),
+    "tls-differs": Case(_destination(wire__tls=False)),
+    "wire-differs": Case(_other_wire),
+    "sockets-differ": Case(_destination(host__socket_directory="/run/other")),
+    "agent-unreachable": Case(_agent_stopped),
+    "agent-refused": Case(_agent_locked_out),
+    "bad-map": Case(_operating(buffer_map__max_pages=1, **_UNPREPARED)),
+    "small-map": Case(_operating(migration__min_mapped_share=1, **_UNPREPARED)),
+    "memory-layout": Case(_monitor_denied),
+    "no-state": Case(_state_unwritable),
+    "late-map": Case(_agent_stopped_later, Mode.AUTO, ("completed", "dmigrate")),
+    "map-refused": Case(_map_out_of_reach),
+    "relay-failed": Case(_destination(wire__listen_address=_NOWHERE)),
+}
+#: Of the ways in which Nova migrates, and of what only its driver does.
+NOVAS = ("block-migration", "tunnelled", "configuration", "unexpected")
+#: No release of Debian that the lab could take has such a libvirt.
+TOO_OLD = ("old-libvirt",)
