@@ -886,7 +886,8 @@ class GuestTest(ServedGuests):
                 self.assertEqual("active", self.source.migration()["status"])
                 for service in (self.one, self.two):
                     service.start()
-                self.assertEqual("running", pair.source.renew().state)
+                # It may have ended by itself on a machine on which services take long to start
+                self.assertIn(pair.source.renew().state, ("running", "delivered"))
                 self.assert_moved(pair, destination, self.follow(pair))
 
     def follow(self, pair: ServedPair) -> dict[str, Any]:
