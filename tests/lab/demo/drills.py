@@ -157,8 +157,9 @@ def _held_back(scene: Scene) -> Iterator[int]:
     try:
         yield _HELD
     finally:
-        # Where it is by then
-        scene.guest.run("rm /tmp/changes")
+        # Where it is by then, unless that is the trouble
+        with contextlib.suppress(GuestError):
+            scene.guest.run("rm /tmp/changes")
 
 
 def _next(scene: Scene, settings: str) -> list[str]:
