@@ -6,6 +6,7 @@ know.
 """
 
 import functools
+import inspect
 import logging
 import threading
 from collections.abc import Callable
@@ -30,6 +31,18 @@ _MIB = 1 << 20
 _NOT_INSTALLED = "nova-dmigrate lacks a package that it needs to migrate: %s"
 
 
+def _taking_the_same_as(overridden: Any) -> Callable[[Any], Any]:
+    """For a method that passes on what it does not know: the arguments that it shows are those of
+    the one that it overrides, of which there are more from release to release.
+    """
+
+    def decorate(method: Any) -> Any:
+        method.__signature__ = inspect.signature(overridden)
+        return method
+
+    return decorate
+
+
 class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
     """libvirt's driver with live migrations through the relays of nova-dmigrate."""
 
@@ -41,11 +54,12 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
         self._config: cfg.ConfigOpts | None = None
         self._config_lock = threading.Lock()
 
-    def update_provider_tree(self, provider_tree: Any, nodename: str, *args: Any, **kw: Any) -> Any:
+    def update_provider_tree(
+        self, provider_tree: Any, nodename: Any, allocations: Any = None
+    ) -> None:
         """Have schedulers find hosts with this driver."""
-        result = super().update_provider_tree(provider_tree, nodename, *args, **kw)
+        super().update_provider_tree(provider_tree, nodename, allocations)
         provider_tree.add_traits(nodename, TRAIT)
-        return result
 
     # Before anything is claimed
 
@@ -55,8 +69,8 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
         instance: Any,
         src_compute_info: Any,
         dst_compute_info: Any,
-        *args: Any,
-        **kwargs: Any,
+        block_migration: Any = False,
+        disk_over_commit: Any = False,
     ) -> Any:
         """At the destination: refuse what is required and cannot be.
 
@@ -66,7 +80,12 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
             # Before the driver leaves a file on the storage for the source to find
             self._check(instance, self._check_destination, dst_compute_info["host"])
         return super().check_can_live_migrate_destination(
-            context, instance, src_compute_info, dst_compute_info, *args, **kwargs
+            context,
+            instance,
+            src_compute_info,
+            dst_compute_info,
+            block_migration,
+            disk_over_commit,
         )
 
     def check_can_live_migrate_source(
@@ -207,6 +226,7 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
 
     # Evacuation
 
+    @_taking_the_same_as(driver.LibvirtDriver.rebuild)
     def rebuild(
         self, context: Any, instance: Any, *args: Any, evacuate: bool = False, **kwargs: Any
     ) -> Any:
@@ -215,6 +235,7 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
             self._note_evacuation(instance)
         return super().rebuild(context, instance, *args, evacuate=evacuate, **kwargs)
 
+    @_taking_the_same_as(driver.LibvirtDriver.power_on)
     def power_on(self, context: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
         """Since microversion 2.95 a server that was evacuated waits for this."""
         result = super().power_on(context, instance, *args, **kwargs)
