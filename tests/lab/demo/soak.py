@@ -39,7 +39,7 @@ _PATIENCE = 60.0
 @dataclasses.dataclass(frozen=True)
 class Soak:
     """``trouble``: what went wrong, leaks included, in sentences. ``table``: what the hosts'
-    programs took at first and in the end.
+    programs took at first, after a half, and in the end.
     """
 
     trouble: tuple[str, ...]
@@ -49,10 +49,12 @@ class Soak:
 def soak(scene: Scene, count: int, say: Callable[[str], None] = lambda text: None) -> Soak:
     """Migrate there and back until ``count`` migrations have been, an even number.
 
-    It ends early when a migration is not as it should be.
+    What the second half adds to what programs take is a leak. It ends early when a migration is not
+    as it should be.
     """
     settings, trouble = scene.settings(), []
-    first = last = Footprint.of(scene, 0)
+    first = middle = last = Footprint.of(scene, 0)
+    half = WARM_UP + (count - WARM_UP) // 4 * 2  # the guest is on the same host as at the end
     for number in range(1, count + 1):
         try:
             summary = scene.migrate(mode=Mode.REQUIRED)
@@ -67,13 +69,29 @@ def soak(scene: Scene, count: int, say: Callable[[str], None] = lambda text: Non
             break
         if number == WARM_UP:
             first = Footprint.of(scene, number)
+        if number == half:
+            middle = _calm(scene, number)
     end = time.monotonic() + _PATIENCE
-    while not trouble and (last := Footprint.of(scene, count)).leaks(first):
+    while not trouble and (last := Footprint.of(scene, count)).leaks(middle):
         if time.monotonic() > end:
-            trouble += last.leaks(first)
+            trouble += last.leaks(middle)
         time.sleep(1)
     trouble += [f"CHECK TABLE: {line}" for line in table_errors(scene.guest)]
-    return Soak(tuple(trouble), last.table(first))
+    return Soak(tuple(trouble), last.table(first, middle))
+
+
+def _calm(scene: Scene, after: int) -> Footprint:
+    """The footprint when what belongs to the last migration has gone, which would else hide a
+    leak.
+    """
+    found, end = Footprint.of(scene, after), time.monotonic() + _PATIENCE
+    while time.monotonic() < end:
+        time.sleep(1)
+        later = Footprint.of(scene, after)
+        if not later.shrank(found):
+            break
+        found = later
+    return found
 
 
 def main() -> int:
