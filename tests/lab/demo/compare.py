@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ def no_trouble(stage: Stage) -> contextlib.AbstractContextManager[None]:
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """``guests`` migrate in turn, unless ``at_once``. ``name`` is the scenario of its runs."""
+    """``guests`` migrate in turn, unless ``at_once``. ``name`` is the scenario of its runs.
+
+    ``deadline``: seconds within which all of them should have left their host; None for no matter.
+    """
 
     name: str
     shape: Shape
@@ -40,11 +43,14 @@ class Scenario:
     guests: int = 1
     at_once: bool = False
     trouble: Trouble = no_trouble
+    deadline: float | None = None
 
 
 @dataclasses.dataclass
 class Comparison:
-    """``details``: more about each of the ``runs``. ``machine``: texts and numbers by name."""
+    """``details``: more about each of the ``runs``. ``machine``: texts, numbers, truths by
+    name.
+    """
 
     runs: list[Run] = dataclasses.field(default_factory=list)
     details: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -52,8 +58,8 @@ class Comparison:
 
     @property
     def whole(self) -> bool:
-        """Whether every database is as it was left."""
-        return all(run["check_ok"] and not run["lost_commits"] for run in self.runs)
+        """Whether every database is as it was left; not so if one was not looked at."""
+        return all(run.get("check_ok") and not run["lost_commits"] for run in self.runs)
 
     def write(self, directory: Path) -> None:
         """Print the table and write the report.
@@ -63,6 +69,9 @@ class Comparison:
         files = write_report(self.runs, self.machine, directory)
         (directory / "details.json").write_text(json.dumps(self.details, indent=2) + "\n")
         print(format_table(self.runs), flush=True)
+        for more in self.details:
+            if "deadline_s" in more:
+                print(f"{more['scenario']}, {more['mode']}: {_eviction(more)}", flush=True)
         say(f"The report is {files.html}")
 
 
@@ -82,6 +91,8 @@ def compare(scenario: Scenario, directory: Path, result: Comparison) -> None:
             say(f"Migrating to the other host by {mode}")
             with scenario.trouble(stage):
                 run, more = measure(stage, mode, scenario.name, contents, scenario.at_once)
+            if scenario.deadline is not None:
+                more |= _emptied(run, scenario.deadline)
             runs.append(run)
             result.runs.append(run)
             result.details.append(more)
@@ -90,6 +101,27 @@ def compare(scenario: Scenario, directory: Path, result: Comparison) -> None:
         sound = False not in [_check(guest) for guest in stage.guests]
         for run in runs:
             run["check_ok"] = sound
+
+
+def _emptied(run: Run, deadline: float) -> dict[str, Any]:
+    """Whether the host was empty in time, for the details of a run."""
+    empty = run["total_s"] if run["completed"] else None
+    return {
+        "deadline_s": round(deadline, 1),
+        "empty_s": empty,
+        "in_time": empty is not None and empty <= deadline,
+    }
+
+
+def _eviction(more: Mapping[str, Any]) -> str:
+    """The same, in words."""
+    if more["empty_s"] is None:
+        return f"the host was not empty after {more['deadline_s']:.0f} s, nor later"
+    verdict = "in time" if more["in_time"] else "too late"
+    return (
+        f"the host was empty after {more['empty_s']:.1f} s, {verdict}:"
+        f" {more['deadline_s']:.0f} s were allowed"
+    )
 
 
 def _check(guest: WorkingGuest) -> bool:
@@ -105,10 +137,12 @@ def _check(guest: WorkingGuest) -> bool:
 
 
 def _sentence(run: Run, more: dict[str, Any]) -> str:
+    eviction = f"; {_eviction(more)}" if "deadline_s" in more else ""
     if not run["completed"]:
         errors = "; ".join(str(guest["error"]) for guest in more["guests"] if guest["error"])
-        return f"Not completed after {run['total_s']:.1f} s: {errors}"
+        return f"Not completed after {run['total_s']:.1f} s: {errors}{eviction}"
     why = f", as an ordinary one: {run['fallback_reason']}" if run["fallback_reason"] else ""
     return (
         f"Completed in {run['total_s']:.1f} s{why}; {run['downtime_ms']:.0f} ms without an answer"
+        f"{eviction}"
     )

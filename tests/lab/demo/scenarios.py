@@ -4,7 +4,9 @@
 Chosen by environment variables: ONLY (parts of scenarios' names, with commas between them), MODES
 (pre-copy, auto-converge, post-copy, multifd-zstd, dmigrate; likewise), NETWORK and VOLUME in MB/s,
 DB (mysql, mariadb), RAM (MiB of a guest; several guests have half of it), RATE (transactions a
-second that sysbench asks for), POOLS (shares of RAM), COMPRESSION (yes, no: whether relays may).
+second that sysbench asks for), POOLS (shares of RAM), COMPRESSION (yes, no: whether relays may),
+DEADLINE (seconds within which an evicted host should be empty; by default what the network needs
+for all memory of its guests).
 
 The report is written anew after each scenario. Exit status: 0 all databases are whole, 1 not so, 2
 wrong settings.
@@ -23,7 +25,7 @@ from tests.lab.demo.compare import Comparison, Scenario, compare, say
 from tests.lab.demo.load import SYSBENCH_LOADS
 from tests.lab.demo.measure import DMIGRATE, MODES, POST_COPY, PRE_COPY
 from tests.lab.demo.remote_volume import shared_link
-from tests.lab.demo.settings import WrongSetting, available_release, shape_from
+from tests.lab.demo.settings import WrongSetting, available_release, number_from, shape_from
 from tests.lab.demo.stage import Shape
 from tests.lab.demo.troubles import background_traffic, failing_volume, narrow_network
 from tests.lab.demo.workloads import TPCC
@@ -36,12 +38,14 @@ _POOLS = "0.25,0.5,0.75"
 _RAM = "2560"
 #: MB/s at which such a guest takes as long as one of 128 GiB does on 10 Gbit/s.
 _NETWORK = _VOLUME = "25"
+_EVICTED = 2
 
 
-def scenarios(usual: Shape, pools: Sequence[float]) -> Iterator[Scenario]:
+def scenarios(usual: Shape, pools: Sequence[float], deadline: float) -> Iterator[Scenario]:
     """All there are.
 
     :param usual: shape of those that do not vary it.
+    :param deadline: seconds within which an evicted host should be empty.
     """
     for load in SYSBENCH_LOADS:
         for pool in pools:
@@ -56,15 +60,24 @@ def scenarios(usual: Shape, pools: Sequence[float]) -> Iterator[Scenario]:
     yield Scenario("slow storage", slow, MODES)
     yield Scenario("background traffic", most, MODES, trouble=background_traffic)
     yield Scenario("network drops and returns", most, MODES, trouble=narrow_network)
-    # In this order, so that the guest is on the first host for it
-    modes = (PRE_COPY, POST_COPY, DMIGRATE)
-    yield Scenario("storage fails midway", most, modes, trouble=failing_volume)
+    # An even number of modes comes before the last, so that the guest is on the first host for it
+    yield Scenario("storage fails midway", most, MODES, trouble=failing_volume)
     # What the volume brings, the network has to carry: there is no bandwidth of its own
-    same = dataclasses.replace(most, volume=0)
+    same, modes = dataclasses.replace(most, volume=0), (PRE_COPY, POST_COPY, DMIGRATE)
     yield Scenario("storage on the same link", same, modes, trouble=shared_link)
-    half = dataclasses.replace(usual, ram_mb=usual.ram_mb // 2)
-    yield Scenario("eviction of 2 in turn", half, MODES, guests=2)
+    half = _half(usual)
+    yield Scenario("eviction of 2 in turn", half, MODES, _EVICTED, deadline=deadline)
     yield Scenario("batch of 2 at once", half, MODES, guests=2, at_once=True)
+
+
+def _half(usual: Shape) -> Shape:
+    """That of each of several guests."""
+    return dataclasses.replace(usual, ram_mb=usual.ram_mb // 2)
+
+
+def _usual_deadline(usual: Shape) -> float:
+    """Seconds that the network needs for all memory of the guests of an evicted host."""
+    return _EVICTED * (_half(usual).ram_mb << 20) / (usual.network * 1e6)
 
 
 def _chosen(usual: Shape, environment: Mapping[str, str]) -> list[Scenario]:
@@ -72,7 +85,8 @@ def _chosen(usual: Shape, environment: Mapping[str, str]) -> list[Scenario]:
     pools = []
     for share in _parts(environment.get("POOLS") or _POOLS):
         pools.append(shape_from({"POOL": share, "RAM": str(usual.ram_mb)}).pool)
-    found = list(scenarios(usual, pools))
+    deadline = number_from(environment, "DEADLINE", _usual_deadline(usual), 0, 86400)
+    found = list(scenarios(usual, pools, deadline))
     parts = _parts(environment.get("ONLY", ""))
     for part in parts:
         if not any(part in each.name for each in found):

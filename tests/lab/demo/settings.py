@@ -25,12 +25,12 @@ def shape_from(environment: Mapping[str, str]) -> Shape:
     usual = Shape(MYSQL)
     shape = Shape(
         _RELEASES[_choice(environment, "DB", "mysql", _RELEASES)],
-        network=_number(environment, "NETWORK", usual.network, 1, 10_000),
-        volume=_number(environment, "VOLUME", usual.volume, 1, 10_000),
-        pool=_number(environment, "POOL", usual.pool, 0.05, 0.8),
+        network=number_from(environment, "NETWORK", usual.network, 1, 10_000),
+        volume=number_from(environment, "VOLUME", usual.volume, 1, 10_000),
+        pool=number_from(environment, "POOL", usual.pool, 0.05, 0.8),
         load=_choice(environment, "LOAD", usual.load, LOADS),
-        rate=_number(environment, "RATE", usual.rate, 0, 1e6),
-        ram_mb=int(_number(environment, "RAM", usual.ram_mb, 512, os_memory_mb() // 3)),
+        rate=number_from(environment, "RATE", usual.rate, 0, 1e6),
+        ram_mb=int(number_from(environment, "RAM", usual.ram_mb, 512, os_memory_mb() // 3)),
         compression=_choice(environment, "COMPRESSION", "yes", ("yes", "no")) == "yes",
     )
     needed = shape.pool_mb + _OTHER_MB[shape.release.flavour]
@@ -67,9 +67,13 @@ def os_memory_mb() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20
 
 
-def _number(
+def number_from(
     environment: Mapping[str, str], name: str, usual: float, least: float, most: float
 ) -> float:
+    """The number that a variable has, or the usual one.
+
+    :raises WrongSetting: it is no number, or not between ``least`` and ``most``.
+    """
     text = environment.get(name) or str(usual)
     try:
         value = float(text)

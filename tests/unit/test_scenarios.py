@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What scenarios are chosen, and what is said of their runs, without any guest."""
+
+from tests import base
+from tests.lab.database_image import MYSQL
+from tests.lab.demo import compare, measure, scenarios
+from tests.lab.demo.settings import WrongSetting
+from tests.lab.demo.stage import Shape
+
+USUAL = Shape(MYSQL, network=25, volume=25, ram_mb=2560)
+
+
+class ScenariosTest(base.TestCase):
+    def chosen(self, **environment: str) -> list[compare.Scenario]:
+        return scenarios._chosen(USUAL, environment)
+
+    def test_an_evicted_host_should_be_empty_when_the_network_could_have_carried_all(self) -> None:
+        (scenario,) = self.chosen(ONLY="eviction")
+        self.assertEqual(2 * 1280 * 2**20 / 25e6, scenario.deadline)
+        (scenario,) = self.chosen(ONLY="eviction", DEADLINE="90")
+        self.assertEqual(90, scenario.deadline)
+        self.assertRaises(WrongSetting, self.chosen, DEADLINE="soon")
+
+    def test_storage_fails_in_all_modes(self) -> None:
+        (scenario,) = self.chosen(ONLY="fails")
+        self.assertEqual(measure.MODES, scenario.modes)
+
+
+class ComparisonTest(base.TestCase):
+    def run_of(self, **more: object) -> measure.Run:
+        run = {"scenario": "eviction", "mode": "pre-copy", "completed": True, "total_s": 80.0}
+        return {**run, "fallback_reason": None, "downtime_ms": 5.0, "lost_commits": 0, **more}
+
+    def test_a_database_that_was_not_looked_at_is_not_whole(self) -> None:
+        sound = self.run_of(check_ok=True)
+        self.assertTrue(compare.Comparison([sound]).whole)
+        # A scenario that fails midway leaves such runs
+        self.assertFalse(compare.Comparison([sound, self.run_of()]).whole)
+        self.assertFalse(compare.Comparison([self.run_of(check_ok=True, lost_commits=1)]).whole)
+
+    def test_it_is_told_whether_a_host_was_empty_in_time(self) -> None:
+        for run, in_time, words in (
+            (self.run_of(), True, "empty after 80.0 s, in time: 90 s were allowed"),
+            (self.run_of(total_s=91.0), False, "empty after 91.0 s, too late: 90 s were allowed"),
+            (self.run_of(completed=False), False, "not empty after 90 s, nor later"),
+        ):
+            with self.subTest(words):
+                more = {"scenario": "eviction", "mode": "pre-copy", "guests": []}
+                more |= compare._emptied(run, 90)
+                self.assertEqual(in_time, more["in_time"])
+                self.assertIn(words, compare._sentence(run, more))
