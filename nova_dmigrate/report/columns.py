@@ -83,7 +83,8 @@ _ALL = (
     ),
     Column(
         ("T*/T",),
-        "Efficiency: the best possible time at these bandwidths, divided by the total time.",
+        "Efficiency: the time that network and volume need for the bytes as they are in the guest,"
+        " divided by the total time. With compression it may exceed 1.",
         _number("efficiency", ".2f"),
     ),
     Column(

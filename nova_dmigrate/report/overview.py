@@ -138,7 +138,7 @@ def _legend(rows: Sequence[_Row]) -> list[Line2D | Patch]:
         Patch(color=palette.VOLUME, label="volume"),
     ]
     for key, marker, label in (
-        ("ideal_s", "D", "best possible time T*"),
+        ("ideal_s", "D", "T*: without compression, at best"),
         ("tps_before", "|", "throughput before"),
     ):
         if any(row.run[key] is not None for row in rows):

@@ -12,7 +12,7 @@ from tests.lab.demo.stage import Stage
 
 
 def machine(stage: Stage) -> dict[str, Any]:
-    """Texts and numbers by name."""
+    """Texts, numbers and truths by name. ``compression``: whether relays may compress."""
     first = stage.guests[0]
     server = first.guest.sql("SELECT VERSION()").strip()
     return {
@@ -25,6 +25,7 @@ def machine(stage: Stage) -> dict[str, Any]:
         "guest": f"{stage.shape.ram_mb} MiB of RAM, {first.domain.spec.smp} emulated processor",
         "server": f"{stage.shape.release.flavour} {server}",
         "pool_mib": stage.shape.pool_mb,
+        "compression": stage.shape.compression,
     }
 
 

@@ -74,7 +74,9 @@ class Content:
         return cls(sum(part.used for part in parts), sum(part.mapped for part in parts))
 
     def ideal(self, shape: Shape) -> float:
-        """The best possible time in seconds to bring it to the other host, both ways in use."""
+        """T*: the least time in seconds in which both ways can bring its bytes, as they are in the
+        guest, to the other host. Relays that compress may take less.
+        """
         network, volume = shape.network * 1e6, shape.volume * 1e6
         rest = max(self.used - self.mapped, 0)
         return max(rest / network, self.used / (network + volume))
