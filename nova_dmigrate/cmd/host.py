@@ -22,12 +22,14 @@ from oslo_log import log
 from nova_dmigrate import conf, exception, version
 from nova_dmigrate.host import qemu_account
 from nova_dmigrate.host.capacity import Limits, Rates, shortage
+from nova_dmigrate.host.presence import Presence
 from nova_dmigrate.host.service import HostService, ServiceSettings
 from nova_dmigrate.host.session import SessionSettings
 from nova_dmigrate.host.sessions import Sessions
 from nova_dmigrate.host.store import Store
 from nova_dmigrate.retention import Retention
 from nova_dmigrate.rpc.dispatcher import Dispatcher
+from nova_dmigrate.rpc.host_client import HostClient
 from nova_dmigrate.rpc.host_messages import HOST
 
 LOG = log.getLogger(__name__)
@@ -124,17 +126,23 @@ def main(arguments: list[str] | None = None) -> int:
         name = config.host.name or socket.gethostname()
         settings = session_settings_from(config, name)
         store = Store(Path(config.host.state_directory), Path(config.host.socket_directory))
-        sessions = Sessions(settings, store)
+        presence = Presence(lambda: _own_client(config, name))
+        sessions = Sessions(settings, store, presence.seen)
         _offer_metrics(config, sessions)
     except (cfg.Error, exception.ConfigurationError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return _WRONG_CONFIGURATION
-    _serve(config, name, settings.owner, sessions, store)
+    _serve(config, service_settings_from(config, name, settings.owner), sessions, presence, store)
+    store.close()
     return _WELL
 
 
 def _serve(
-    config: cfg.ConfigOpts, name: str, owner: tuple[int, int], sessions: Sessions, store: Store
+    config: cfg.ConfigOpts,
+    settings: ServiceSettings,
+    sessions: Sessions,
+    presence: Presence,
+    store: Store,
 ) -> None:
     # Relays do without oslo.messaging, and so does whoever reads this module's settings
     from nova_dmigrate.rpc import broker, calm
@@ -148,19 +156,26 @@ def _serve(
     for chatty in ("amqp", "oslo.messaging", "oslo_messaging"):
         logging.getLogger(chatty).setLevel(logging.INFO)
     calm.calm()
-    service = HostService(service_settings_from(config, name, owner), sessions, store)
-    server = broker.BrokerServer(name, Dispatcher(service, HOST), config)
+    service = HostService(settings, sessions, store)
+    server = broker.BrokerServer(settings.name, Dispatcher(service, HOST), config)
     sessions.start()
     server.start()
-    LOG.info("%s %s for host %s", PROGRAM, version.version_string(), name)
+    presence.start()
+    LOG.info("%s %s for host %s", PROGRAM, version.version_string(), settings.name)
     signals.get()
     LOG.info("Stopping: %d relays run", sessions.running)
     sessions.drain()
     if not sessions.wait_until_idle(config.host.drain_timeout, lambda: not signals.empty()):
         LOG.warning("%d relays go on without this service", sessions.running)
+    presence.stop()
     server.stop()
     sessions.stop()
-    store.close()
+
+
+def _own_client(config: cfg.ConfigOpts, name: str) -> HostClient:
+    from nova_dmigrate.rpc import broker
+
+    return HostClient(name, broker.BrokerTransport(name, config.transport_url, HOST, config))
 
 
 def _offer_metrics(config: cfg.ConfigOpts, sessions: Sessions) -> None:

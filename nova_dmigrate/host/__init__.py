@@ -6,8 +6,9 @@ started; ``qemu_files`` has what QEMU needs of it, and ``qemu_account`` finds ou
 ``session`` is one of them with its states.
 ``capacity`` says how many there is room for, and what share each has: ``turns`` starts the next one
 accordingly, ``bandwidth`` gives the shares. ``sessions`` has them all, for requests and for the
-thread that looks after them; ``permissions`` and ``agents`` say what a requester may reach on this
-host; ``service`` has the methods of the protocol.
+thread that looks after them; ``presence`` knows whether anybody can ask for them; ``permissions``
+and ``agents`` say what a requester may reach on this host; ``service`` has the methods of the
+protocol.
 
 Nothing here asks Nova or libvirt.
 """

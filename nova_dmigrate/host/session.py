@@ -30,8 +30,9 @@ from nova_dmigrate.rpc.host_messages import FINAL, MAX_PROGRESS, SessionState
 
 LOG = logging.getLogger(__name__)
 
-#: Seconds for a relay's answer.
+#: Seconds for a relay's answer, and for one that decides about its end.
 _ASK_TIMEOUT = 1.0
+_LAST_ASK_TIMEOUT = 5.0
 #: Seconds that a relay which was started may take to be ready.
 _START_PATIENCE = 60.0
 #: Seconds for the last steps of a relay that has delivered, or that has just lost its QEMU.
@@ -91,6 +92,7 @@ class Session:
         self._lease_end = now + record.lease_seconds
         self._queue_end = now + record.wait_seconds
         self._start_end = now + _START_PATIENCE
+        self._carries = False
         self._kill_at: float | None = None
         self.rates: Rates | None = None
 
@@ -113,9 +115,12 @@ class Session:
         caps = Rates(self.record.network_bandwidth, self.record.volume_bandwidth)
         return Claim(self.record.session_id, self.record.role, caps)
 
-    def lapsed(self, now: float) -> bool:
-        """Whether nobody has asked for it for as long as was agreed."""
-        return now > self._lease_end
+    def lapsed(self, now: float, seen: float) -> bool:
+        """Whether nobody has asked for it for as long as was agreed, though that was possible.
+
+        :param seen: when it was possible last.
+        """
+        return now > self._lease_end and seen > self._lease_end
 
     def told(self, queue_position: int) -> SessionState:
         """How far it is."""
@@ -232,19 +237,25 @@ class Session:
         if not alive:
             self._settle(events)
 
-    def enforce(self, now: float) -> None:
+    def hold(self, now: float) -> None:
+        """Its lease begins now: so far there was no need, or no way, to ask for it."""
+        self._lease_end = max(self._lease_end, now + self.record.lease_seconds)
+
+    def enforce(self, now: float, lapsed: bool) -> None:
         """Leases, time limits."""
         record = self.record
         if self._kill_at is not None:
             if now > self._kill_at and self._process is not None and not self._kept():
                 self._process.signal(signal.SIGKILL)
         elif self.queued:
-            if self.lapsed(now):
+            if lapsed:
                 self.finish("cancelled", "nobody has asked for it any more")
             elif now > self._queue_end:
                 self.finish("failed", f"no room in time: {record.message}")
-        elif self.active and self.lapsed(now):
-            if not self._kept():
+        elif self.active and lapsed:
+            if self._carries or self._kept():
+                self.hold(now)
+            else:
                 LOG.warning(
                     "Instance %s: the %s relay is ended, nobody has asked for it any more",
                     record.instance,
@@ -258,11 +269,25 @@ class Session:
 
     def ask_progress(self) -> None:
         """Have the relay tell how far it is."""
+        self._ask_progress(_ASK_TIMEOUT)
+
+    def ask_whether_it_carries(self) -> None:
+        """Find out whether a migration is under way that its lease must not end.
+
+        At the destination it is not ended as long as its source relay goes on: that one's host
+        decides. Both leases are the same requester's, and who cannot ask here may well do so there.
+        """
+        answered = self.record.role == "destination" and self._ask_progress(_LAST_ASK_TIMEOUT)
+        self._carries = answered and self.progress.get("stage") not in _IDLE_STAGES
+
+    def _ask_progress(self, timeout: float) -> bool:
         process = self._process
-        if process is not None and self.record.state == "running":
-            answer = process.ask("progress", _ASK_TIMEOUT)
-            if answer is not None:
-                self.progress = answer
+        if process is None or self.record.state != "running":
+            return False
+        answer = process.ask("progress", timeout)
+        if answer is not None:
+            self.progress = answer
+        return answer is not None
 
     def offer_map(self, buffer_map: str, memory_layout: str) -> bool:
         """Whether the relay loads a map that has come only now."""

@@ -6,6 +6,7 @@ A thread looks after them a few times a second.
 
 import collections
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ LOG = logging.getLogger(__name__)
 
 _TICK = 0.1
 _PRUNE_INTERVAL = 3600.0
+#: Seconds after which a service that could not be asked counts as one that nobody can ask.
+_OUTAGE = 6.0
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,15 @@ class Figures:
 class Sessions:
     """The sessions by their identifiers, and the lock for them and all that they are. Methods may
     be called by any thread.
+
+    :param seen: tells when the service could be asked last, in monotonic seconds.
     """
 
-    def __init__(self, settings: SessionSettings, store: Store) -> None:
+    def __init__(
+        self, settings: SessionSettings, store: Store, seen: Callable[[], float] = lambda: math.inf
+    ) -> None:
         self._settings = settings
+        self._seen = seen
         self._store = store
         self._lock = threading.RLock()
         self._sessions: dict[str, Session] = {}
@@ -224,12 +232,22 @@ class Sessions:
                 LOG.exception("Unexpected error while looking after the sessions")
 
     def _tick(self) -> None:
-        now = time.monotonic()
+        now, seen = time.monotonic(), self._seen()
         with self._lock:
-            for session in list(self._sessions.values()):
+            sessions = list(self._sessions.values())
+            if now > seen + _OUTAGE:
+                for session in sessions:
+                    session.hold(now)
+            lapsed = [session for session in sessions if session.lapsed(now, seen)]
+        for session in lapsed:
+            session.ask_whether_it_carries()
+        with self._lock:
+            for session in sessions:
                 session.look()
-                session.enforce(now)
-                if session.lapsed(now):
+                # It may have been renewed meanwhile
+                has_lapsed = session in lapsed and session.lapsed(now, seen)
+                session.enforce(now, has_lapsed)
+                if has_lapsed:
                     self._forget(session)
             self._serve_queue()
         self._bandwidth.share(self._sessions.values())

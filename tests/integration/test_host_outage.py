@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Leases of relays while nobody can renew them."""
+
+import time
+
+from tests.integration import test_host_service
+from tests.lab.relays import wait_until
+
+#: Seconds of a lease that is short, and of an outage that it does not outlast.
+LEASE = 3.0
+LONG = 15.0
+
+
+class OutageTest(test_host_service.Hosts):
+    @classmethod
+    def options(cls) -> dict[str, object]:
+        return {}
+
+    def relays(self) -> list[int]:
+        return self.one.relays() + self.two.relays()
+
+    def test_an_outage_of_the_broker_that_is_longer_than_leases_ends_nothing(self) -> None:
+        waiting, moving = (self.pair().open() for _ in range(2))
+        migration = self.fake(moving)
+        migration.send(0.5)
+        pids = self.relays()
+        self.assertEqual(4, len(pids))
+        for pair in (waiting, moving):
+            pair.renew(LEASE)
+        self.broker.kill()
+        time.sleep(LONG)
+        self.assertEqual(pids, self.relays())
+        migration.send(0.5)
+        self.broker.start()
+        for service in (self.one, self.two):
+            with service.client() as client:
+                wait_until(lambda each=service, asked=client: each._answers(asked), "it answers")
+        # Who has been away as well has all of a lease to come back
+        for pair in (waiting, moving):
+            self.assertEqual("running", pair.source.renew().state)
+            self.assertEqual("running", pair.destination.renew().state)
+        migration.finish()
+        migration.close()
+        # And from then on leases count again
+        waiting.renew(1)
+        moving.close_sessions()
+        self.assert_nothing_left()
+
+    def test_a_service_that_starts_without_a_broker_ends_nothing(self) -> None:
+        pair = self.pair().open()
+        migration = self.fake(pair)
+        migration.send(0.5)
+        pair.renew(LEASE)
+        pids = self.relays()
+        self.broker.kill()
+        for service in (self.one, self.two):
+            service.kill()
+            service.process = service.spawn()
+        time.sleep(LONG)
+        self.assertEqual(pids, self.relays())
+        self.broker.start()
+        for service in (self.one, self.two):
+            with service.client() as client:
+                wait_until(lambda each=service, asked=client: each._answers(asked), "it answers")
+        self.assertEqual("running", pair.source.renew().state)
+        migration.finish()
+
+    def test_a_destination_does_not_end_what_its_source_goes_on_with(self) -> None:
+        pair = self.pair().open()
+        migration = self.fake(pair)
+        migration.send(0.5)
+        pair.renew(LEASE)
+        end = time.monotonic() + LONG
+        while time.monotonic() < end:
+            pair.source.renew()
+            time.sleep(0.5)
+        self.assertEqual("running", pair.destination.client.session(pair.order.session_id).state)
+        migration.finish()
+
+    def test_a_destination_ends_with_its_source_whose_lease_is_over(self) -> None:
+        pair = self.pair().open()
+        migration = self.fake(pair)
+        migration.send(0.5)
+        pair.renew(LEASE)
+        self.assertTrue(migration.broken())
+        migration.close()
+        self.assert_nothing_left()
+
+    def test_a_destination_that_waits_ends_with_its_own_lease(self) -> None:
+        pair = self.pair()
+        pair.open_destination()
+        pair.destination.wait("running")
+        pair.destination.client.renew(pair.order.session_id, LEASE)
+        self.assert_nothing_left()
