@@ -29,7 +29,7 @@ from tests import base
 from tests.lab import processes, relays, tls_broker
 from tests.lab.broker import Broker, free_ports
 from tests.lab.guest import Guest
-from tests.lab.host_services import HostService, ServedPair
+from tests.lab.host_services import HostService, ServedPair, ServedRelay
 from tests.lab.migrations import MigrationTestCase
 from tests.lab.relays import PATIENCE, VOLUME, wait_until
 from tests.unit.relay.guest import FakeGuest, received_memory
@@ -72,12 +72,14 @@ class FakeMigration:
         self._qemu.sendall(self.stream[:size])
         self.stream = self.stream[size:]
 
-    def finish(self) -> None:
-        """Send the rest, and wait until both relays have told that they have delivered it."""
+    def finish(self, *relays: ServedRelay) -> None:
+        """Send the rest, and wait until both relays, or these, have told that they have delivered
+        it.
+        """
         self.send()
         self._qemu.shutdown(socket.SHUT_WR)
         self._recorder.join(PATIENCE)
-        for relay in (self.pair.source, self.pair.destination):
+        for relay in relays or (self.pair.source, self.pair.destination):
             relay.wait("delivered")
         memory, _ = received_memory(bytes(self.recorded), self.guest.ram_pages)
         assert (memory == self.guest.memory).all(), "pages differ"
@@ -583,7 +585,8 @@ class ServiceLifeTest(Hosts):
         other.destination.client.close_session(other.order.session_id)
         migration.send(0.5)
         self.assertEqual("running", running.destination.renew().state)
-        migration.finish()
+        # The destination's service ends with its last relay
+        migration.finish(running.source)
         self.assertEqual(0, self.two.wait())
 
     def test_a_service_that_has_waited_long_enough_leaves_its_relays_alone(self) -> None:
