@@ -4,8 +4,10 @@
 import json
 import threading
 import time
+import unittest
 from typing import Any
 
+from nova.conf import CONF
 from nova.tests.fixtures import libvirt as fakelibvirt
 
 from tests.functional import base, services
@@ -150,6 +152,7 @@ class EncryptedTest(base.MigrationTest):
         self.assertEqual("native-tls", self.summaries()[0].fallback_reason)
 
 
+@unittest.skipUnless("live_migration_parallel_connections" in CONF.libvirt, "Nova 33 has it first")
 class SeveralConnectionsTest(base.MigrationTest):
     def setUp(self):
         self.flags(live_migration_parallel_connections=4, group="libvirt")
@@ -199,6 +202,32 @@ class InterventionTest(SteeredTest):
         self.assertEqual(1, len(self.calls))
         self.assertEqual("src", self.host_of(server))
         self.assert_closed()
+
+    def test_novas_time_limit_aborts_it_and_it_is_not_tried_again(self):
+        self.flags(live_migration_completion_timeout=1, group="libvirt")
+
+        def during() -> None:
+            self.assertTrue(self.aborted.wait(60))
+            self.hosts["src"].state = "failed"
+            self.libvirt_fails("operation aborted: canceled by client")
+
+        self.during = during
+        server = self.make_server()
+        self.migrate(server)
+        self.event(server)
+        self.settled(server)
+        self.assertEqual("cancelled", self.summaries()[0].state)
+        self.assertEqual(1, len(self.calls))
+
+    def test_a_restart_of_the_destinations_compute_does_not_disturb_it(self):
+        def during() -> None:
+            self.dest = self.restart_compute_service("dest")
+
+        self.during = during
+        server = self.make_server()
+        self._live_migrate(server, "completed", host="dest")
+        self.assertEqual("dest", self.host_of(server))
+        self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
 
     def test_an_abort_before_libvirt_knows_of_it_ends_it_as_well(self):
         self.hosts["dest"].state = "queued"
