@@ -21,7 +21,7 @@ from oslo_log import log
 
 from nova_dmigrate import conf, exception, version
 from nova_dmigrate.host import qemu_account
-from nova_dmigrate.host.capacity import Limits, Rates, shortage
+from nova_dmigrate.host.capacity import Limits, Load, Rates, shortage
 from nova_dmigrate.host.presence import Presence
 from nova_dmigrate.host.service import HostService, ServiceSettings
 from nova_dmigrate.host.session import SessionSettings
@@ -37,6 +37,10 @@ LOG = log.getLogger(__name__)
 PROGRAM = "nova-dmigrate-host"
 _WELL, _WRONG_CONFIGURATION = 0, 2
 _MIB = 1 << 20
+#: A relay's program and what it has of the stream.
+_PROGRAM_MIB = 128
+#: Bytes for each mapped page, when the map is placed; measured, see the test of that.
+_PAGE_MEMORY = 64
 #: Requests at the same time: some wait for a relay or an agent.
 _THREADS = 16
 _ANY_ADDRESS = ("0.0.0.0", "::")
@@ -52,14 +56,16 @@ def limits_from(config: cfg.ConfigOpts) -> Limits:
         max_relays=host.max_relays,
         memory=host.memory_limit * _MIB,
         relay_memory={
-            "source": relay.window_size * _MIB,
-            "destination": 2 * relay.read_ahead * _MIB,
+            "source": (relay.window_size + _PROGRAM_MIB) * _MIB,
+            "destination": (2 * relay.read_ahead + _PROGRAM_MIB) * _MIB,
         },
+        page_memory=_PAGE_MEMORY,
+        max_pages=config.buffer_map.max_pages,
         host=Rates(host.network_bandwidth * _MIB, host.volume_bandwidth * _MIB),
         relay=Rates(relay.network_bandwidth * _MIB, config.volume.bandwidth * _MIB),
     )
     for role in ("source", "destination"):
-        lack = shortage(limits, (), role)
+        lack = shortage(limits, (), Load(role))
         if lack is not None:
             raise exception.ConfigurationError(
                 reason=f"[host]memory_limit leaves no room for a migration: {lack}"

@@ -26,9 +26,9 @@ MEMORY = [
 Memory, in MiB, for the copies of pages that the source relay keeps while their
 references are unresolved.
 
-It bounds the memory of the source relay, whatever the size of the guest. When
-the window is full, mapped pages travel raw until references have been
-resolved, so a small window costs time, never correctness.
+Besides, a relay takes memory for its program and the buffer map, see
+``[host]/memory_limit``. When the window is full, mapped pages travel raw until
+references have been resolved, so a small window costs time, never correctness.
 """,
     ),
     cfg.IntOpt(
@@ -40,9 +40,10 @@ resolved, so a small window costs time, never correctness.
 Memory, in MiB, for what the destination relay has read from volumes and QEMU
 has not taken yet.
 
-It bounds the memory of the destination relay: twice as much at most, where the
-wanted blocks are scattered. Much less than the volumes
-deliver in a tenth of a second leaves them idle.
+Twice as much at most is taken where the wanted blocks are scattered. Besides, a
+relay takes memory for its program and the buffer map, see
+``[host]/memory_limit``. Much less than the volumes deliver in a tenth of a second
+leaves them idle.
 """,
     ),
     cfg.IntOpt(

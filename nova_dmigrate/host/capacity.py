@@ -4,6 +4,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from nova_dmigrate.buffermap import PAGE_SIZE
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -18,15 +20,33 @@ class Limits:
     """What the relays of a host may take together.
 
     :ivar max_relays: of each role.
-    :ivar memory: bytes; 0 for no limit. :ivar relay_memory: what one relay takes, by role.
+    :ivar memory: bytes; 0 for no limit.
+    :ivar relay_memory: what one relay takes whatever its guest, by role, in bytes.
+    :ivar page_memory: what it takes for each guest page that may be mapped, in bytes; at most
+        ``max_pages`` are.
     :ivar host: of all relays together. :ivar relay: of each of them.
     """
 
     max_relays: int = 4
     memory: int = 0
     relay_memory: Mapping[str, int] = field(default_factory=lambda: {"source": 0, "destination": 0})
+    page_memory: int = 0
+    max_pages: int = 0
     host: Rates = Rates()
     relay: Rates = Rates()
+
+    def needs(self, load: "Load") -> int:
+        """Bytes that a relay takes at most."""
+        pages = min(load.guest_memory // PAGE_SIZE, self.max_pages)
+        return self.relay_memory[load.role] + pages * self.page_memory
+
+
+@dataclass(frozen=True)
+class Load:
+    """A relay that runs, or shall. ``guest_memory``: bytes of its guest."""
+
+    role: str
+    guest_memory: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,22 +58,22 @@ class Claim:
     caps: Rates
 
 
-def shortage(limits: Limits, running: Sequence[str], role: str) -> str | None:
-    """What keeps one more relay of ``role`` from starting; None if there is room.
+def shortage(limits: Limits, running: Sequence[Load], wanted: Load) -> str | None:
+    """What keeps one more relay from starting; None if there is room.
 
     A migration starts its destination relay first, and holds it while its source relay waits. So
-    destinations must never take all that a source needs: hosts that migrate to each other would
-    wait for each other.
-
-    :param running: roles of the relays that run.
+    destinations must never take all that a source needs, of a guest as large as their largest:
+    hosts that migrate to each other would wait for each other.
     """
-    count = running.count(role)
+    roles = [each.role for each in running]
+    count = roles.count(wanted.role)
     if count >= limits.max_relays:
-        return f"{count} {role} relays run"
+        return f"{count} {wanted.role} relays run"
     if limits.memory:
-        taken = sum(limits.relay_memory[each] for each in (*running, role))
-        if role == "destination" and "source" not in running:
-            taken += limits.relay_memory["source"]
+        loads = [*running, wanted]
+        if wanted.role == "destination" and "source" not in roles:
+            loads.append(Load("source", max(each.guest_memory for each in loads)))
+        taken = sum(map(limits.needs, loads))
         if taken > limits.memory:
             return f"the relays would take {taken >> 20} MiB of memory"
     return None

@@ -188,5 +188,6 @@ class HostService:
                 lease_seconds=order.lease_seconds,
                 wait_seconds=order.wait_seconds,
                 created=time.time(),
+                guest_memory=order.guest_memory,
             )
         )

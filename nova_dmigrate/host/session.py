@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nova_dmigrate.host.capacity import Claim, Limits, Rates
+from nova_dmigrate.host.capacity import Claim, Limits, Load, Rates
 from nova_dmigrate.host.qemu_files import QemuFiles
 from nova_dmigrate.host.relays import (
     Identity,
@@ -114,6 +114,11 @@ class Session:
     def claim(self) -> Claim:
         caps = Rates(self.record.network_bandwidth, self.record.volume_bandwidth)
         return Claim(self.record.session_id, self.record.role, caps)
+
+    @property
+    def load(self) -> Load:
+        """What it takes of the host's memory."""
+        return Load(self.record.role, self.record.guest_memory)
 
     def lapsed(self, now: float, seen: float) -> bool:
         """Whether nobody has asked for it for as long as was agreed, though that was possible.

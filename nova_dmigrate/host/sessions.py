@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from nova_dmigrate import exception
 from nova_dmigrate.host import turns
 from nova_dmigrate.host.bandwidth import Bandwidth
-from nova_dmigrate.host.capacity import Limits
+from nova_dmigrate.host.capacity import Limits, Load, shortage
 from nova_dmigrate.host.qemu_files import QemuFiles
 from nova_dmigrate.host.session import Session, SessionSettings
 from nova_dmigrate.host.store import Record, Store
@@ -152,6 +152,11 @@ class Sessions:
             if any(each.record.socket == record.socket for each in self._sessions.values()):
                 raise exception.RequestRefused(
                     reason=f"{record.socket} belongs to another session", code="in-use"
+                )
+            lack = shortage(self._settings.limits, (), Load(record.role, record.guest_memory))
+            if lack is not None:
+                raise exception.RequestRefused(
+                    reason=f"there is never room for that guest: {lack}", code="no-memory"
                 )
             if self._draining:
                 raise exception.RequestRefused(

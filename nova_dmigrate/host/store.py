@@ -28,6 +28,7 @@ class Record:
         session's own.
     :ivar host, port: where a destination relay listens.
     :ivar kept: whether only QEMU may end the relay, because a guest in post-copy needs it.
+    :ivar guest_memory: bytes of the guest.
     """
 
     session_id: str
@@ -49,6 +50,7 @@ class Record:
     host: str | None = None
     port: int | None = None
     kept: bool = False
+    guest_memory: int = 0
 
     @classmethod
     def parse(cls, data: dict[str, Any]) -> "Record":

@@ -27,8 +27,8 @@ def serve(sessions: Collection[Session], limits: Limits) -> None:
     blocked = set()
     for session in queue(sessions):
         record = session.record
-        running = [each.record.role for each in sessions if each.active]
-        lack = shortage(limits, running, record.role)
+        running = [each.load for each in sessions if each.active]
+        lack = shortage(limits, running, session.load)
         if lack is None and record.role not in blocked:
             session.start()
         else:

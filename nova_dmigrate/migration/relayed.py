@@ -112,6 +112,7 @@ class RelayedMigration:
             peers.source,
             peers.destination,
             self._socket,
+            guest.memory,
             settings.lease,
             terms,
         )

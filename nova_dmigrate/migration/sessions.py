@@ -56,6 +56,7 @@ class RelaySessions:
     several times a second. What it raises gives all up.
 
     :param socket: where QEMU's stream goes and comes, a path that is the same on both hosts.
+    :param guest_memory: bytes.
     :param lease: seconds after which the hosts end relays that nobody looks after.
     """
 
@@ -66,6 +67,7 @@ class RelaySessions:
         source: HostClient,
         destination: HostClient,
         socket: Path,
+        guest_memory: int,
         lease: float,
         terms: "Terms",
     ) -> None:
@@ -76,6 +78,7 @@ class RelaySessions:
             "session_id": str(uuid.uuid4()),
             "qemu_socket": str(socket),
             "lease_seconds": lease,
+            "guest_memory": guest_memory,
         }
         self._instance = instance
         self._source = source

@@ -45,6 +45,7 @@ MAX_SUMMARY_BYTES = 64 << 20
 MAX_ANSWER = 2 * MAX_MESSAGE_BYTES
 _SOCKET = path(107)  # what a UNIX socket's address holds
 _RATE = number(0, 1 << 50)  # bytes a second, 0 for no cap
+_MEMORY = integer(0, 1 << 50)  # bytes
 _LEASE = number(1, 3600)
 _WAIT = number(0, 3600)
 _SENTENCE = text(1024)
@@ -80,6 +81,7 @@ class OpenDestination:
     certificate, None for no TLS. ``lease_seconds``: after so long without `renew` the host ends
     the session. Bandwidths in bytes a second, 0 for no cap of this migration's own.
     ``wait_seconds``: how long to stay in the queue while the host has no room for one more relay.
+    ``guest_memory``: bytes of the guest, by which the host reckons the memory of its relay.
     """
 
     migration_id: str = checked(token())
@@ -93,6 +95,7 @@ class OpenDestination:
     network_bandwidth: float = checked(_RATE, default=0.0)
     volume_bandwidth: float = checked(_RATE, default=0.0)
     wait_seconds: float = checked(_WAIT, default=0.0)
+    guest_memory: int = checked(_MEMORY, default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +120,7 @@ class OpenSource:
     network_bandwidth: float = checked(_RATE, default=0.0)
     volume_bandwidth: float = checked(_RATE, default=0.0)
     wait_seconds: float = checked(_WAIT, default=0.0)
+    guest_memory: int = checked(_MEMORY, default=0)
 
 
 Order = Union[OpenDestination, OpenSource]

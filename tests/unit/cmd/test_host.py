@@ -12,7 +12,7 @@ from oslo_config import cfg
 
 from nova_dmigrate import conf, exception
 from nova_dmigrate.cmd import host
-from nova_dmigrate.host.capacity import Rates
+from nova_dmigrate.host.capacity import Load, Rates
 from tests.base import TestCase
 
 MIB = 1 << 20
@@ -40,14 +40,16 @@ class SettingsTest(TestCase):
             )
         )
         self.assertEqual(1024 * MIB, limits.memory)
-        self.assertEqual({"source": 100 * MIB, "destination": 100 * MIB}, limits.relay_memory)
+        # With a relay's program
+        self.assertEqual({"source": 228 * MIB, "destination": 228 * MIB}, limits.relay_memory)
+        self.assertEqual(228 * MIB + (64 << 20), limits.needs(Load("source", 4 << 30)))
         self.assertEqual((Rates(10 * MIB, 0), Rates(0, MIB / 2)), (limits.host, limits.relay))
 
     def test_memory_must_do_for_one_migration(self) -> None:
-        # A window of 256 MiB, and twice 64 MiB
-        host.limits_from(self.make(host__memory_limit=384))
+        # A window of 256 MiB, twice 64 MiB, and twice the program
+        host.limits_from(self.make(host__memory_limit=640))
         error = self.assertRaises(
-            exception.ConfigurationError, host.limits_from, self.make(host__memory_limit=383)
+            exception.ConfigurationError, host.limits_from, self.make(host__memory_limit=639)
         )
         self.assertIn("memory_limit", str(error))
 

@@ -4,56 +4,72 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nova_dmigrate.host.capacity import Claim, Limits, Rates, fair_shares, shares, shortage
+from nova_dmigrate.host.capacity import Claim, Limits, Load, Rates, fair_shares, shares, shortage
 from tests import base
 
 ROLES = ("source", "destination")
+SOURCE, DESTINATION = map(Load, ROLES)
 
 
 class ShortageTest(base.TestCase):
     def test_each_role_has_its_own_number(self) -> None:
         limits = Limits(max_relays=2)
-        self.assertIsNone(shortage(limits, ["source"], "source"))
-        self.assertIn("2 source", shortage(limits, ["source"] * 2, "source") or "")
-        self.assertIsNone(shortage(limits, ["source"] * 2, "destination"))
+        self.assertIsNone(shortage(limits, [SOURCE], SOURCE))
+        self.assertIn("2 source", shortage(limits, [SOURCE] * 2, SOURCE) or "")
+        self.assertIsNone(shortage(limits, [SOURCE] * 2, DESTINATION))
 
     def test_memory_is_shared_by_both_roles(self) -> None:
         limits = Limits(10, memory=1000, relay_memory={"source": 400, "destination": 200})
-        self.assertIsNone(shortage(limits, ["source"] * 1, "source"))
-        self.assertIn("memory", shortage(limits, ["source"] * 2, "source") or "")
-        self.assertIsNone(shortage(limits, ["source"] * 2, "destination"))
+        self.assertIsNone(shortage(limits, [SOURCE] * 1, SOURCE))
+        self.assertIn("memory", shortage(limits, [SOURCE] * 2, SOURCE) or "")
+        self.assertIsNone(shortage(limits, [SOURCE] * 2, DESTINATION))
 
     def test_destinations_leave_room_for_one_source(self) -> None:
         limits = Limits(10, memory=1000, relay_memory={"source": 400, "destination": 200})
-        self.assertIsNone(shortage(limits, ["destination"] * 2, "destination"))
-        self.assertIsNotNone(shortage(limits, ["destination"] * 3, "destination"))
-        self.assertIsNone(shortage(limits, ["destination"] * 3, "source"))
+        self.assertIsNone(shortage(limits, [DESTINATION] * 2, DESTINATION))
+        self.assertIsNotNone(shortage(limits, [DESTINATION] * 3, DESTINATION))
+        self.assertIsNone(shortage(limits, [DESTINATION] * 3, SOURCE))
+
+    def test_the_larger_the_guest_the_more_its_relays_need(self) -> None:
+        own = {"source": 400, "destination": 200}
+        limits = Limits(10, 1000, own, page_memory=10, max_pages=50)
+        for memory, needed in ((0, 400), (4095, 400), (3 * 4096, 430), (1 << 40, 900)):
+            self.assertEqual(needed, limits.needs(Load("source", memory)))
+        large = Load("destination", 20 * 4096)
+        # 400, and 400 for a source of such a guest, and of another one
+        self.assertIsNone(shortage(limits, (), large))
+        self.assertIsNotNone(shortage(limits, [large], large))
+        self.assertIsNone(shortage(limits, [DESTINATION], Load("destination", 0)))
+        self.assertIsNotNone(shortage(limits, [large], DESTINATION))
 
     @settings(deadline=None, derandomize=True, max_examples=100)
     @given(
         st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=24),
         st.integers(1, 3),
-        st.integers(600, 1500),
+        st.integers(700, 1600),
+        st.integers(0, 5),
     )
     def test_hosts_that_migrate_to_each_other_come_to_an_end(
-        self, migrations: list[tuple[int, int]], most: int, memory: int
+        self, migrations: list[tuple[int, int]], most: int, memory: int, pages: int
     ) -> None:
         """All begin with their destinations; whoever has both relays ends."""
-        limits = Limits(most, memory, {"source": 400, "destination": 200})
-        running: list[list[str]] = [[], [], []]
+        own = {"source": 400, "destination": 200}
+        limits = Limits(most, memory, own, page_memory=10, max_pages=9)
+        source_load, target_load = (Load(role, pages * 4096) for role in ROLES)
+        running: list[list[Load]] = [[], [], []]
         waiting = [(source, target) for source, target in migrations if source != target]
         begun: list[tuple[int, int]] = []
         while waiting or begun:
             for source, target in list(waiting):
-                if shortage(limits, running[target], "destination") is None:
-                    running[target].append("destination")
+                if shortage(limits, running[target], target_load) is None:
+                    running[target].append(target_load)
                     waiting.remove((source, target))
                     begun.append((source, target))
             moved = False
             for source, target in list(begun):
-                if shortage(limits, running[source], "source") is None:
+                if shortage(limits, running[source], source_load) is None:
                     begun.remove((source, target))
-                    running[target].remove("destination")
+                    running[target].remove(target_load)
                     moved = True
             self.assertTrue(moved or not begun, "nobody gets on")
 
