@@ -218,7 +218,8 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
 
     def live_migration_abort(self, instance: Any) -> None:
         """Abort; libvirt knows nothing yet of a migration that is being prepared."""
-        relaying = self._relaying.get(instance.uuid)
+        # Libvirt's own takes anything here that its guests are found by: all else is left to it
+        relaying = self._relaying.get(instance.uuid) if self._relaying else None
         if relaying is not None and relaying.cancel():
             LOG.info("Instance %s: its migration is cancelled before it begins", instance.uuid)
             return
