@@ -168,6 +168,28 @@ class TestOrchestration(base.TestCase):
 
     # What fails on the way
 
+    def test_what_libvirt_cannot_begin_is_tried_once_more_in_the_ordinary_way(self) -> None:
+        places = []
+
+        def occupy(progress: Progress) -> None:
+            """Have the destination's QEMU find something else in the place of its socket."""
+            if progress.phase == "migrating" and not places:
+                sockets = self.destination.outside(Path("/run/nova-dmigrate"))
+                places.extend(each / "qemu" for each in sockets.iterdir() if each.is_dir())
+                for each in places:
+                    each.mkdir()
+
+        summary = self.migrate(on_progress=occupy)
+        self.assertEqual(1, len(places))
+        self.assertEqual(("completed", "ordinary", "relay-failed"), _way(summary), summary)
+
+    def test_a_display_that_breaks_does_not_end_the_migration(self) -> None:
+        def broken(progress: Progress) -> None:
+            raise BrokenPipeError
+
+        summary = self.migrate(on_progress=broken)
+        self.assertEqual(("completed", "dmigrate"), _way(summary)[:2], summary)
+
     def test_a_cut_network_fails_it_and_the_guest_goes_on(self) -> None:
         before = self.settings()
         self.hosts.shape(SLOW)
