@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test unit integration guests style format docs sample compat bench corpus demo scenarios soak clean
+.PHONY: help setup test unit functional test-nova integration guests style format docs sample compat bench corpus demo scenarios soak clean
 
 # What of "make bench": BENCH_SHAPES=50:50,50:100 (network:volume in MB/s), BENCH_ONLY=relay
 export BENCH_SHAPES BENCH_ONLY
@@ -17,11 +17,13 @@ export NETWORK VOLUME POOL LOAD RATE DB RAM COMPRESSION ONLY MODES POOLS
 export COUNT DRILLS
 # Which tests of a suite: make unit TESTS=stream
 TESTS ?=
+# Releases of Nova
+export NOVA
 # Releases of Debian whose QEMU and libvirt "make compat" takes
 SUITES ?= trixie,sid
 
 help:           ## Say what can be made
-	@sed -n 's/^\([a-z]*\): *[a-z]* *## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\): *[a-z]* *## /\1\t/p' $(MAKEFILE_LIST)
 
 setup:          ## Install the system packages and the virtual environment that all else needs
 	@tools/install_system_packages.sh
@@ -32,6 +34,12 @@ test: setup     ## Run all checks and suites; the last line counts the tests
 
 unit: setup     ## Run the unit suite
 	@tools/run_suite.sh unit $(TESTS)
+
+functional: setup ## Run the functional suite: Nova's services in process; NOVA=34
+	@tools/run_suite.sh functional $(TESTS)
+
+test-nova: setup ## Run Nova's own tests with DMigrate's driver in the stock one's place: NOVA="34 33"
+	@.venv/bin/python -m tools.nova_tests $(NOVA)
 
 integration: setup ## Run the integration suite: real QEMU
 	@tools/run_suite.sh integration $(TESTS)
@@ -48,8 +56,10 @@ format: setup   ## Repair what of the style repairs itself
 docs: setup     ## Build the documentation into doc/build
 	@tools/build_docs.sh
 
-sample: setup   ## Write the sample configuration anew from the options
-	@.venv/bin/oslo-config-generator --config-file etc/nova-dmigrate/nova-dmigrate-config-generator.conf
+sample: setup   ## Write the sample configurations anew from the options
+	@for each in nova-dmigrate nova; do \
+	    .venv/bin/oslo-config-generator --config-file etc/nova-dmigrate/$$each-config-generator.conf || exit; \
+	done
 
 compat: setup   ## Run what depends on QEMU and libvirt with newer ones: SUITES=trixie,sid
 	@.venv/bin/python tools/compat.py $(SUITES)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run Nova's own tests with the stock driver and with DMigrate's in its place, and compare.
+
+Prints, for each release of Nova and each of its backends, how many tests ended with ours as with
+the stock driver, and names those that did not. Exits 1 if one did not. Raw results and the output
+of each process are in .make/nova-tests; .make/nova.subunit has a result for each comparison.
+
+Nova's functional tests wait some seconds for what their threads do, and now and then one fails on
+a busy machine, whatever the driver. What does not pass with both drivers runs a second time with
+both, which is told; then the second result counts.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+from tools.nova_tests.comparison import MISSING, Comparison, write
+from tools.nova_tests.execution import ROOT, Worker
+from tools.nova_tests.plan import FULL, RELEASES, SHORT, Job
+from tools.nova_tests.worker import OURS, STOCK
+
+STATE = Path(os.environ.get("NDM_STATE") or ROOT / ".make")
+RESULTS = STATE / "nova-tests"
+
+
+def main(argv: list[str]) -> int:
+    """Return the exit status.
+
+    :raises CalledProcessError: the environment of a release cannot be made.
+    """
+    parser = argparse.ArgumentParser(prog="tools.nova_tests", description=__doc__)
+    parser.add_argument("--short", action="store_true", help="only tests that move servers")
+    parser.add_argument("--shim", type=Path, default=ROOT / "nova/virt", help=argparse.SUPPRESS)
+    parser.add_argument("releases", nargs="*", type=int, default=sorted(RELEASES, reverse=True))
+    arguments = parser.parse_args(argv)
+
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for release in arguments.releases:
+        subprocess.run([str(ROOT / "tools/nova_tests/venv.sh"), str(release)], check=True)
+    groups = SHORT if arguments.short else FULL
+    jobs = [
+        Job(release, backend, group)
+        for release in arguments.releases
+        for backend in RELEASES[release]
+        for group in groups
+    ]
+    with ThreadPoolExecutor(int(os.environ.get("CONCURRENCY") or os.cpu_count() or 1)) as pool:
+        compared = compare(pool, jobs, arguments.shim)
+    for title, comparison in compared.items():
+        print("\n".join(comparison.lines(title)))
+    with (STATE / "nova.subunit").open("wb") as stream:
+        write(compared, stream)
+    return 0 if all(each.good for each in compared.values()) else 1
+
+
+def compare(pool: Executor, jobs: list[Job], shim: Path) -> dict[str, Comparison]:
+    """Return the comparison of each release and backend, by its title."""
+    pairs = [tuple(Worker(job, driver, shim, RESULTS) for driver in (STOCK, OURS)) for job in jobs]
+    found = run(pool, {worker: [] for pair in pairs for worker in pair})
+    again = {}
+    for pair in pairs:
+        comparison = Comparison()
+        comparison.add(*(found[worker] for worker in pair))
+        for name in comparison.unsettled:
+            statuses = ", ".join(found[worker].get(name, MISSING) for worker in pair)
+            print(f"Runs again: {pair[0].job.title}: {name}: {statuses}", flush=True)
+        if comparison.unsettled:
+            again |= dict.fromkeys(pair, comparison.unsettled)
+    for worker, statuses in run(pool, again).items():
+        found[worker] |= {name: statuses.get(name, MISSING) for name in again[worker]}
+
+    compared: dict[str, Comparison] = {}
+    for pair in pairs:
+        comparison = compared.setdefault(pair[0].job.title, Comparison())
+        comparison.add(*(found[worker] for worker in pair))
+    return compared
+
+
+def run(pool: Executor, work: dict[Worker, list[str]]) -> dict[Worker, dict[str, str]]:
+    """Return what became of the tests of each worker: of all, or of those that are named."""
+    return dict(zip(work, pool.map(Worker.run, work.keys(), work.values()), strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
