@@ -92,10 +92,23 @@ def swap(shim: str) -> type:
     for name, value in vars(base).items():
         if isinstance(value, staticmethod) and name not in vars(driver):
             setattr(driver, name, value)
+    _keep_super(base)
     for publisher in ("nova.virt.libvirt.driver", "nova.virt.libvirt"):
         module: Any = importlib.import_module(publisher)
         module.LibvirtDriver = driver
     return driver
+
+
+def _keep_super(base: type) -> None:
+    """Have super(LibvirtDriver, self), as older releases write it, mean the stock class still."""
+    module = sys.modules[base.__module__]
+    kept = f"stock_{base.__name__}"
+    setattr(module, kept, base)
+    for value in vars(base).values():
+        code = getattr(value, "__code__", None)
+        if code and {"super", base.__name__} <= set(code.co_names):
+            names = tuple(kept if name == base.__name__ else name for name in code.co_names)
+            value.__code__ = code.replace(co_names=names)
 
 
 def load(modules: list[str], select: re.Pattern[str]) -> Iterator[unittest.TestCase]:

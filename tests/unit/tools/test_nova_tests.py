@@ -56,6 +56,9 @@ NOVA = {
         class LibvirtDriver:
             name = "stock"
 
+            def __init__(self):
+                super(LibvirtDriver, self).__init__()
+
             def move(self):
                 return "moved"
         """,
