@@ -200,8 +200,8 @@ class Loader:
             self._cancelled.wait(_POLL)
         self._ended = time.monotonic()
 
-    def load(self, pages: U64) -> None:
-        """Have pages loaded. Returns when they are.
+    def load(self, pages: U64) -> float:
+        """Have pages loaded; the seconds that it took.
 
         :raises ServerError: if the server fails.
         :raises StorageError: if the file cannot be written.
@@ -209,7 +209,7 @@ class Loader:
         """
         self._directory.replace(self._name, pages, self._cancelled)
         self._cancelled.wait(self._ended + _APART - time.monotonic())
-        before = self._status()
+        before, began = self._status(), time.monotonic()
         try:
             self._begin(before)
             while self._status().startswith(_LOADING):
@@ -222,6 +222,7 @@ class Loader:
         status = self._status()
         if not status.startswith(_LOAD_DONE):
             raise self._error(f"it has loaded nothing: {status}")
+        return self._ended - began
 
     def _begin(self, before: str) -> None:
         """Start a load; returns as soon as the status speaks of it."""

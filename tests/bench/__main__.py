@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure what the environment asks for.
 
-``BENCH_ONLY``: a part, ``relay``, ``efficiency``, ``ordinary`` or ``agent``; ``quick`` for a short
-run of the first; all parts without it. ``BENCH_SHAPES``: network:volume in MB/s, separated by
-commas. ``BENCH_ROUNDS``: runs of which the median is taken. ``BENCH_OUTPUT``: the file, bench.json.
+``BENCH_ONLY``: a part, ``relay``, ``efficiency``, ``ordinary``, ``agent`` or ``evacuation``;
+``quick`` for a short run of the first; all parts without it. ``BENCH_SHAPES``: network:volume in
+MB/s, separated by commas. ``BENCH_ROUNDS``: runs of which the median is taken. ``BENCH_OUTPUT``:
+the file, bench.json.
 """
 
 import json
@@ -12,10 +13,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.bench import agent, efficiency, machine, ordinary, source_path, table, throughput
+from tests.bench import (
+    agent,
+    efficiency,
+    evacuation,
+    machine,
+    ordinary,
+    source_path,
+    table,
+    throughput,
+)
 from tests.lab.processes import workspace
 
-PARTS = ("relay", "efficiency", "ordinary", "agent")
+PARTS = ("relay", "efficiency", "ordinary", "agent", "evacuation")
 DEFAULT_SHAPES = "50:50,50:100,100:50"
 
 
@@ -64,6 +74,8 @@ def main() -> int:
     if only in ("", "agent"):
         with workspace() as directory:
             results["agent"] = agent.measure(directory)
+    if only in ("", "evacuation"):
+        results["evacuation"] = evacuation.measure()
     path = Path(os.environ.get("BENCH_OUTPUT") or "bench.json")
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(table.render(results))

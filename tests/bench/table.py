@@ -58,6 +58,19 @@ _TABLES: Sequence[tuple[str, str, Sequence[tuple[str, str]]]] = (
             ("tps_change", "tps change"),
         ),
     ),
+    (
+        "evacuation",
+        "A database that died under load and was started again: until 90 % is back",
+        (
+            ("mode", "pool filled by"),
+            ("first_10_s", "throughput of 10 s"),
+            ("first_30_s", "of 30 s"),
+            ("seconds", "throughput s"),
+            ("throughput_of_cold", "of cold"),
+            ("pool_seconds", "pool s"),
+            ("pool_of_cold", "of cold"),
+        ),
+    ),
 )
 _PAIRS = (
     ("source", "Source relay, in process, one core"),

@@ -261,6 +261,12 @@ class WarmUpTest(PoolTestCase):
         self.assertEqual("done", self.run_one().state)
         self.assertFalse(self.server.own_load)
 
+    def test_pieces_grow_as_long_as_the_volume_is_quick_and_shrink_where_it_is_not(self) -> None:
+        self.assertEqual(512, warm_up._next_size(256, 0.05, 6400))
+        self.assertEqual(6400, warm_up._next_size(6000, 0.1, 6400))
+        self.assertEqual(500, warm_up._next_size(1000, 1.0, 6400))
+        self.assertEqual(1, warm_up._next_size(10, 500.0, 6400))
+
     def test_a_pool_that_is_full_is_not_filled_further(self) -> None:
         self.server.free = 14
         state = self.run_one(4)

@@ -218,6 +218,14 @@ class ServiceTest(base.TestCase):
         error = self.assertRaises(exception.AgentRefused, self.client.renew, state.lease_id)
         self.assertEqual("unknown-lease", error.kwargs["code"])
 
+    def test_a_warm_up_is_asked_for_and_a_preparation_ends_it(self) -> None:
+        self.assertEqual("idle", self.client.warm_up_progress()["state"])
+        self.client.warm_up()
+        self.assertEqual("waiting", self.client.warm_up_progress()["state"])
+        self.client.prepare(seconds=2)
+        told = self.client.warm_up_progress()
+        self.assertEqual(("stopped", "migration"), (told["state"], told["code"]))
+
     def test_health_tells_of_moves_and_a_missing_server(self) -> None:
         self.service._servers = service.Servers(
             service.AgentSettings(self.make_directory(), service.processes.Selector(pid=1))

@@ -88,6 +88,23 @@ class BrokerTest(base.TestCase):
         error = self.assertRaises(exception.AgentRefused, asked.ping)
         self.assertEqual("version", error.kwargs["code"])
 
+    def test_an_older_agent_serves_what_it_has(self) -> None:
+        instance = str(uuid.uuid4())
+        methods = {name: each for name, each in messages.METHODS.items() if each.since == "1.0"}
+        older = dataclasses.replace(messages.AGENT, version="1.0", methods=methods)
+        server = broker.BrokerServer(
+            instance, Dispatcher(Handler(), older), broker.make_conf(), "fake://four/"
+        )
+        server.start()
+        self.addCleanup(server.stop)
+        self.assertTrue(server.wait_until_serving(60))
+        transport = broker.BrokerTransport(instance, "fake://four/", messages.AGENT)
+        self.addCleanup(transport.close)
+        asked = client.AgentClient(instance, transport)
+        self.assertEqual("abc", asked.ping().incarnation)
+        error = self.assertRaises(exception.AgentRefused, asked.warm_up)
+        self.assertEqual("version", error.kwargs["code"])
+
     def test_no_class_of_the_other_sides_choice_is_allowed(self) -> None:
         transport = broker.BrokerTransport("i", "fake://two/", messages.AGENT)
         self.addCleanup(transport.close)

@@ -103,6 +103,22 @@ class ClientTest(base.TestCase):
             with contextlib.suppress(exception.RpcError):
                 getattr(self.make(**{method: answer}), method)()
 
+    def test_a_warm_up_is_begun_and_tells_how_far_it_is(self) -> None:
+        told = {"result": {"state": "running", "loaded": 7, "total": 10, "seconds": 1.5}}
+        made = self.make(warm_up={"result": {"state": "waiting"}}, warm_up_state=told)
+        self.assertIsNone(made.warm_up())
+        self.assertEqual(
+            {
+                "state": "running",
+                "code": None,
+                "loaded": 7,
+                "total": 10,
+                "seconds": 1.5,
+                "message": "",
+            },
+            made.warm_up_progress(),
+        )
+
     def test_a_map_that_is_never_ready_is_given_up(self) -> None:
         made = self.make(map_begin=state(state="building"), map_state=state(state="building"))
         error = self.assertRaises(exception.AgentUnreachable, made.fetch_map, MapLimits())
