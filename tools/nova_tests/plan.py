@@ -11,6 +11,7 @@ RELEASES = {
     34: (THREADING, EVENTLET),
     33: (EVENTLET, THREADING),
     32: (EVENTLET,),
+    31: (EVENTLET,),
 }
 
 
