@@ -158,19 +158,28 @@ class MigrationTest(
         server = self._create_server(flavor_id=flavor, host="src", networks="none", **more)
         self.volumes = [str(uuid.uuid4()) for _ in range(volumes)]
         for volume in self.volumes:
-            self._attach_volume(server, volume)
+            attachment = {"volumeAttachment": {"volumeId": volume}}
+            self.api.post_server_volume(server["id"], attachment)
+            self._wait_for_volume_attach(server["id"], volume)
         if self.AGENT:
             self.agent = services.Agent(self.volumes[0][:20])
             self.useFixture(services.Served(server["id"], self.agent, AGENT))
         self.server = server
         return server
 
-    def migrate(self, server: dict[str, Any], refused: bool = False) -> None:
+    def move(self, server: dict[str, Any], to: str = "dest") -> None:
+        """Migrate it; returns when it is there and Nova has done all."""
+        self.migrate(server, to=to)
+        there = {"OS-EXT-SRV-ATTR:host": to, "OS-EXT-STS:task_state": None, "status": "ACTIVE"}
+        self._wait_for_server_parameter(server, there, max_retries=120)
+        self._wait_for_migration_status(server, ["completed"])
+
+    def migrate(self, server: dict[str, Any], refused: bool = False, to: str = "dest") -> None:
         """Ask for it; it goes on by itself.
 
         :param refused: it will be, which Nova's tests, where casts are calls, see as an answer.
         """
-        body = {"os-migrateLive": {"host": "dest", "block_migration": "auto"}}
+        body = {"os-migrateLive": {"host": to, "block_migration": "auto"}}
         expected = {"check_response_status": [500]} if refused else {}
         self.api.post_server_action(server["id"], body, **expected)
 

@@ -12,6 +12,7 @@ from nova_dmigrate.virt.relaying import rerouted
 from tests import base
 
 LIVE = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER
+PARALLEL = getattr(libvirt, "VIR_MIGRATE_PARALLEL", 0)  # Nova 33 has it first
 #: Flags besides the usual ones, local disks, host devices, way to the agent; the code of the reason
 #: for which it is the ordinary migration, None if it is not.
 CONDITIONS = (
@@ -19,7 +20,7 @@ CONDITIONS = (
     (libvirt.VIR_MIGRATE_POSTCOPY, (), (), "broker", None),
     (libvirt.VIR_MIGRATE_AUTO_CONVERGE, (), (), "broker", None),
     (libvirt.VIR_MIGRATE_TLS, (), (), "broker", None),
-    (libvirt.VIR_MIGRATE_PARALLEL, (), (), "broker", None),
+    (PARALLEL, (), (), "broker", None),
     # Without disks to copy Nova takes the flag away
     (libvirt.VIR_MIGRATE_NON_SHARED_INC, (), (), "broker", None),
     (libvirt.VIR_MIGRATE_NON_SHARED_INC, ("vda",), (), "broker", "block-migration"),
@@ -32,8 +33,8 @@ CONDITIONS = (
 FLAGS = (
     (LIVE, LIVE),
     (LIVE | libvirt.VIR_MIGRATE_TLS, LIVE),
-    (LIVE | libvirt.VIR_MIGRATE_PARALLEL, LIVE),
-    (LIVE | libvirt.VIR_MIGRATE_TLS | libvirt.VIR_MIGRATE_PARALLEL, LIVE),
+    (LIVE | PARALLEL, LIVE),
+    (LIVE | libvirt.VIR_MIGRATE_TLS | PARALLEL, LIVE),
     (LIVE | libvirt.VIR_MIGRATE_POSTCOPY, LIVE | libvirt.VIR_MIGRATE_POSTCOPY),
     (LIVE | libvirt.VIR_MIGRATE_AUTO_CONVERGE, LIVE | libvirt.VIR_MIGRATE_AUTO_CONVERGE),
 )

@@ -21,7 +21,7 @@ PARALLEL = getattr(fakelibvirt, "VIR_MIGRATE_PARALLEL", 0)
 class RelayedTest(base.MigrationTest):
     def test_libvirt_migrates_to_the_source_relay_and_the_destination_reads_its_own_device(self):
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertEqual("dest", self.host_of(server))
         (call,) = self.calls
         destination, source = self.hosts["dest"].orders[0], self.hosts["src"].orders[0]
@@ -38,7 +38,7 @@ class RelayedTest(base.MigrationTest):
 
     def test_all_volumes_of_a_server_can_be_read(self):
         server = self.make_server(volumes=3)
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertEqual(
             {volume[:20] for volume in self.volumes},
             {volume.volume_id for volume in self.hosts["dest"].orders[0].volumes},
@@ -46,7 +46,7 @@ class RelayedTest(base.MigrationTest):
 
     def test_nothing_of_it_is_left(self):
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.event(server)
         for host in self.hosts.values():
             self.assertEqual([host.orders[0].session_id], host.closed)
@@ -55,7 +55,7 @@ class RelayedTest(base.MigrationTest):
 
     def test_the_action_the_history_and_a_notification_tell_how_it_went(self):
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         event = self.event(server)
         self.assertEqual("Success", event["result"])
         self.assertIn("through the relays", event["details"])
@@ -84,25 +84,43 @@ class RelayedTest(base.MigrationTest):
 
         self.during = during
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertEqual([1, 40], self.downtimes)
 
     def test_caps_of_nova_are_kept_by_the_relays(self):
         self.flags(live_migration_bandwidth=50, group="libvirt")
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertEqual(0, self.calls[0]["bandwidth"])
         self.assertEqual(50 * MIB, self.hosts["src"].orders[0].network_bandwidth)
 
     def test_the_relays_go_over_novas_migration_network(self):
         self.flags(live_migration_inbound_addr="192.0.2.7", group="libvirt")
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertEqual("192.0.2.7", self.hosts["src"].orders[0].host)
         self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
 
-    def test_servers_migrate_at_the_same_time(self):
+    def test_it_migrates_back(self):
+        server = self.make_server()
+        self.move(server)
+        self.event(server)
+        self.src, self.dest = self.dest, self.src
+        self.move(server, "src")
+        self.assertEqual("src", self.host_of(server))
+        self.assertTrue(self.calls[1]["migrate_uri"].startswith("unix:"))
+
+    def hosts_resolve(self, value: bool) -> None:
+        self.hosts["src"].progress["bulk_resolved"] = value
+
+
+class ConcurrentTest(base.MigrationTest):
+    def setUp(self):
+        # Read when a compute starts
         self.flags(max_concurrent_live_migrations=3)
+        super().setUp()
+
+    def test_servers_migrate_at_the_same_time(self):
         gate = threading.Barrier(3, timeout=20)
         self.during = gate.wait
         servers = [self.make_server() for _ in range(3)]
@@ -113,18 +131,6 @@ class RelayedTest(base.MigrationTest):
             self.assertEqual("dest", self.host_of(server))
         self.assertEqual(3, len({call["migrate_uri"] for call in self.calls}))
         self.assertEqual(3, len({order.token for order in self.hosts["src"].orders}))
-
-    def test_it_migrates_back(self):
-        server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
-        self.event(server)
-        self.src, self.dest = self.dest, self.src
-        self._live_migrate(server, "completed", host="src")
-        self.assertEqual("src", self.host_of(server))
-        self.assertTrue(self.calls[1]["migrate_uri"].startswith("unix:"))
-
-    def hosts_resolve(self, value: bool) -> None:
-        self.hosts["src"].progress["bulk_resolved"] = value
 
 
 class EncryptedTest(base.MigrationTest):
@@ -137,14 +143,14 @@ class EncryptedTest(base.MigrationTest):
         for host in self.hosts.values():
             host.hello_changes = {"tls": True}
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertEqual(0, self.calls[0]["flags"] & TLS)
         self.assertEqual("dest", self.hosts["src"].orders[0].tls_peer_name)
         self.assertEqual("src", self.hosts["dest"].orders[0].tls_peer_name)
 
     def test_it_is_never_less_than_without_us(self):
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertNotEqual(0, self.calls[0]["flags"] & TLS)
         self.assertNotIn("migrate_uri", self.calls[0])
         self.assertEqual([], self.orders)
@@ -160,7 +166,7 @@ class SeveralConnectionsTest(base.MigrationTest):
 
     def test_one_connection_is_what_a_relay_sees(self):
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertEqual(0, self.calls[0]["flags"] & PARALLEL)
         self.assertNotIn("parallel.connections", self.calls[0])
         self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
@@ -225,7 +231,7 @@ class InterventionTest(SteeredTest):
 
         self.during = during
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertEqual("dest", self.host_of(server))
         self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
 
@@ -295,7 +301,7 @@ class FailureTest(base.MigrationTest):
 
         self.during = during
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertEqual("dest", self.host_of(server))
         first, second = self.calls
         self.assertTrue(first["migrate_uri"].startswith("unix:"))
@@ -315,7 +321,7 @@ class FailureTest(base.MigrationTest):
         server = self.make_server()
         self.agent.outcome = "building"
         self.hosts["src"].progress = dict(services.PROGRESS, map="none", mapped_pages=0)
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.event(server)
         (summary,) = self.summaries()
         self.assertEqual("dmigrate", summary.mode)

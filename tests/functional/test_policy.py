@@ -16,7 +16,7 @@ class NobodySaysTest(base.MigrationTest):
 
     def test_migrations_are_novas_own(self):
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertNotIn("migrate_uri", self.calls[0])
         self.assertEqual([], self.orders)
         self.assertEqual((), self.summaries())
@@ -36,11 +36,11 @@ class NobodySaysTest(base.MigrationTest):
         self.api.api_post(
             f"/servers/{server['id']}/metadata", {"metadata": {"dmigrate_policy": "preferred"}}
         )
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertNotIn("migrate_uri", self.calls.pop())
         self.flags(policy_from_metadata=True, group="dmigrate")
         self.src, self.dest = self.dest, self.src
-        self._live_migrate(server, "completed", host="src")
+        self.move(server, "src")
         self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
 
     def test_what_is_no_policy_is_refused_before_anything_is_done(self):
@@ -75,7 +75,7 @@ class NobodySaysTest(base.MigrationTest):
             self.assertEqual(400, error.response.status_code)
 
     def assert_relayed(self, server: Any) -> None:
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
 
 
@@ -85,7 +85,7 @@ class DisabledTest(base.MigrationTest):
     def test_the_flavor_comes_before_the_default(self):
         self.flags(default_policy="required", group="dmigrate")
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertNotIn("migrate_uri", self.calls[0])
         self.assertEqual([], self.orders)
 
@@ -112,7 +112,7 @@ class RequiredTest(RefusalTest):
     def test_it_goes_through_the_relays_and_waits_for_the_map(self):
         self.hosts["src"].progress["map"] = "offered"
         server = self.make_server()
-        self._live_migrate(server, "completed", host="dest")
+        self.move(server)
         self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
         self.assertEqual(1, len(self.hosts["src"].maps))
 
