@@ -13,9 +13,9 @@ from tests.lab.processes import inmates
 _RSS = "RSS (MiB)"
 #: What may be more without being a leak, however many migrations have been: a connection or thread
 #: of a pool, that was not needed before; memory that an allocator keeps.
-ALLOWED = {"processes": 3, "threads": 3, "descriptors": 3, "sockets": 3, "files": 0, _RSS: 8.0}
+ALLOWED = {"processes": 3, "threads": 3, "descriptors": 3, "sockets": 3, "files": 0, _RSS: 5.0}
 #: Whole maps go through the operator's memory, of which its allocator gives only a part back.
-ALLOWED_OPERATOR = {**ALLOWED, _RSS: 16.0}
+ALLOWED_OPERATOR = {**ALLOWED, _RSS: 10.0}
 COLUMNS = tuple(ALLOWED)
 _OPERATOR = "operator"
 _FORWARDER = "socat"
