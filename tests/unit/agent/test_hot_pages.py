@@ -414,7 +414,10 @@ class HotPagesTest(PoolTestCase):
         made.start()
         hot_pages.ask_running_agent(self.state)
         self.wait(made, "done")
-        while (state := hot_pages.running_agents_state(self.state)) is None:
+        # It is told on disk a moment later
+        while (state := hot_pages.running_agents_state(self.state)) is None or (
+            state.state == "running"
+        ):
             time.sleep(0.01)
         self.assertEqual("done", state.state)
 

@@ -43,8 +43,8 @@ class RecordTest(base.TestCase):
     def test_the_keys_are_stable(self) -> None:
         self.assertEqual(
             "id instance domain source destination mode state started total_s downtime_ms"
-            " fallback_reason fallback_message error guest_bytes wire_bytes saved_bytes volume_bytes"
-            " pages_referenced misses mapped_pages mapping_s phases findings series libvirt",
+            " fallback_reason fallback_message error guest_bytes wire_bytes saved_bytes"
+            " volume_bytes pages_referenced misses mapped_pages mapping_s phases findings series libvirt",
             " ".join(RELAYED.to_dict()),
         )
 
@@ -84,7 +84,8 @@ class SentenceTest(base.TestCase):
         self.assertEqual(
             "Migration of db1 (5b1a4e0e-6c53-4d7c-9f3e-3c1f4f0d9a11) from compute1 to compute2"
             " completed in 14.5 s through the relays: downtime 87 ms, 620 MiB over the network,"
-            " 310 MiB saved by compression, 930 MiB from volumes, 238080 pages by reference, 1204 misses",
+            " 310 MiB saved by compression,"
+            " 930 MiB from volumes, 238080 pages by reference, 1204 misses",
             RELAYED.sentence(),
         )
 
