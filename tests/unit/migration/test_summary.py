@@ -44,7 +44,8 @@ class RecordTest(base.TestCase):
         self.assertEqual(
             "id instance domain source destination mode state started total_s downtime_ms"
             " fallback_reason fallback_message error guest_bytes wire_bytes saved_bytes"
-            " volume_bytes pages_referenced misses mapped_pages mapping_s phases findings series libvirt",
+            " volume_bytes pages_referenced misses mapped_pages mapping_s phases findings series"
+            " libvirt",
             " ".join(RELAYED.to_dict()),
         )
 
