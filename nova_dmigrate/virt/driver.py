@@ -5,6 +5,7 @@ It overrides what has had the same form in many releases of Nova, and passes on 
 know.
 """
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -143,6 +144,24 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
 
     # The migration
 
+    def live_migration(
+        self,
+        context: Any,
+        instance: Any,
+        dest: Any,
+        post_method: Any,
+        recover_method: Any,
+        block_migration: Any = False,
+        migrate_data: Any = None,
+    ) -> None:
+        """As libvirt's. What the policy depends on is loaded before it, because Nova's monitor and
+        operation, which it starts, use one context."""
+        with contextlib.suppress(exception.ConfigurationError):
+            self._policy(instance)
+        super().live_migration(
+            context, instance, dest, post_method, recover_method, block_migration, migrate_data
+        )
+
     def _live_migration_operation(
         self,
         context: Any,
@@ -270,8 +289,18 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
     # Policy and configuration
 
     def _policy(self, instance: Any) -> Policy:
+        """The server's policy; none of ours if what it depends on cannot be had.
+
+        :raises ConfigurationError: what is said is no policy.
+        """
         default = Policy(CONF.dmigrate.default_policy)
-        return decide(instance, default, CONF.dmigrate.policy_from_metadata).policy
+        try:
+            return decide(instance, default, CONF.dmigrate.policy_from_metadata).policy
+        except exception.ConfigurationError:
+            raise
+        except Exception as error:  # noqa: BLE001 - Nova loads what is missing, which may fail
+            LOG.warning("The policy of %s is not known: %s: %s", instance, type(error), error)
+            return Policy.DISABLED
 
     def _checked_policy(self, instance: Any) -> Policy:
         try:

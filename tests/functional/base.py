@@ -88,6 +88,11 @@ class MigrationTest(
         """What of libvirt and QEMU Nova's fake lacks."""
         test = self
 
+        def make(domain: Any, *args: Any, **kwargs: Any) -> None:
+            original_init(domain, *args, **kwargs)
+            # Up to Nova 32 there seems to be a job all the time
+            domain._job_type = fakelibvirt.VIR_DOMAIN_JOB_NONE
+
         def describe(domain: Any, flags: int) -> str:
             return test._described(domain, original_xml(domain, flags))
 
@@ -107,11 +112,13 @@ class MigrationTest(
         def limit(domain: Any, milliseconds: int, flags: int = 0) -> None:
             test.downtimes.append(milliseconds)
 
+        original_init = fakelibvirt.Domain.__init__
         original_xml = fakelibvirt.Domain.XMLDesc
         original_parse = fakelibvirt._parse_disk_info
         domain = "nova.tests.fixtures.libvirt.Domain."
         for name, function in (
             ("nova.tests.fixtures.libvirt._parse_disk_info", parse),
+            (domain + "__init__", make),
             (domain + "XMLDesc", describe),
             (domain + "abortJob", abort),
             (domain + "migrateStartPostCopy", post_copy),
