@@ -34,6 +34,10 @@ class RelayedTest(base.MigrationTest):
         self.assertEqual(self.volumes[0][:20], volume.volume_id)
         self.assertEqual("/dev/sda", volume.location)
         self.assertEqual(("dest", 49200), (source.host, source.port))
+
+    def test_the_buffer_map_is_handed_over_while_libvirt_migrates(self):
+        self.during = lambda: self.wait_for(lambda: self.hosts["src"].maps)
+        self.move(self.make_server())
         self.assertEqual(1, len(self.hosts["src"].maps))
 
     def test_all_volumes_of_a_server_can_be_read(self):
