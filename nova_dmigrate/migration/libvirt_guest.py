@@ -26,6 +26,11 @@ LOG = logging.getLogger(__name__)
 _KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3
 _OPEN_PATIENCE = 10.0  # seconds
 _MIB = 1 << 20
+#: Why a domain is paused whose guest runs at the destination.
+_RUNS_ELSEWHERE = (
+    libvirt.VIR_DOMAIN_PAUSED_POSTCOPY,
+    libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED,
+)
 _USUAL_DOWNTIME_MS = 300
 
 _loop_lock = threading.Lock()
@@ -83,10 +88,12 @@ class LibvirtGuest:
     def runs_here(self) -> bool:
         """Whether the domain still runs on this host; true if libvirt does not tell."""
         try:
-            state, _ = self._domain.state()
+            state, reason = self._domain.state()
         except libvirt.libvirtError as error:
             return bool(error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN)
-        return state in (libvirt.VIR_DOMAIN_RUNNING, libvirt.VIR_DOMAIN_PAUSED)
+        if state == libvirt.VIR_DOMAIN_PAUSED:
+            return reason not in _RUNS_ELSEWHERE
+        return bool(state == libvirt.VIR_DOMAIN_RUNNING)
 
     def memory_layout(self) -> str:
         """What QEMU's monitor says to ``info mtree -f``.

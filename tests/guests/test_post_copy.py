@@ -7,6 +7,7 @@ import threading
 
 import libvirt
 
+from nova_dmigrate.migration.libvirt_guest import LibvirtGuest
 from nova_dmigrate.migration.progress import Progress
 from nova_dmigrate.migration.summary import COMPLETED, DMIGRATE, FAILED
 from tests import base
@@ -38,6 +39,8 @@ class PostCopyTest(base.TestCase):
             try:
                 self.begin_post_copy()
                 self.assertEqual([1, 1], self.relays())
+                with LibvirtGuest(self.source.uri, scene.domain.name) as guest:
+                    self.assertFalse(guest.runs_here)
                 self.source.kill_libvirtd()
                 self.source.start_libvirtd()
             except Exception as error:  # noqa: BLE001 - raised again below
