@@ -11,6 +11,7 @@ Exit status: 0 delivered, 1 failed, 2 wrong configuration or session, 3 cancelle
 """
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -143,10 +144,18 @@ def _run(session: SourceSession | DestinationSession, settings: RelaySettings) -
         _tell({"event": "end", "state": "failed", "reason": str(error)})
         return _EXIT["failed"]
 
-    def on_signal(number: int, frame: object) -> None:
-        # Not in the handler itself: the main thread may hold what cancelling needs.
-        threading.Thread(target=relay.cancel, name="cancel", daemon=True).start()
+    reader, writer = os.pipe()
 
+    def cancel_when_told() -> None:
+        while os.read(reader, 1):
+            relay.cancel()
+
+    def on_signal(number: int, frame: object) -> None:
+        # No more than this: the main thread, which runs the handler, may hold what cancelling
+        # needs, or what starting a thread for that does.
+        os.write(writer, b"!")
+
+    threading.Thread(target=cancel_when_told, name="cancel", daemon=True).start()
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
     _tell(ready)
