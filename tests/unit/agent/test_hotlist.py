@@ -155,8 +155,7 @@ class ListFileTest(base.TestCase):
         self.assertLess(abs(directory.age() or 99), 60)
 
     def test_it_is_the_servers_and_not_for_others(self) -> None:
-        if os.getuid() != 0:
-            self.skipTest("needs root")
+        base.require(None if os.getuid() == 0 else "only root can act as the server's user")
         other = pwd.getpwnam("nobody").pw_uid
         os.chown(self.path, other, -1)
         self.addCleanup(os.umask, os.umask(0o077))
@@ -170,8 +169,7 @@ class ListFileTest(base.TestCase):
         self.assertEqual(0, (self.path / "ours").stat().st_uid)
 
     def test_where_the_server_may_not_write_the_agent_does_not_either(self) -> None:
-        if os.getuid() != 0:
-            self.skipTest("needs root")
+        base.require(None if os.getuid() == 0 else "only root can act as the server's user")
         os.chmod(self.path, 0o755)
         directory = self.directory(pwd.getpwnam("nobody").pw_uid)
         error = self.assertRaises(
