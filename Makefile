@@ -10,9 +10,9 @@ export BENCH_SHAPES BENCH_ONLY
 # What of "make demo": NETWORK=50 VOLUME=100 (MB/s) POOL=0.5 (share of RAM) LOAD=oltp_read_write
 # RATE=10 (transactions a second, 0 for all there can be) DB=mysql|mariadb RAM=2048 (MiB)
 # COMPRESSION=yes|no;
-# "make scenarios" takes ONLY=scenario,... MODES=dmigrate,... POOLS=0.25,0.5,0.75 and all but LOAD and
-# POOL
-export NETWORK VOLUME POOL LOAD RATE DB RAM COMPRESSION ONLY MODES POOLS
+# "make scenarios" takes ONLY=scenario,... MODES=dmigrate,... POOLS=0.25,0.5,0.75 DEADLINE=90 (s)
+# KEEP=yes (what the report has of other scenarios stays) and all but LOAD and POOL
+export NETWORK VOLUME POOL LOAD RATE DB RAM COMPRESSION ONLY MODES POOLS DEADLINE KEEP
 # "make soak": COUNT=50 DRILLS=all|none|part of a name,... and what "make demo" takes
 export COUNT DRILLS
 # Which tests of a suite: make unit TESTS=stream

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What scenarios are chosen, and what is said of their runs, without any guest."""
 
+import itertools
+from pathlib import Path
+
+import fixtures
+
 from tests import base
 from tests.lab.database_image import MYSQL
 from tests.lab.demo import compare, measure, scenarios
@@ -25,6 +30,19 @@ class ScenariosTest(base.TestCase):
         (scenario,) = self.chosen(ONLY="fails")
         self.assertEqual(measure.MODES, scenario.modes)
 
+    def test_what_the_same_guests_can_play_comes_together(self) -> None:
+        kinds = [(each.guests, each.shape.guest) for each in self.chosen()]
+        changes = sum(one != other for one, other in itertools.pairwise(kinds))
+        self.assertEqual(len(set(kinds)) - 1, changes)
+
+    def test_a_usual_load_has_all_pools_and_others_the_last(self) -> None:
+        pools = {
+            load: [each.shape.pool for each in self.chosen() if each.name == load]
+            for load in ("oltp_read_write", "oltp_write_only", "tpcc")
+        }
+        wanted = {"oltp_read_write": [0.75, 0.25, 0.5], "oltp_write_only": [0.75], "tpcc": [0.75]}
+        self.assertEqual(wanted, pools)
+
 
 class ComparisonTest(base.TestCase):
     def run_of(self, **more: object) -> measure.Run:
@@ -37,6 +55,20 @@ class ComparisonTest(base.TestCase):
         # A scenario that fails midway leaves such runs
         self.assertFalse(compare.Comparison([sound, self.run_of()]).whole)
         self.assertFalse(compare.Comparison([self.run_of(check_ok=True, lost_commits=1)]).whole)
+
+    def test_what_was_written_is_read_and_replaced_by_what_is_measured_anew(self) -> None:
+        directory = Path(self.useFixture(fixtures.TempDir()).path)
+        self.assertEqual(compare.Comparison(), compare.Comparison.read(directory))
+        first = compare.Comparison(machine={"cpus": 2})
+        for mode in ("pre-copy", "dmigrate"):
+            series = {"network": [[0.0, 0.0], [1.0, 5.0]]}
+            first.add(self.run_of(mode=mode, check_ok=True, series=series), {"mode": mode})
+        first.write(directory)
+        again = compare.Comparison.read(directory)
+        self.assertEqual(first, again)
+        again.add(self.run_of(total_s=70.0, check_ok=True), {"mode": "pre-copy", "new": True})
+        self.assertEqual([80.0, 70.0], [run["total_s"] for run in again.runs])
+        self.assertEqual([{"mode": "dmigrate"}, {"mode": "pre-copy", "new": True}], again.details)
 
     def test_it_is_told_whether_a_host_was_empty_in_time(self) -> None:
         for run, in_time, words in (

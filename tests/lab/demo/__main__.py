@@ -41,7 +41,7 @@ def main() -> int:
     try:
         shape = dataclasses.replace(shape, release=available_release(shape.release, say))
         with workspace() as directory:
-            compare(Scenario(shape.load, shape, MODES), directory, result)
+            compare([Scenario(shape.load, shape, MODES)], directory, result)
     except KeyboardInterrupt:
         say("Interrupted; all of it has been removed")
         return 1

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from tests.lab.demo.stage import Content, Shape, Stage, WorkingGuest
 from tests.lab.demo.tables import table_errors
 
 _began = time.monotonic()
+#: A report's runs with their series, from which it can be written again.
+_KEPT = "runs.json"
 #: What goes on besides, while guests migrate: entered for each migration.
 Trouble = Callable[[Stage], contextlib.AbstractContextManager[None]]
 
@@ -61,6 +63,21 @@ class Comparison:
         """Whether every database is as it was left; not so if one was not looked at."""
         return all(run.get("check_ok") and not run["lost_commits"] for run in self.runs)
 
+    @classmethod
+    def read(cls, directory: Path) -> "Comparison":
+        """What `write` has written there; an empty one if it has not."""
+        try:
+            return cls(**json.loads((directory / _KEPT).read_text()))
+        except FileNotFoundError:
+            return cls()
+
+    def add(self, run: Run, more: dict[str, Any]) -> None:
+        """Add a run and its details, in the place of an earlier one of the same kind."""
+        kind = _kind(run)
+        kept = [place for place, each in enumerate(self.runs) if _kind(each) != kind]
+        self.runs[:] = [*(self.runs[place] for place in kept), run]
+        self.details[:] = [*(self.details[place] for place in kept), more]
+
     def write(self, directory: Path) -> None:
         """Print the table and write the report.
 
@@ -68,6 +85,7 @@ class Comparison:
         """
         files = write_report(self.runs, self.machine, directory)
         (directory / "details.json").write_text(json.dumps(self.details, indent=2) + "\n")
+        (directory / _KEPT).write_text(json.dumps(dataclasses.asdict(self)))
         print(format_table(self.runs), flush=True)
         for more in self.details:
             if "deadline_s" in more:
@@ -75,32 +93,45 @@ class Comparison:
         say(f"The report is {files.html}")
 
 
-def compare(scenario: Scenario, directory: Path, result: Comparison) -> None:
-    """Add the runs of a scenario.
+def compare(scenarios: Sequence[Scenario], directory: Path, result: Comparison) -> None:
+    """Add the runs of scenarios, which the same guests play in turn.
 
+    :param scenarios: their shapes differ in the volume's bandwidth alone.
     :param directory: an empty one, for the files of hosts and guests.
     """
     runs: list[Run] = []
-    with Stage(scenario.shape, directory, say, scenario.guests) as stage:
+    with Stage(scenarios[0].shape, directory, say, scenarios[0].guests) as stage:
         result.machine = machine(stage)
-        contents = [guest.content() for guest in stage.guests]
-        all_of_it = Content.of(contents)
-        used, mapped = all_of_it.used >> 20, all_of_it.mapped >> 20
-        say(f"{used} MiB of RAM are used, of which {mapped} are on the volume as well")
-        for mode in scenario.modes:
-            say(f"Migrating to the other host by {mode}")
-            with scenario.trouble(stage):
-                run, more = measure(stage, mode, scenario.name, contents, scenario.at_once)
-            if scenario.deadline is not None:
-                more |= _emptied(run, scenario.deadline)
-            runs.append(run)
-            result.runs.append(run)
-            result.details.append(more)
-            say(_sentence(run, more))
+        for scenario in scenarios:
+            stage.shape = scenario.shape
+            runs += _play(scenario, stage, result)
         say("Checking the database")
         sound = False not in [_check(guest) for guest in stage.guests]
         for run in runs:
             run["check_ok"] = sound
+
+
+def _play(scenario: Scenario, stage: Stage, result: Comparison) -> Iterator[Run]:
+    contents = [guest.content() for guest in stage.guests]
+    all_of_it = Content.of(contents)
+    used, mapped = all_of_it.used >> 20, all_of_it.mapped >> 20
+    say(f"{scenario.name}, pool {scenario.shape.pool:.0%}, volume {scenario.shape.volume:g} MB/s")
+    say(f"{used} MiB of RAM are used, of which {mapped} are on the volume as well")
+    for mode in scenario.modes:
+        say(f"Migrating to the other host by {mode}")
+        with scenario.trouble(stage):
+            run, more = measure(stage, mode, scenario.name, contents, scenario.at_once)
+        if scenario.deadline is not None:
+            more |= _emptied(run, scenario.deadline)
+        result.add(run, more)
+        say(_sentence(run, more))
+        yield run
+
+
+def _kind(run: Run) -> tuple[object, ...]:
+    """What tells a run from others in a report."""
+    names = ("scenario", "mode", "database", "network_mb_s", "volume_mb_s", "pool_share")
+    return tuple(run.get(name) for name in names)
 
 
 def _emptied(run: Run, deadline: float) -> dict[str, Any]:

@@ -7,6 +7,7 @@ writes after its arrival takes that way as well, so there is one volume.
 """
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,9 @@ from tests.lab.loop_device import LoopDevice
 from tests.lab.processes import terminate
 from tests.lab.relays import wait_until
 
-_PORT = 10809
+_FIRST_PORT = 10809
+#: Of the servers of this process, each with a port of its own.
+_numbers = itertools.count()
 _NAME = "volume"
 
 
@@ -26,22 +29,24 @@ def shared_link(stage: Stage) -> Iterator[None]:
     domain = stage.guests[0].domain
     source, destination = domain.host, stage.hosts.other(domain.host)
     file, size = domain.spec.disk, domain.spec.disk.stat().st_size
-    # The guest uses it until its own end
+    # The guest uses it until its own end, also when it is at the other host again
     ends = stage.storage
+    number = next(_numbers)
+    port = _FIRST_PORT + number
     server = source.popen(
         ["qemu-storage-daemon", "--blockdev"]
         + [f"driver=file,node-name=v,filename={file},cache.direct=on,locking=off"]
-        + ["--nbd-server", f"addr.type=inet,addr.host={source.address},addr.port={_PORT}"]
+        + ["--nbd-server", f"addr.type=inet,addr.host={source.address},addr.port={port}"]
         + ["--export", f"type=nbd,id=e,node-name=v,name={_NAME},writable=on"]
     )
     ends.callback(terminate, server)
-    mountpoint = file.with_suffix(f".{destination.name}")
+    mountpoint = file.with_suffix(f".remote{number}")
     mountpoint.touch()
     client = destination.popen(
         ["qemu-storage-daemon", "--blockdev"]
         + [
             f"driver=nbd,node-name=v,export={_NAME},reconnect-delay=30,"
-            f"server.type=inet,server.host={source.address},server.port={_PORT}"
+            f"server.type=inet,server.host={source.address},server.port={port}"
         ]
         + ["--export", f"type=fuse,id=e,node-name=v,mountpoint={mountpoint},writable=on"]
     )

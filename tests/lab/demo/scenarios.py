@@ -6,13 +6,16 @@ Chosen by environment variables: ONLY (parts of scenarios' names, with commas be
 DB (mysql, mariadb), RAM (MiB of a guest; several guests have half of it), RATE (transactions a
 second that sysbench asks for), POOLS (shares of RAM), COMPRESSION (yes, no: whether relays may),
 DEADLINE (seconds within which an evicted host should be empty; by default what the network needs
-for all memory of its guests).
+for all memory of its guests), KEEP (yes: what the report there has of other scenarios stays in it,
+so that what takes hours can be done in parts).
 
-The report is written anew after each scenario. Exit status: 0 all databases are whole, 1 not so, 2
+One guest plays all scenarios that want the same load and sizes; the report is written after each
+guest. Exit status: 0 all databases are whole, 1 not so, 2
 wrong settings.
 """
 
 import dataclasses
+import itertools
 import os
 import signal
 import sys
@@ -25,7 +28,13 @@ from tests.lab.demo.compare import Comparison, Scenario, compare, say
 from tests.lab.demo.load import SYSBENCH_LOADS
 from tests.lab.demo.measure import DMIGRATE, MODES, POST_COPY, PRE_COPY
 from tests.lab.demo.remote_volume import shared_link
-from tests.lab.demo.settings import WrongSetting, available_release, number_from, shape_from
+from tests.lab.demo.settings import (
+    WrongSetting,
+    available_release,
+    choice_from,
+    number_from,
+    shape_from,
+)
 from tests.lab.demo.stage import Shape
 from tests.lab.demo.troubles import background_traffic, failing_volume, narrow_network
 from tests.lab.demo.workloads import TPCC
@@ -39,35 +48,41 @@ _RAM = "2560"
 #: MB/s at which such a guest takes as long as one of 128 GiB does on 10 Gbit/s.
 _NETWORK = _VOLUME = "25"
 _EVICTED = 2
+_FAST = "storage twice as fast"
 
 
 def scenarios(usual: Shape, pools: Sequence[float], deadline: float) -> Iterator[Scenario]:
-    """All there are.
+    """All there are; those that the same guests can play come one after the other.
 
     :param usual: shape of those that do not vary it.
     :param deadline: seconds within which an evicted host should be empty.
     """
-    for load in SYSBENCH_LOADS:
-        for pool in pools:
-            yield Scenario(load, dataclasses.replace(usual, load=load, pool=pool), MODES)
-    for pool in pools:
-        yield Scenario(TPCC, dataclasses.replace(usual, load=TPCC, pool=pool), MODES)
     most = dataclasses.replace(usual, pool=pools[-1])
-    for load in (usual.load, TPCC):
-        fast = dataclasses.replace(most, load=load, volume=2 * usual.network)
-        yield Scenario(f"{load}, storage twice as fast", fast, MODES)
-    slow = dataclasses.replace(most, volume=usual.network / 2)
-    yield Scenario("slow storage", slow, MODES)
-    yield Scenario("background traffic", most, MODES, trouble=background_traffic)
-    yield Scenario("network drops and returns", most, MODES, trouble=narrow_network)
-    # An even number of modes comes before the last, so that the guest is on the first host for it
-    yield Scenario("storage fails midway", most, MODES, trouble=failing_volume)
-    # What the volume brings, the network has to carry: there is no bandwidth of its own
-    same, modes = dataclasses.replace(most, volume=0), (PRE_COPY, POST_COPY, DMIGRATE)
-    yield Scenario("storage on the same link", same, modes, trouble=shared_link)
+    for load in SYSBENCH_LOADS:
+        yield Scenario(load, dataclasses.replace(most, load=load), MODES)
+        if load == usual.load:
+            yield from _in_trouble(most)
+    tpcc = dataclasses.replace(most, load=TPCC)
+    yield Scenario(TPCC, tpcc, MODES)
+    yield Scenario(f"{TPCC}, {_FAST}", dataclasses.replace(tpcc, volume=2 * usual.network), MODES)
+    for pool in pools[:-1]:
+        yield Scenario(usual.load, dataclasses.replace(usual, pool=pool), MODES)
     half = _half(usual)
     yield Scenario("eviction of 2 in turn", half, MODES, _EVICTED, deadline=deadline)
-    yield Scenario("batch of 2 at once", half, MODES, guests=2, at_once=True)
+    yield Scenario("batch of 2 at once", half, MODES, guests=_EVICTED, at_once=True)
+
+
+def _in_trouble(usual: Shape) -> Iterator[Scenario]:
+    fast = dataclasses.replace(usual, volume=2 * usual.network)
+    yield Scenario(f"{usual.load}, {_FAST}", fast, MODES)
+    slow = dataclasses.replace(usual, volume=usual.network / 2)
+    yield Scenario("slow storage", slow, MODES)
+    yield Scenario("background traffic", usual, MODES, trouble=background_traffic)
+    yield Scenario("network drops and returns", usual, MODES, trouble=narrow_network)
+    yield Scenario("storage fails midway", usual, MODES, trouble=failing_volume)
+    # What the volume brings, the network has to carry: there is no bandwidth of its own
+    same, modes = dataclasses.replace(usual, volume=0), (PRE_COPY, POST_COPY, DMIGRATE)
+    yield Scenario("storage on the same link", same, modes, trouble=shared_link)
 
 
 def _half(usual: Shape) -> Shape:
@@ -126,27 +141,34 @@ def main() -> int:
             }
         )
         chosen = _chosen(usual, os.environ)
+        keep = choice_from(os.environ, "KEEP", "no", ("yes", "no")) == "yes"
     except WrongSetting as error:
         print(error, file=sys.stderr)
         return 2
     release = available_release(usual.release, say)
-    result = Comparison()
+    result = Comparison.read(REPORT) if keep else Comparison()
     failed = False
-    for place, scenario in enumerate(chosen, 1):
-        say(f"Scenario {place} of {len(chosen)}: {scenario.name}, pool {scenario.shape.pool:.0%}")
-        shape = dataclasses.replace(scenario.shape, release=release)
-        try:
-            with workspace() as directory:
-                compare(dataclasses.replace(scenario, shape=shape), directory, result)
-        except KeyboardInterrupt:
-            say("Interrupted; all of it has been removed")
-            failed = True
-            break
-        except (ClientError, GuestError, TimeoutError) as error:
-            say(f"The scenario has failed: {error}")
-            failed = True
-        if result.runs:
-            result.write(REPORT)
+    done = 0
+    try:
+        for _, played in itertools.groupby(chosen, lambda each: (each.guests, each.shape.guest)):
+            together = [
+                dataclasses.replace(each, shape=dataclasses.replace(each.shape, release=release))
+                for each in played
+            ]
+            names = "; ".join(each.name for each in together)
+            say(f"{done + 1} to {done + len(together)} of {len(chosen)} scenarios: {names}")
+            done += len(together)
+            try:
+                with workspace() as directory:
+                    compare(together, directory, result)
+            except (ClientError, GuestError, TimeoutError) as error:
+                say(f"It has failed: {error}")
+                failed = True
+            if result.runs:
+                result.write(REPORT)
+    except KeyboardInterrupt:
+        say("Interrupted; all of it has been removed")
+        failed = True
     return 0 if result.whole and not failed else 1
 
 

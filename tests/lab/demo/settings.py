@@ -24,14 +24,14 @@ def shape_from(environment: Mapping[str, str]) -> Shape:
     """
     usual = Shape(MYSQL)
     shape = Shape(
-        _RELEASES[_choice(environment, "DB", "mysql", _RELEASES)],
+        _RELEASES[choice_from(environment, "DB", "mysql", _RELEASES)],
         network=number_from(environment, "NETWORK", usual.network, 1, 10_000),
         volume=number_from(environment, "VOLUME", usual.volume, 1, 10_000),
         pool=number_from(environment, "POOL", usual.pool, 0.05, 0.8),
-        load=_choice(environment, "LOAD", usual.load, LOADS),
+        load=choice_from(environment, "LOAD", usual.load, LOADS),
         rate=number_from(environment, "RATE", usual.rate, 0, 1e6),
         ram_mb=int(number_from(environment, "RAM", usual.ram_mb, 512, os_memory_mb() // 3)),
-        compression=_choice(environment, "COMPRESSION", "yes", ("yes", "no")) == "yes",
+        compression=choice_from(environment, "COMPRESSION", "yes", ("yes", "no")) == "yes",
     )
     needed = shape.pool_mb + _OTHER_MB[shape.release.flavour]
     if needed > shape.ram_mb:
@@ -84,12 +84,16 @@ def number_from(
     return value
 
 
-def _choice(
+def choice_from(
     environment: Mapping[str, str],
     name: str,
     usual: str,
     known: Mapping[str, object] | tuple[str, ...],
 ) -> str:
+    """What a variable chooses, or the usual choice.
+
+    :raises WrongSetting: it is not known.
+    """
     value = environment.get(name) or usual
     if value not in known:
         raise WrongSetting(f"{name}={value} is not one of {', '.join(known)}")

@@ -60,6 +60,13 @@ class Shape:
     def pool_mb(self) -> int:
         return int(self.ram_mb * self.pool)
 
+    @property
+    def guest(self) -> "Shape":
+        """What there is to know to start a guest: the same for shapes that differ in the volume's
+        bandwidth alone.
+        """
+        return dataclasses.replace(self, volume=0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Content:
