@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test unit functional test-nova integration guests style format docs sample compat bench corpus demo scenarios soak clean
+.PHONY: help setup test unit functional test-nova integration guests style format docs sample compat bench corpus demo scenarios evacuation soak clean
 
 # What of "make bench": BENCH_SHAPES=50:50,50:100 (network:volume in MB/s), BENCH_ONLY=relay
 export BENCH_SHAPES BENCH_ONLY
@@ -13,8 +13,9 @@ export BENCH_SHAPES BENCH_ONLY
 # "make scenarios" takes ONLY=scenario,... MODES=dmigrate,... POOLS=0.25,0.5,0.75 DEADLINE=90 (s)
 # KEEP=yes (what the report has of other scenarios stays) and all but LOAD and POOL
 export NETWORK VOLUME POOL LOAD RATE DB RAM COMPRESSION ONLY MODES POOLS DEADLINE KEEP
+# "make evacuation": READS=300 (reads a second of the volume) VOLUME=50 (MB/s) and DB RAM POOL LOAD RATE
 # "make soak": COUNT=50 DRILLS=all|none|part of a name,... and what "make demo" takes
-export COUNT DRILLS
+export COUNT DRILLS READS
 # Which tests of a suite: make unit TESTS=stream
 TESTS ?=
 # Releases of Nova
@@ -75,6 +76,9 @@ demo: setup     ## Move a live database between two hosts in three ways; writes 
 
 scenarios: setup ## Compare many loads, sizes and troubles; writes scenarios-report/. Takes hours
 	@.venv/bin/python -m tests.lab.demo.scenarios
+
+evacuation: setup ## Kill a database VM and start it on the other host, in three ways; writes evacuation-report/
+	@.venv/bin/python -m tests.lab.demo.evacuation
 
 soak: setup     ## COUNT=50 migrations back and forth under load, then drills; fails on a lost commit or a leak
 	@.venv/bin/python -m tests.lab.demo.soak

@@ -44,6 +44,8 @@ class DatabaseSpec(GuestSpec):
     ``options``: more of the server's, without dashes.
 
     ``address``: of guest and server on the guests' network; None for neither.
+
+    ``limits``: of a domain's volume, pairs as `domain_xml.Disk` has them.
     """
 
     ram_mb: int = 640
@@ -54,6 +56,7 @@ class DatabaseSpec(GuestSpec):
     hugepages: int = 0
     options: tuple[str, ...] = ()
     address: str | None = None
+    limits: tuple[tuple[str, int], ...] = ()
 
     @property
     def kernel_arguments(self) -> str:

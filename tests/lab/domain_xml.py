@@ -15,11 +15,15 @@ PLAIN_EMULATOR = Path("/usr/bin/qemu-system-x86_64")
 
 @dataclass(frozen=True)
 class Disk:
-    """A raw disk, a block device or a file (which libvirt migrates if it is read-only)."""
+    """A raw disk, a block device or a file (which libvirt migrates if it is read-only).
+
+    ``limits``: of QEMU's, by libvirt's names: ``read_iops_sec``, ``read_bytes_sec``, ...
+    """
 
     path: Path
     read_only: bool = False
     serial: str | None = None
+    limits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -95,5 +99,12 @@ def _disk(number: int, disk: Disk) -> str:
         f"<disk type='{kind}' device='disk'><driver name='qemu' type='raw' cache='none'/>"
         f"<source {attribute}={quoteattr(str(disk.path))}/>"
         f"<target dev='vd{'abcdefgh'[number]}' bus='virtio'/>{serial}"
-        f"{'<readonly/>' if disk.read_only else ''}</disk>"
+        f"{'<readonly/>' if disk.read_only else ''}{_limits(disk)}</disk>"
     )
+
+
+def _limits(disk: Disk) -> str:
+    if not disk.limits:
+        return ""
+    each = "".join(f"<{name}>{value}</{name}>" for name, value in disk.limits.items())
+    return f"<iotune>{each}</iotune>"

@@ -191,7 +191,10 @@ class Domain:
             return Hardware(
                 made.kernel,
                 make_initramfs(release, made, self._directory / "initramfs.cpio"),
-                (Disk(made.root, read_only=True), Disk(self.volume, serial=SERIAL)),
+                (
+                    Disk(made.root, read_only=True),
+                    Disk(self.volume, serial=SERIAL, limits=dict(self.spec.limits)),
+                ),
                 channels={channel.PORT_NAME: "agent", "lab.command": "command"},
                 mac=None if self.spec.address is None else guest_mac(self.spec.address),
             )

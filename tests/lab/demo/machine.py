@@ -8,13 +8,18 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from tests.lab.demo.stage import Stage
+from tests.lab.database_guest import DatabaseGuest
+from tests.lab.demo.stage import Shape, Stage
 
 
 def machine(stage: Stage) -> dict[str, Any]:
     """Texts, numbers and truths by name. ``compression``: whether relays may compress."""
-    first = stage.guests[0]
-    server = first.guest.sql("SELECT VERSION()").strip()
+    known = machine_of(stage.guests[0].guest, stage.shape)
+    return {**known, "compression": stage.shape.compression}
+
+
+def machine_of(guest: DatabaseGuest, shape: Shape) -> dict[str, Any]:
+    """The same of one guest, and without what belongs to migrations."""
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
@@ -22,10 +27,9 @@ def machine(stage: Stage) -> dict[str, Any]:
         "kernel": platform.release(),
         "qemu": _version("qemu-system-x86_64", "--version"),
         "libvirt": _version("libvirtd", "--version"),
-        "guest": f"{stage.shape.ram_mb} MiB of RAM, {first.domain.spec.smp} emulated processor",
-        "server": f"{stage.shape.release.flavour} {server}",
-        "pool_mib": stage.shape.pool_mb,
-        "compression": stage.shape.compression,
+        "guest": f"{shape.ram_mb} MiB of RAM, {guest.spec.smp} emulated processor",
+        "server": f"{shape.release.flavour} {guest.sql('SELECT VERSION()').strip()}",
+        "pool_mib": shape.pool_mb,
     }
 
 

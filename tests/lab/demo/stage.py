@@ -13,7 +13,7 @@ import numpy as np
 from nova_dmigrate import exception
 from nova_dmigrate.buffermap import MapLimits
 from tests.lab.attached import AttachedDatabase
-from tests.lab.database_guest import DatabaseSpec
+from tests.lab.database_guest import DatabaseGuest, DatabaseSpec
 from tests.lab.database_image import Release
 from tests.lab.demo.clients import Server
 from tests.lab.demo.ledger import Ledger
@@ -29,7 +29,7 @@ from tests.lab.libvirt_hosts import LibvirtHosts
 from tests.lab.relays import wait_until
 
 #: A guest this small has no room for what else a server spends.
-_LEAN = {"mysql": ("performance-schema=OFF", "innodb-log-buffer-size=16M"), "mariadb": ()}
+LEAN = {"mysql": ("performance-schema=OFF", "innodb-log-buffer-size=16M"), "mariadb": ()}
 #: libvirt 9.0 cannot choose how parallel connections compress
 _COMPRESSION = ("-global", "migration.multifd-compression=zstd")
 #: Seconds in which the server fills its pool by the volume's list, at most.
@@ -96,6 +96,20 @@ def admit(server: Server) -> str:
     return f"{login} -e 'SELECT 1' >/dev/null"
 
 
+def wait_until_filled(guest: DatabaseGuest) -> None:
+    """Wait until its server has filled its pool by the volume's list.
+
+    :raises TimeoutError: it has not in time.
+    """
+
+    def full() -> bool:
+        status = guest.sql("SHOW STATUS LIKE 'Innodb_buffer_pool_load_status'")
+        time.sleep(2)
+        return "completed" in status
+
+    wait_until(full, "the buffer pool is filled", _FILL_PATIENCE)
+
+
 class WorkingGuest:
     """A database guest on the stage's first host, its load, ledger and probe at work."""
 
@@ -114,13 +128,13 @@ class WorkingGuest:
             ram_mb=shape.ram_mb,
             pool_mb=shape.pool_mb,
             layout="kept",
-            options=_LEAN[shape.release.flavour],
+            options=LEAN[shape.release.flavour],
             address=address,
             extra=_COMPRESSION,
         )
         self.domain = enter(Domain(stage.hosts, spec, f"guest{number}"))
         self.domain.start(stage.hosts.a)
-        self._fill_pool()
+        wait_until_filled(self.guest)
         self.server = server = Server(host=address, clients=stage.network.clients)
         self.guest.run(admit(server))
         self.probe = enter(Probe(server, directory))
@@ -163,14 +177,6 @@ class WorkingGuest:
                 return agent.fetch_map(limits).page_count * PAGE_SIZE
             except (exception.AgentError, exception.BufferMapError):
                 return 0
-
-    def _fill_pool(self) -> None:
-        def full() -> bool:
-            status = self.guest.sql("SHOW STATUS LIKE 'Innodb_buffer_pool_load_status'")
-            time.sleep(2)
-            return "completed" in status
-
-        wait_until(full, "the buffer pool is filled", _FILL_PATIENCE)
 
 
 class Stage:
