@@ -8,6 +8,7 @@ over.
 Exit status: 0 stopped, 2 wrong configuration.
 """
 
+import functools
 import logging
 import os
 import queue
@@ -27,6 +28,7 @@ from nova_dmigrate.host.service import HostService, ServiceSettings
 from nova_dmigrate.host.session import SessionSettings
 from nova_dmigrate.host.sessions import Sessions
 from nova_dmigrate.host.store import Store
+from nova_dmigrate.host.vouching import Disks
 from nova_dmigrate.retention import Retention
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 from nova_dmigrate.rpc.host_client import HostClient
@@ -114,6 +116,22 @@ def relay_command(config: cfg.ConfigOpts) -> list[str]:
     return command
 
 
+def disks_from(config: cfg.ConfigOpts) -> Disks | None:
+    """What tells the disks of this host's guests; None if they shall not be looked at.
+
+    :raises ConfigurationError: it needs what is not installed.
+    """
+    if not config.host.libvirt_uri:
+        return None
+    try:
+        from nova_dmigrate.migration import disks
+    except ImportError as error:
+        raise exception.ConfigurationError(
+            reason=f"[host]libvirt_uri needs the Python binding of libvirt: {error}"
+        ) from error
+    return functools.partial(disks.of_domain, config.host.libvirt_uri)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the service until it is told to stop; returns the exit status."""
     config = cfg.ConfigOpts()
@@ -131,6 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
         log.setup(config, "nova-dmigrate")
         name = config.host.name or socket.gethostname()
         settings = session_settings_from(config, name)
+        disks = disks_from(config)
         store = Store(Path(config.host.state_directory), Path(config.host.socket_directory))
         presence = Presence(lambda: _own_client(config, name))
         sessions = Sessions(settings, store, presence.seen)
@@ -138,17 +157,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (cfg.Error, exception.ConfigurationError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return _WRONG_CONFIGURATION
-    _serve(config, service_settings_from(config, name, settings.owner), sessions, presence, store)
+    service = HostService(
+        service_settings_from(config, name, settings.owner), sessions, store, disks
+    )
+    _serve(config, name, service, sessions, presence)
     store.close()
     return _WELL
 
 
 def _serve(
     config: cfg.ConfigOpts,
-    settings: ServiceSettings,
+    name: str,
+    service: HostService,
     sessions: Sessions,
     presence: Presence,
-    store: Store,
 ) -> None:
     # Relays do without oslo.messaging, and so does whoever reads this module's settings
     from nova_dmigrate.rpc import broker, calm
@@ -162,12 +184,11 @@ def _serve(
     for chatty in ("amqp", "oslo.messaging", "oslo_messaging"):
         logging.getLogger(chatty).setLevel(logging.INFO)
     calm.calm()
-    service = HostService(settings, sessions, store)
-    server = broker.BrokerServer(settings.name, Dispatcher(service, HOST), config)
+    server = broker.BrokerServer(name, Dispatcher(service, HOST), config)
     sessions.start()
     server.start()
     presence.start()
-    LOG.info("%s %s for host %s", PROGRAM, version.version_string(), settings.name)
+    LOG.info("%s %s for host %s", PROGRAM, version.version_string(), name)
     signals.get()
     LOG.info("Stopping: %d relays run", sessions.running)
     sessions.drain()

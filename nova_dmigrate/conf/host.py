@@ -123,10 +123,22 @@ Where volumes may lie that relays read: directories for files, and paths of bloc
 devices, in which ``*`` stands for any text but ``/``, as in
 ``/dev/mapper/vg-volume*``.
 
-A relay is told only of the volumes of its instance in any case; this list holds
-even if whoever migrates is wrong. The default allows all block devices, and
-files where Nova and libvirt have them: name the devices of volumes where
-they can be told from the host's own. Empty allows whatever the relays may open.
+A relay reads only the volumes of its instance in any case, for which the source's
+host vouches (``libvirt_uri``); this list holds even if that is wrong. The default
+allows all block devices, and files where Nova and libvirt have them: name the
+devices of volumes where they can be told from the host's own. Empty allows
+whatever the relays may open.
+""",
+    ),
+    cfg.StrOpt(
+        "libvirt_uri",
+        default="qemu:///system",
+        help="""
+The libvirt of this host. The service asks it for the disks of a guest that
+leaves: volumes that are none of them are not read at the destination.
+
+Empty looks at no disks: whoever migrates is believed. That is for hosts whose
+guests are not libvirt's.
 """,
     ),
     cfg.ListOpt(

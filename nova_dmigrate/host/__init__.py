@@ -7,8 +7,8 @@ started; ``qemu_files`` has what QEMU needs of it, and ``qemu_account`` finds ou
 ``capacity`` says how many there is room for, and what share each has: ``turns`` starts the next one
 accordingly, ``bandwidth`` gives the shares. ``sessions`` has them all, for requests and for the
 thread that looks after them; ``presence`` knows whether anybody can ask for them; ``permissions``
-and ``agents`` say what a requester may reach on this host; ``service`` has the methods of the
-protocol.
+and ``agents`` say what a requester may reach on this host, ``vouching`` which volumes the
+destination of a guest may read; ``service`` has the methods of the protocol.
 
-Nothing here asks Nova or libvirt.
+Nothing here asks Nova or libvirt: the disks of guests come from whoever runs the service.
 """

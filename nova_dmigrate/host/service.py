@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nova_dmigrate import exception
-from nova_dmigrate.host import confinement, permissions
+from nova_dmigrate.host import confinement, permissions, vouching
 from nova_dmigrate.host.agents import AgentProxy
 from nova_dmigrate.host.sessions import Sessions
 from nova_dmigrate.host.store import Record, Store
@@ -60,10 +60,20 @@ class ServiceSettings:
 
 
 class HostService:
-    """Has a method for each of the protocol's; see `host_messages` for what they mean."""
+    """Has a method for each of the protocol's; see `host_messages` for what they mean.
 
-    def __init__(self, settings: ServiceSettings, sessions: Sessions, store: Store) -> None:
+    :param disks: of a guest of this host; None where they are not known, and not looked at.
+    """
+
+    def __init__(
+        self,
+        settings: ServiceSettings,
+        sessions: Sessions,
+        store: Store,
+        disks: vouching.Disks | None = None,
+    ) -> None:
         self._settings = settings
+        self._disks = disks
         self._sessions = sessions
         self._store = store
         self._agents = AgentProxy(settings.channel_directories)
@@ -107,6 +117,8 @@ class HostService:
         return self._open("destination", order, {"volumes": volumes})
 
     def open_source(self, order: OpenSource) -> SessionState:
+        if self._disks is not None:
+            vouching.check(order, self._disks)
         description: dict[str, Any] = {"host": order.host, "port": order.port}
         if order.buffer_map is not None:
             description["buffer_map"] = self._map_file(order.buffer_map)
@@ -175,7 +187,7 @@ class HostService:
                     "role": role,
                     "instance": order.instance,
                     "session_id": order.session_id,
-                    "token": order.token,
+                    "token": vouching.bound_token(order.token, order.volumes),
                     "qemu_socket": order.qemu_socket,
                     "control_socket": str(files.control),
                     "summary": str(files.summary),

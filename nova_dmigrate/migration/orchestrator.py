@@ -112,6 +112,7 @@ class Migration:
             volumes=preflight.volumes_of(guest.facts, destination.drivers),
             layout=guest.memory_layout,
             runs_here=lambda: guest.runs_here,
+            domain=guest.facts.uuid,
         )
         relayed = RelayedMigration(
             self._id,

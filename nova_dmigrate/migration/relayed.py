@@ -60,12 +60,16 @@ class Guest:
     :ivar volumes: that the destination may read.
     :ivar layout: asks QEMU where memory lies (``info mtree -f``); raises MigrationError.
     :ivar runs_here: asks whether the guest runs on the source host.
+    :ivar domain: libvirt's UUID of it; None for the instance's.
+    :ivar connected: the destination has connected the volumes itself, perhaps at other paths.
     """
 
     memory: int
     volumes: Sequence[VolumeSpec]
     layout: Callable[[], str]
     runs_here: Callable[[], bool]
+    domain: str | None = None
+    connected: bool = False
 
 
 class RelayedMigration:
@@ -224,7 +228,11 @@ class RelayedMigration:
             self._guest.volumes, waiting=lambda: self._enter("waiting")
         )
         self._enter("starting relays")
-        self._sessions.open(waiting=lambda: self._enter("starting relays"))
+        self._sessions.open(
+            self._guest.domain,
+            self._guest.connected,
+            waiting=lambda: self._enter("starting relays"),
+        )
         if self._map_first:
             self._enter("mapping")
             while not self._mapping.wait(0.5):

@@ -86,6 +86,7 @@ class RelaySessions:
         self._lease = lease
         self._open: list[HostClient] = []
         self._terms = terms
+        self._volumes: tuple[host_messages.Volume, ...] = ()
         self._closed = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="sessions", daemon=True)
         self._asker = futures.ThreadPoolExecutor(1, "ask-host")
@@ -97,20 +98,23 @@ class RelaySessions:
         :raises FallBack: it cannot be had.
         """
         self._keeper.start()
+        self._volumes = tuple(
+            host_messages.Volume(each.volume_id, each.driver, each.location) for each in volumes
+        )
         order = host_messages.OpenDestination(
             **self._common,
-            volumes=tuple(
-                host_messages.Volume(each.volume_id, each.driver, each.location) for each in volumes
-            ),
+            volumes=self._volumes,
             tls_peer_name=self._terms.source_name,
             volume_bandwidth=self._terms.volume_bandwidth,
             wait_seconds=self._terms.patience,
         )
         self._start(self._destination, order, waiting)
 
-    def open(self, waiting: _Waiting) -> None:
+    def open(self, domain: str | None, connected: bool, waiting: _Waiting) -> None:
         """Start the source relay, too, and wait until both are ready.
 
+        :param domain: libvirt's UUID of the guest; None for the instance's.
+        :param connected: the destination has connected the volumes itself.
         :raises FallBack: one of them cannot be had.
         """
         ready = self._ready(self._destination, waiting)
@@ -118,6 +122,9 @@ class RelaySessions:
             **self._common,
             host=self._terms.address or ready.host or self._destination.host,
             port=ready.port or 0,
+            domain=domain,
+            volumes=self._volumes,
+            volumes_connected=connected,
             tls_peer_name=self._terms.destination_name,
             network_bandwidth=self._terms.network_bandwidth,
             wait_seconds=self._terms.patience,

@@ -50,6 +50,7 @@ _LEASE = number(1, 3600)
 _WAIT = number(0, 3600)
 _SENTENCE = text(1024)
 _NAME = text(255)
+_IDENTIFIER = token()  # by another name, where a field has that one
 
 
 # What methods take
@@ -103,7 +104,10 @@ class OpenSource:
     """Start the source relay, which connects to the destination's at ``host`` and ``port``.
 
     ``qemu_socket``: where the relay will listen for the source QEMU. ``buffer_map`` and
-    ``memory_layout``: files on this host, both or neither. The others as in `OpenDestination`.
+    ``memory_layout``: files on this host, both or neither. ``volumes``: the very same that the
+    destination was told of; they have to be disks of the ``domain``, which is libvirt's UUID of it,
+    None for the instance's. ``volumes_connected``: the destination has them where it has connected
+    them itself, so that their paths there may be others. The others as in `OpenDestination`.
     """
 
     migration_id: str = checked(token())
@@ -113,6 +117,9 @@ class OpenSource:
     qemu_socket: str = checked(_SOCKET)
     host: str = checked(_NAME)
     port: int = checked(integer(1, 65535))
+    domain: str | None = checked(optional(_IDENTIFIER), default=None)
+    volumes: tuple[Volume, ...] = checked(several(record(Volume), MAX_VOLUMES), default=())
+    volumes_connected: bool = checked(boolean, default=False)
     buffer_map: str | None = checked(optional(path()), default=None)
     memory_layout: str | None = checked(optional(path()), default=None)
     tls_peer_name: str | None = checked(optional(_NAME), default=None)

@@ -230,6 +230,7 @@ class Relaying:
             ),
             layout=guest.memory_layout,
             runs_here=guest.runs_here,
+            connected=True,
         )
         relayed = RelayedMigration(
             self._id,

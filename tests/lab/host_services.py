@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from nova_dmigrate import exception
 from nova_dmigrate.rpc import host_messages
@@ -67,6 +68,8 @@ class HostService:
             # Each test has its files elsewhere
             "host__volume_directories": "/",
             "host__map_directories": "/",
+            # Guests have none
+            "host__libvirt_uri": "",
             **options,
         }
         groups: dict[str, list[str]] = {}
@@ -260,14 +263,15 @@ class ServedPair:
     def open_destination(self) -> SessionState:
         return self.destination.client.open_session(self.order)
 
-    def open_source(self) -> SessionState:
-        """Start the source relay, for a destination relay that runs."""
+    def open_source(self, **changes: Any) -> SessionState:
+        """Start the source relay, for a destination relay that runs.
+
+        :param changes: of the order.
+        """
         where = self.destination.renew()
         assert where.host is not None and where.port is not None, where
         values = {
-            field.name: getattr(self.order, field.name)
-            for field in dataclasses.fields(self.order)
-            if field.name != "volumes"
+            field.name: getattr(self.order, field.name) for field in dataclasses.fields(self.order)
         }
         return self.source.client.open_session(
             host_messages.OpenSource(
@@ -275,6 +279,7 @@ class ServedPair:
                     **values,
                     "qemu_socket": str(self.outgoing),
                     "tls_peer_name": self.tls_names[1] if self.tls_names else None,
+                    **changes,
                 },
                 host=where.host,
                 port=where.port,
