@@ -9,11 +9,14 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 from tests import base
 from tools import count_results
+from tools.nova_tests import process
 from tools.nova_tests.comparison import Comparison, write
+from tools.nova_tests.execution import told
 from tools.nova_tests.worker import NEVER_MADE, OURS, STOCK
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -84,13 +87,24 @@ class WorkerTest(base.TestCase):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(textwrap.dedent(text))
 
-    def work(self, driver: str, *options: str) -> subprocess.CompletedProcess[str]:
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(self.directory / "installed")}
+
+    def argv(self, driver: str, *options: str) -> list[str]:
         argv = [sys.executable, "-m", "tools.nova_tests.worker", "--driver", driver]
         argv += ["--shim", str(self.directory / "shim"), "--output", str(self.directory / driver)]
-        argv += ["--names", str(self.directory / "names"), *options, MODULE]
-        environment = {**os.environ, "PYTHONPATH": str(self.directory / "installed")}
+        argv += ["--names", str(self.directory / "names")]
+        return [*argv, "--verdict", str(self.directory / "verdict"), *options, MODULE]
+
+    def work(self, driver: str, *options: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            argv, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+            self.argv(driver, *options),
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
     def results(self, driver: str, *options: str) -> dict[str, str]:
@@ -163,6 +177,76 @@ class WorkerTest(base.TestCase):
     def test_a_module_that_cannot_be_imported_ends_the_run(self) -> None:
         self.write("installed/nova/tests/unit/test_driver.py", "import no_such_module\n")
         self.assertNotEqual(0, self.work(STOCK).returncode)
+
+    def test_a_thread_that_a_test_leaves_behind_costs_no_results(self) -> None:
+        self.write(
+            f"installed/{MODULE.replace('.', '/')}.py",
+            """
+            import threading
+            import unittest
+
+            from nova.virt.libvirt import driver
+
+            def wait_for_ever():
+                threading.Event().wait()
+
+            class DriverTestCase(unittest.TestCase):
+                def test_a(self):
+                    driver.LibvirtDriver()
+                    threading.Thread(target=wait_for_ever).start()
+
+                def test_b(self):
+                    pass
+            """,
+        )
+        log, verdict = self.directory / "log", self.directory / "verdict"
+        verdict.touch()
+        ending = process.run(
+            self.argv(STOCK), self.environment, ROOT, log, verdict, process.Limits(exit=1)
+        )
+        self.assertEqual(process.Ending(verdict=0, killed_after=1), ending)
+        self.assertIn("in wait_for_ever", log.read_text())
+        self.assertIn("the results are complete", told(ending, log))
+        found = count_results.outcomes(self.directory / STOCK)
+        self.assertEqual(["success", "success"], list(found.values()))
+
+
+class ProcessTest(base.TestCase):
+    def run_python(self, code: str, limits: process.Limits) -> process.Ending:
+        directory = self.make_directory()
+        self.log, verdict = directory / "log", directory / "verdict"
+        verdict.touch()
+        argv = [sys.executable, "-c", textwrap.dedent(code), str(verdict)]
+        return process.run(argv, os.environ, directory, self.log, verdict, limits)
+
+    def test_one_that_is_never_done_is_killed(self) -> None:
+        ending = self.run_python("import time; time.sleep(1000)", process.Limits(run=1))
+        self.assertEqual(process.Ending(verdict=None, killed_after=1), ending)
+        self.assertIn("had to be killed after 1 s", told(ending, self.log))
+
+    def test_what_it_has_started_does_not_outlive_it(self) -> None:
+        code = """
+            import pathlib, subprocess, sys
+            print(subprocess.Popen(["sleep", "1000"]).pid, flush=True)
+            pathlib.Path(sys.argv[1]).write_text("0")
+            """
+        ending = self.run_python(code, process.Limits())
+        self.assertEqual(process.Ending(verdict=0, killed_after=None), ending)
+        stat = Path(f"/proc/{self.log.read_text().strip()}/stat")
+        # Its end is not waited for by who has ended it
+        while stat.exists() and stat.read_text().split()[2] != "Z":
+            time.sleep(0.05)
+
+    def test_one_that_ends_before_it_is_done_is_told(self) -> None:
+        ending = self.run_python("raise SystemExit(0)", process.Limits())
+        self.assertEqual(process.Ending(verdict=None, killed_after=None), ending)
+        self.assertIn("ended early", told(ending, self.log))
+
+    def test_one_that_ends_well_has_nothing_to_be_told(self) -> None:
+        code = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text('3')"
+        ending = self.run_python(code, process.Limits())
+        self.assertEqual(process.Ending(verdict=3, killed_after=None), ending)
+        self.assertEqual("", told(ending, self.log))
 
 
 class ComparisonTest(base.TestCase):
