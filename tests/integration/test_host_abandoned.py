@@ -3,13 +3,13 @@
 
 import json
 
-from tests.integration import test_host_service
-from tests.integration.test_host_service import ended
+from tests.integration import host_base
+from tests.integration.host_base import ended
 from tests.lab.host_services import ServedPair
 from tests.lab.relays import wait_until
 
 
-class IdleTest(test_host_service.Hosts):
+class IdleTest(host_base.Hosts):
     @classmethod
     def options(cls) -> dict[str, object]:
         return {"relay__idle_timeout": 5}
@@ -56,7 +56,7 @@ def seconds_of(pair: ServedPair) -> dict[str, float]:
     return seconds
 
 
-class OtherVersionTest(test_host_service.Hosts):
+class OtherVersionTest(host_base.Hosts):
     def test_a_relay_of_a_later_version_is_taken_over(self) -> None:
         pair = self.pair().open()
         migration = self.fake(pair)

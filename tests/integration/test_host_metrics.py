@@ -12,8 +12,9 @@ from pathlib import Path
 from prometheus_client.parser import text_string_to_metric_families
 
 from nova_dmigrate.buffermap import BufferMap
-from tests.integration import test_host_service
+from tests.integration import host_base
 from tests.lab import processes
+from tests.lab.broker import free_ports
 from tests.lab.host_services import HostService, ServedPair
 from tests.lab.relays import PATIENCE, VOLUME, SavedMap, wait_until
 from tests.unit.relay.guest import FakeGuest
@@ -54,11 +55,11 @@ class Metrics:
         }
 
 
-class HostMetricsTest(test_host_service.Hosts):
+class HostMetricsTest(host_base.Hosts):
     @classmethod
     def options(cls) -> dict[str, object]:
         return {
-            "host__metrics_port": test_host_service.free_ports(1)[0],
+            "host__metrics_port": free_ports(1)[0],
             "host__max_relays": 1,
             "host__memory_limit": 1024,
             "host__network_bandwidth": 64,

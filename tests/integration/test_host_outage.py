@@ -5,7 +5,7 @@ import contextlib
 import time
 
 from nova_dmigrate import exception
-from tests.integration import test_host_service
+from tests.integration import host_base
 from tests.lab.host_services import ServedRelay
 from tests.lab.relays import wait_until
 
@@ -14,7 +14,7 @@ LEASE = 3.0
 LONG = 15.0
 
 
-class OutageTest(test_host_service.Hosts):
+class OutageTest(host_base.Hosts):
     @classmethod
     def options(cls) -> dict[str, object]:
         return {}

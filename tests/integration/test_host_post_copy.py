@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 
-from tests.integration import test_host_service
+from tests.integration import host_base
 from tests.lab import relays
 from tests.lab.guest import Guest
 from tests.lab.host_services import ServedPair
@@ -19,7 +19,7 @@ MIB = 1 << 20
 POST_COPY = ("postcopy-ram",)
 
 
-class PostCopyTest(test_host_service.ServedGuests):
+class PostCopyTest(host_base.ServedGuests):
     @contextlib.contextmanager
     def under_way(self) -> Iterator[tuple[ServedPair, Guest]]:
         """Post-copy may begin, and would take long."""

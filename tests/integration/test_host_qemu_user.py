@@ -4,13 +4,14 @@
 import grp
 import pwd
 
-from tests.integration import test_host_service
+from tests.integration import host_base
+from tests.lab.relays import PATIENCE
 
 #: The host's own /etc/libvirt.
 _OWN_LIBVIRT = 'mount --bind "$0" /etc/libvirt && exec "$@"'
 
 
-class DetectedUserTest(test_host_service.Hosts):
+class DetectedUserTest(host_base.Hosts):
     @classmethod
     def options(cls) -> dict[str, object]:
         return {}
@@ -38,5 +39,5 @@ class DetectedUserTest(test_host_service.Hosts):
         pair = self.pair()
         pair.open_destination()
         pair.destination.wait("running")
-        qemu = test_host_service.as_nobody(test_host_service.RECEIVER, pair.incoming)
-        self.assertNotEqual(0, qemu.wait(test_host_service.PATIENCE))
+        qemu = host_base.as_nobody(host_base.RECEIVER, pair.incoming)
+        self.assertNotEqual(0, qemu.wait(PATIENCE))

@@ -10,7 +10,7 @@ from nova_dmigrate import conf
 from nova_dmigrate.buffermap import PAGE_SIZE, BufferMap, VolumeExtents
 from nova_dmigrate.cmd import host
 from nova_dmigrate.host.capacity import Limits, Load
-from tests.integration import test_host_service
+from tests.integration import host_base
 from tests.lab.relays import VOLUME, SavedMap, wait_until
 from tests.unit.relay.pair import MTREE
 from tests.unit.stream.builder import StreamBuilder
@@ -22,7 +22,7 @@ FIRST = 256
 RELAY = {"window_size": 16, "read_ahead": 4}
 
 
-class MemoryTest(test_host_service.Hosts):
+class MemoryTest(host_base.Hosts):
     @classmethod
     def options(cls) -> dict[str, object]:
         return {f"relay__{name}": value for name, value in RELAY.items()}

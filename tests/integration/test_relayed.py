@@ -17,7 +17,7 @@ from nova_dmigrate.migration.settings import OrchestrationSettings
 from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.client import AgentClient
 from nova_dmigrate.rpc.host_client import HostChannelTransport, HostClient
-from tests.integration import test_host_service
+from tests.integration import host_base
 from tests.lab.broker import free_ports
 from tests.lab.relays import PATIENCE, wait_until
 
@@ -70,7 +70,7 @@ class Agent:
         return messages.LeaseState("a-lease", state, True, 0.0, LEASE, "")
 
 
-class RelayedMigrationTest(test_host_service.Hosts):
+class RelayedMigrationTest(host_base.Hosts):
     ports: ClassVar[Path]
     sockets: ClassVar[Path]
     relay_port: ClassVar[int] = 0
@@ -98,7 +98,7 @@ class RelayedMigrationTest(test_host_service.Hosts):
         self.runs_here = True
         self.agents = {"one": Agent(), "two": Agent()}
         for name, agent in self.agents.items():
-            manager = test_host_service.agent_at(self.ports / name, agent)
+            manager = host_base.agent_at(self.ports / name, agent)
             manager.__enter__()
             self.addCleanup(manager.__exit__, None, None, None)
 
