@@ -7,7 +7,6 @@ results of all others.
 """
 
 import contextlib
-import os
 import signal
 import subprocess
 import time
@@ -67,7 +66,6 @@ def run(
             stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
         try:
             killed_after = _wait(process, verdict, limits)
@@ -91,11 +89,10 @@ def _wait(process: "subprocess.Popen[bytes]", verdict: Path, limits: Limits) -> 
 
 
 def _end(process: "subprocess.Popen[bytes]") -> None:
-    """Kill it, if it is still there, and what it has started."""
+    """Kill it, if it is still there."""
     if process.poll() is None:
         process.send_signal(signal.SIGABRT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STACKS_TIMEOUT)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
