@@ -29,6 +29,19 @@ def require(missing: str | None) -> None:
     raise unittest.SkipTest(missing)
 
 
+def guard(test: unittest.TestCase, seconds: float) -> None:
+    """End the process, with all stacks, ``GRACE`` seconds after the gentle end of a test.
+
+    :param seconds: from now, for the test and for the cleanups that are added after this; 0 for no
+        limit.
+    """
+    if seconds <= 0:
+        return
+    # Cleanups run in reverse order: this guards those of the test as well
+    faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=sys.__stderr__)
+    test.addCleanup(faulthandler.cancel_dump_traceback_later)
+
+
 class TestCase(testtools.TestCase):
     """A test that ends in time and shows its log when it fails.
 
@@ -56,9 +69,7 @@ class TestCase(testtools.TestCase):
     def _limit_time(self, seconds: float) -> None:
         if seconds <= 0:
             return
-        # Cleanups run in reverse order: the hard end guards the cleanups of the test as well
-        faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=sys.__stderr__)
-        self.addCleanup(faulthandler.cancel_dump_traceback_later)
+        guard(self, seconds)
         self.useFixture(fixtures.Timeout(max(1, round(seconds)), gentle=True))
 
     def make_directory(self) -> Path:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two computes with our driver, one server with a volume, and what there is around."""
 
+import os
 import threading
 import time
 import uuid
@@ -20,6 +21,7 @@ from nova_dmigrate.rpc.host_messages import HOST
 from nova_dmigrate.rpc.messages import AGENT
 from nova_dmigrate.virt.driver import DMigrateDriver
 from nova_dmigrate.virt.guest import NovaGuest
+from tests.base import guard
 from tests.functional import services
 
 _ISCSI = {"driver_volume_type": "iscsi", "data": {"target_lun": "1"}}
@@ -45,6 +47,7 @@ class MigrationTest(
 
     :ivar hosts: the stand-ins by name. :ivar calls: what libvirt was asked for, one each.
     :ivar during: called while libvirt migrates; what it raises libvirt does.
+    :ivar failed_during: what it has raised that is not libvirt's, and which Nova takes for that.
     :ivar volumes: of the server that was made last.
     :ivar downtimes: milliseconds that QEMU's limit was set to.
     """
@@ -60,17 +63,23 @@ class MigrationTest(
     PATIENCE = 20
 
     def setUp(self) -> None:
+        # Nova's cleanups wait for all of its threads, without a limit
+        guard(self, float(os.environ.get("OS_TEST_TIMEOUT") or 0))
         self.directory = Path(self.useFixture(fixtures.TempDir()).path)
         file = self.directory / "nova-dmigrate.conf"
         file.write_text(_CONFIGURATION.format(directory=self.directory, patience=self.PATIENCE))
         super().setUp()
+        self._keep_messages()
         self.flags(config_file=[str(file)], group="dmigrate")
+        # Nova's half an hour is longer than any test: what is never answered has to be told
+        self.flags(long_rpc_timeout=60)
         # Nova's stand-in of os-brick has it at /dev/sda on each host
         self.cinder.VOLUME_CONNECTION_INFO = {"fake": _ISCSI}
         self.calls: list[dict[str, Any]] = []
         self.downtimes: list[int] = []
         self.aborted, self.paused = threading.Event(), threading.Event()
         self.during: Any = lambda: None
+        self.failed_during: list[BaseException] = []
         self._fake_hypervisor()
         self.hosts = {
             name: services.Host(name, str(self.directory / "sockets")) for name in ("src", "dest")
@@ -80,6 +89,18 @@ class MigrationTest(
         self.start_compute(hostname="src")
         self.start_compute(hostname="dest")
         self.src, self.dest = self.computes["src"], self.computes["dest"]
+
+    def _keep_messages(self) -> None:
+        """Have whoever closes a connection to the broker lose nothing but that connection.
+
+        With oslo.messaging's stand-in of a broker all messages that have not been fetched yet would
+        be lost, Nova's too, which then waits for answers.
+        """
+        self.useFixture(
+            fixtures.MonkeyPatch(
+                "oslo_messaging._drivers.impl_fake.FakeDriver.cleanup", lambda driver: None
+            )
+        )
 
     def _setup_compute_service(self) -> None:
         self.flags(compute_driver=f"dmigrate.{DMigrateDriver.__name__}")
@@ -150,8 +171,10 @@ class MigrationTest(
         domain._job_type = fakelibvirt.VIR_DOMAIN_JOB_UNBOUNDED
         try:
             self.during()
-        except BaseException:
+        except BaseException as error:
             domain._job_type = fakelibvirt.VIR_DOMAIN_JOB_NONE
+            if not isinstance(error, fakelibvirt.libvirtError):
+                self.failed_during.append(error)
             raise
         connection = self.dest.driver._host.get_connection()
         connection.createXML(params["destination_xml"], "flags")
@@ -178,7 +201,12 @@ class MigrationTest(
         """Migrate it; returns when it is there and Nova has done all."""
         self.migrate(server, to=to)
         there = {"OS-EXT-SRV-ATTR:host": to, "OS-EXT-STS:task_state": None, "status": "ACTIVE"}
-        self._wait_for_server_parameter(server, there, max_retries=120)
+
+        def arrived() -> bool:
+            now = self.admin_api.get_server(server["id"])
+            return all(now[name] == value for name, value in there.items())
+
+        self.wait_for(arrived, pause=0.5)
         self._wait_for_migration_status(server, ["completed"])
 
     def migrate(self, server: dict[str, Any], refused: bool = False, to: str = "dest") -> None:
@@ -199,12 +227,17 @@ class MigrationTest(
                 last = error
         raise last
 
-    def wait_for(self, condition: Callable[[], Any], seconds: float = 60) -> None:
-        """Until that is so."""
+    def wait_for(
+        self, condition: Callable[[], Any], seconds: float = 60, pause: float = 0.05
+    ) -> None:
+        """Until that is so. What has gone wrong while libvirt migrated is raised here as well."""
         end = time.monotonic() + seconds
         while not condition():
-            self.assertLess(time.monotonic(), end)
-            time.sleep(0.05)
+            if self.failed_during:
+                raise self.failed_during[0]
+            if time.monotonic() > end:
+                self.fail(f"it is not so after {seconds:g} s")
+            time.sleep(pause)
 
     def settled(self, server: dict[str, Any]) -> str:
         """The status of the server's migration that has not completed, when all is put back."""

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the tests of this package stand on."""
+
+from concurrent import futures
+from typing import Any
+
+from oslo_messaging._drivers import impl_fake
+
+from nova_dmigrate.rpc import broker
+from nova_dmigrate.rpc.host_client import HostClient
+from nova_dmigrate.rpc.host_messages import HOST
+from tests.functional import base, services
+
+
+class StandInTest(base.MigrationTest):
+    def client(self, host: str) -> HostClient:
+        return HostClient(host, broker.BrokerTransport(host, services.URL, HOST))
+
+    def test_a_connection_that_is_closed_takes_no_message_of_others_along(self):
+        host = services.Host("late", "/nowhere")
+        with self.client("late") as late, futures.ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(late.hello, 20)
+            self.wait_for(lambda: self.queued("late"))
+            self.client("src").close()
+            self.useFixture(services.Served("late", host, HOST))
+            self.assertEqual("late", answer.result(20).host)
+
+    def test_what_goes_wrong_while_libvirt_migrates_is_told_at_once(self):
+        self.during = lambda: self.assertEqual(1, 2)
+        server = self.make_server()
+        error = self.assertRaises(self.failureException, self.move, server)
+        self.assertIn("1 != 2", str(error))
+
+    def queued(self, host: str) -> Any:
+        """Requests to a host service that it has not fetched."""
+        exchange = impl_fake.FakeExchangeManager._exchanges[HOST.exchange]
+        return exchange._server_queues.get((HOST.topic, host))
