@@ -233,6 +233,12 @@ class MigrationError(DMigrateError):
     msg_fmt = "Migration of %(instance)s: %(reason)s"
 
 
+class HypervisorError(DMigrateError):
+    """libvirt at one host does not tell what that host has."""
+
+    msg_fmt = "libvirt at %(peer)s: %(reason)s"
+
+
 class FallBack(MigrationError):
     """The migration has to be the ordinary one; ``code`` in ``kwargs`` tells the reason."""
 

@@ -10,6 +10,7 @@ import copy
 
 from oslo_config import cfg
 
+from nova_dmigrate import exception
 from nova_dmigrate.conf import agent, buffer_map, host, migration, relay, volume, wire
 
 GROUPS = (relay, volume, wire, buffer_map, host, agent, migration)
@@ -24,4 +25,19 @@ def register_opts(conf: cfg.ConfigOpts) -> None:
         conf.register_opts(module.OPTIONS, group=group.name)
 
 
-__all__ = ["GROUPS", "register_opts"]
+def check(conf: cfg.ConfigOpts) -> None:
+    """Read every option: oslo.config checks a value no earlier.
+
+    :raises ConfigurationError: a value cannot be.
+    """
+    for module in GROUPS:
+        for option in module.OPTIONS:
+            try:
+                getattr(conf[module.GROUP.name], option.dest)
+            except (cfg.Error, ValueError) as error:
+                raise exception.ConfigurationError(
+                    reason=f"[{module.GROUP.name}]{option.dest}: {error}"
+                ) from error
+
+
+__all__ = ["GROUPS", "check", "register_opts"]

@@ -60,7 +60,7 @@ class History:
             raise _error(f"{self._directory} already has a migration {summary.id}") from error
         except (OSError, TypeError, ValueError) as error:
             raise _error(f"{path} cannot be written: {error}") from error
-        self._kept.prune(map(self._path, self._ids()), newest=path)
+        self._kept.prune(map(self._path, self.ids()), newest=path)
         _PARTIAL.prune(self._directory.glob(".*.partial"))
         return path
 
@@ -71,7 +71,7 @@ class History:
         :raises HistoryError: the directory cannot be read; that it does not exist is no error.
         """
         found: list[MigrationSummary] = []
-        for identifier in self._ids():
+        for identifier in self.ids():
             if limit is not None and len(found) >= limit:
                 break
             try:
@@ -105,10 +105,11 @@ class History:
             raise _error(f"{path} is broken: it is of migration {summary.id}")
         return summary
 
-    def _path(self, identifier: str) -> Path:
-        return self._directory / f"{identifier}.json"
+    def ids(self) -> tuple[str, ...]:
+        """The ids of all summaries, newest first, unread.
 
-    def _ids(self) -> tuple[str, ...]:
+        :raises HistoryError: the directory cannot be read; that it does not exist is no error.
+        """
         try:
             names = os.listdir(self._directory)
         except FileNotFoundError:
@@ -117,6 +118,9 @@ class History:
             raise _error(f"{self._directory} cannot be read: {error}") from error
         identifiers = (name.removesuffix(".json") for name in names if name.endswith(".json"))
         return tuple(sorted(filter(is_id, identifiers), reverse=True))
+
+    def _path(self, identifier: str) -> Path:
+        return self._directory / f"{identifier}.json"
 
     def _sync_directory(self) -> None:
         # Not every file system can; the summary is there all the same unless the host crashes now

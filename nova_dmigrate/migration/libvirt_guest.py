@@ -311,6 +311,35 @@ def open_libvirt(uri: str, patience: float = _OPEN_PATIENCE) -> Any:
     return connection
 
 
+def hypervisor_of(uri: str, patience: float = _OPEN_PATIENCE) -> "Hypervisor":
+    """What a libvirt tells of its host.
+
+    :param patience: seconds for the connection.
+    :raises HypervisorError: it cannot be reached, or does not tell.
+    """
+    _start_event_loop()
+    try:
+        connection = open_libvirt(uri, patience)
+        with contextlib.closing(connection):
+            return Hypervisor(
+                int(connection.getLibVersion()), connection.getType(), int(connection.getVersion())
+            )
+    except libvirt.libvirtError as error:
+        raise exception.HypervisorError(peer=uri, reason=str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Hypervisor:
+    """Versions are a million times the major one, a thousand times the minor one, and the rest.
+
+    :ivar kind: ``QEMU``, or what else libvirt drives. :ivar version: of that.
+    """
+
+    libvirt_version: int
+    kind: str
+    version: int
+
+
 def _start_event_loop() -> None:
     """libvirt notices a dead connection by keep-alive messages, for which it wants a loop."""
     global _loop_runs

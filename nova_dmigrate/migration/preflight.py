@@ -18,6 +18,8 @@ from nova_dmigrate.volumes import VolumeSpec
 
 #: libvirt from which on the migration's URI may be unix:PATH.
 _UNIX_SOCKETS = 6_008_000
+#: The oldest QEMU that is tried, numbered as libvirt does.
+OLDEST_QEMU = 7_002_000
 #: Kinds of disks in the XML, and the driver that reads them.
 _DRIVERS = {"block": "block", "file": "block"}
 
@@ -120,8 +122,12 @@ def libvirt_can(version: int, instance: str) -> None:
     :raises FallBack: it does not.
     """
     if version < _UNIX_SOCKETS:
-        numbers = (version // 1_000_000, version // 1000 % 1000, version % 1000)
-        raise because(Reason.OLD_LIBVIRT, instance, version=".".join(map(str, numbers)))
+        raise because(Reason.OLD_LIBVIRT, instance, version=version_text(version))
+
+
+def version_text(version: int) -> str:
+    """A version that libvirt tells, of itself or of QEMU, as people write it."""
+    return f"{version // 1_000_000}.{version // 1000 % 1000}.{version % 1000}"
 
 
 def hosts_agree(domain: Domain, source: HostState, destination: HostState) -> None:
@@ -132,14 +138,22 @@ def hosts_agree(domain: Domain, source: HostState, destination: HostState) -> No
     host_ready(source, domain.name)
     host_ready(destination, domain.name)
     _sockets_for_qemu(domain, source, destination)
+    hosts_compatible(source, destination, domain.name)
+
+
+def hosts_compatible(source: HostState, destination: HostState, instance: str) -> None:
+    """Check that relays of both hosts can work together, whatever the domain.
+
+    :raises FallBack: they cannot.
+    """
     if source.tls != destination.tls:
-        raise because(Reason.TLS_DIFFERS, domain.name)
+        raise because(Reason.TLS_DIFFERS, instance)
     if not set(source.wire_versions) & set(destination.wire_versions):
-        raise because(Reason.WIRE_DIFFERS, domain.name)
+        raise because(Reason.WIRE_DIFFERS, instance)
     if source.socket_directory != destination.socket_directory:
         raise because(
             Reason.SOCKETS_DIFFER,
-            domain.name,
+            instance,
             ours=source.socket_directory,
             theirs=destination.socket_directory,
         )

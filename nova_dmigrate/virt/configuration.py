@@ -13,6 +13,11 @@ from nova_dmigrate import conf, exception
 from nova_dmigrate.conf import nova as options
 from nova_dmigrate.rpc import broker
 
+#: What ``[DEFAULT]/compute_driver`` of nova.conf has to be.
+COMPUTE_DRIVER = "dmigrate.DMigrateDriver"
+#: Releases of Nova that the driver is for: from the first on; the last is the newest one tried.
+OLDEST_NOVA, NEWEST_NOVA = 32, 34
+
 
 def register(nova: cfg.ConfigOpts) -> None:
     """Have ``[dmigrate]`` in Nova's configuration."""
@@ -37,12 +42,9 @@ def load(nova: cfg.ConfigOpts) -> cfg.ConfigOpts:
     broker.set_defaults(config)
     try:
         config([], project="nova-dmigrate", default_config_files=files, default_config_dirs=[])
-        # Options are checked when they are read
-        for group in conf.GROUPS:
-            for option in group.OPTIONS:
-                getattr(config[group.GROUP.name], option.dest)
     except (cfg.Error, ValueError) as error:
         raise exception.ConfigurationError(reason=str(error)) from error
+    conf.check(config)
     said = config.get_location("transport_url")
     if said is None or not said.location.is_user_controlled or not config.transport_url:
         config.set_override("transport_url", nova.transport_url)

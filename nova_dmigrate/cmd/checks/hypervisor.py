@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""libvirt and QEMU of this host."""
+
+from oslo_upgradecheck.upgradecheck import Result
+
+from nova_dmigrate import exception
+from nova_dmigrate.cmd.checks.base import CheckedHost, failure, warning, well
+from nova_dmigrate.migration import preflight
+from nova_dmigrate.migration.preflight import version_text
+
+
+def versions(host: CheckedHost) -> Result:
+    """They can migrate over the sockets of relays."""
+    try:
+        from nova_dmigrate.migration.libvirt_guest import hypervisor_of
+    except ImportError as error:
+        return failure(f"The Python binding of libvirt cannot be used: {error}")
+    try:
+        found = hypervisor_of(host.connect)
+        preflight.libvirt_can(found.libvirt_version, host.name)
+    except exception.HypervisorError as error:
+        return failure(f"{error} (--connect)")
+    except exception.FallBack as error:
+        return failure(f"All migrations are ordinary ones: {error.kwargs['reason']}")
+    if found.kind != "QEMU":
+        return failure(f"libvirt at {host.connect} has no QEMU but {found.kind} (--connect)")
+    both = f"libvirt {version_text(found.libvirt_version)}, QEMU {version_text(found.version)}"
+    if found.version < preflight.OLDEST_QEMU:
+        oldest = version_text(preflight.OLDEST_QEMU)
+        return warning(f"{both}: QEMU is older than any that was tried, {oldest} the first")
+    return well(both)
