@@ -5,7 +5,8 @@ The session's description comes on standard input or from a file, because it hol
 token. Standard output tells, one JSON object a line, first ``{"event": "ready", ...}`` (with
 ``host`` and ``port`` at the destination) and at the end ``{"event": "end", "state": ..., "reason":
 ...}``. ``{"event": "kept"}`` in between: QEMU may begin post-copy, after which the guest is lost
-without this process. From then on SIGTERM does nothing, and nobody may use SIGKILL.
+without this process. From then on SIGTERM does nothing, and nobody may use SIGKILL; nor does the
+kernel as soon as before, when memory runs out.
 
 Exit status: 0 delivered, 1 failed, 2 wrong configuration or session, 3 cancelled.
 """
@@ -23,6 +24,7 @@ from oslo_log import log
 
 from nova_dmigrate import conf, exception, version
 from nova_dmigrate.relay.destination import DestinationRelay
+from nova_dmigrate.relay.oom import Expendability
 from nova_dmigrate.relay.session import (
     DestinationSession,
     RelaySettings,
@@ -132,12 +134,18 @@ def _make_directories(session: SourceSession | DestinationSession) -> None:
 def _run(session: SourceSession | DestinationSession, settings: RelaySettings) -> int:
     relay: SourceRelay | DestinationRelay
     ready: dict[str, Any] = {"event": "ready"}
+    expendability = Expendability()
+
+    def on_kept() -> None:
+        _tell({"event": "kept"})
+        expendability.spare()
+
     try:
         if isinstance(session, SourceSession):
-            relay = SourceRelay(session, settings, _tell_kept)
+            relay = SourceRelay(session, settings, on_kept)
             relay.prepare()
         else:
-            relay = DestinationRelay(session, settings, _tell_kept)
+            relay = DestinationRelay(session, settings, on_kept)
             ready["host"], ready["port"] = relay.prepare()
     except exception.DMigrateError as error:
         LOG.error("Instance %s: the relay cannot start: %s", session.instance, error)
@@ -162,10 +170,6 @@ def _run(session: SourceSession | DestinationSession, settings: RelaySettings) -
     summary = relay.run()
     _tell({"event": "end", "state": summary["state"], "reason": summary["reason"]})
     return _EXIT[summary["state"]]
-
-
-def _tell_kept() -> None:
-    _tell({"event": "kept"})
 
 
 def _tell(event: dict[str, Any]) -> None:

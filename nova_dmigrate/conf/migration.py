@@ -76,7 +76,8 @@ Share of dirty pages in the buffer pool at which a migration goes on at once.
         min=1,
         max=3600,
         help="""
-Seconds, at most, for building the buffer map, and again for fetching it.
+Seconds, at most, for building the buffer map, again for fetching it, and once
+more for the source relay to load it where relays are required.
 """,
     ),
     cfg.FloatOpt(

@@ -20,7 +20,7 @@ from nova_dmigrate.host.qemu_files import QemuFiles
 from nova_dmigrate.host.session import Session, SessionSettings
 from nova_dmigrate.host.store import Record, Store
 from nova_dmigrate.host.totals import Totals
-from nova_dmigrate.rpc.host_messages import SessionState
+from nova_dmigrate.rpc.host_messages import RELAY_BUSY, SessionState
 
 LOG = logging.getLogger(__name__)
 
@@ -199,10 +199,17 @@ class Sessions:
     def use_map(self, session_id: str, buffer_map: str, memory_layout: str) -> SessionState:
         """Have the relay load a map that has come only now.
 
-        :raises RequestRefused: there is no such session, or its relay takes none.
+        :raises RequestRefused: there is no such session, or its relay takes none, or has not
+            answered yet.
         """
         session = self._find(session_id)
         if not session.offer_map(buffer_map, memory_layout):
+            with self._lock:
+                session.look()
+                if session.active and session.record.role == "source":
+                    raise exception.RequestRefused(
+                        reason="the relay does not answer", code=RELAY_BUSY
+                    )
             raise exception.RequestRefused(reason="the relay takes no map", code="no-relay")
         with self._lock:
             return self._told(session)

@@ -102,7 +102,7 @@ class Migration:
         preflight.examine(guest.facts, request)
         preflight.libvirt_can(guest.libvirt_version, guest.facts.name)
         source, destination = (
-            ask_host(host, self._instance, settings.host_timeout)
+            ask_host(host, self._instance, settings.host_timeout, lambda: self._enter("checking"))
             for host in (self._peers.source, self._peers.destination)
         )
         preflight.hosts_agree(guest.facts, source, destination)

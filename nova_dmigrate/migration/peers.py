@@ -14,6 +14,7 @@ from nova_dmigrate.migration.relayed import Peers
 from nova_dmigrate.migration.request import AgentTransport, MigrationRequest
 from nova_dmigrate.migration.sessions import Terms
 from nova_dmigrate.migration.settings import OrchestrationSettings
+from nova_dmigrate.migration.waiting import Waiting, answer_of
 from nova_dmigrate.rpc import broker, isolation
 from nova_dmigrate.rpc.client import AgentClient, ClientSettings
 from nova_dmigrate.rpc.host_client import HostChannelTransport, HostClient
@@ -90,14 +91,16 @@ def open_peers(
         yield Peers(source, destination, agent)
 
 
-def ask_host(host: HostClient, instance: str, patience: float) -> HostState:
+def ask_host(
+    host: HostClient, instance: str, patience: float, waiting: Waiting = lambda: None
+) -> HostState:
     """What the service of a host says of itself.
 
     :param patience: seconds.
     :raises FallBack: it says nothing, or nothing that can be used.
     """
     try:
-        return host.hello(patience)
+        return answer_of(lambda: host.hello(patience), waiting)
     except exception.HostUnreachable as error:
         raise because(Reason.HOST_UNREACHABLE, instance, error=error) from error
     except exception.HostRefused as error:

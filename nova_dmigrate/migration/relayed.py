@@ -21,6 +21,7 @@ from nova_dmigrate.migration.guest_map import GuestMapFetch
 from nova_dmigrate.migration.prepared_database import PreparedDatabase
 from nova_dmigrate.migration.sessions import RelaySessions, Terms
 from nova_dmigrate.migration.settings import OrchestrationSettings
+from nova_dmigrate.migration.waiting import answer_of
 from nova_dmigrate.rpc.client import AgentClient
 from nova_dmigrate.rpc.host_client import HostClient
 from nova_dmigrate.volumes import VolumeSpec
@@ -236,27 +237,35 @@ class RelayedMigration:
         if self._map_first:
             self._enter("mapping")
             while not self._mapping.wait(0.5):
-                self._enter("mapping")  # ends it if it was cancelled
+                self._mapping_goes_on()  # ends it if it was cancelled
         self._mapping.check()
-        self._hand_over_map()
         if self._map_first:
             self._wait_until_loaded()
+        else:
+            answer_of(self._hand_over_map, lambda: self._enter("starting relays"))
 
     def _wait_until_loaded(self) -> None:
-        """See that the source relay has the map.
+        """See that the source relay has the map. It grows with the guest, as what the agent needs
+        to make it does: the relay gets as much time.
 
         :raises FallBack: it has not.
         """
-        end = time.monotonic() + _SILENCE
-        while self._given and time.monotonic() < end:
-            told = self._sessions.look() or {}
+        end = time.monotonic() + self._settings.map_time
+        while time.monotonic() < end:
+            answer_of(self._hand_over_map, self._mapping_goes_on)
+            told = answer_of(self._sessions.look, self._mapping_goes_on) or {}
+            if self.failure is not None:
+                raise because(Reason.RELAY_FAILED, self._instance, error=self.failure)
             if told.get("map") == "offered":
                 return
-            if told.get("map") == "refused":
+            if self._given is False or told.get("map") == "refused":
                 break
             time.sleep(_POLL)
-            self._enter("mapping")
+            self._mapping_goes_on()
         raise because(Reason.MAP_REFUSED, self._instance)
+
+    def _mapping_goes_on(self) -> None:
+        self._enter("mapping")
 
     def _look_at_guest(self, agent: AgentClient) -> None:
         """See that the guest has what is needed, before anything is begun.
@@ -264,7 +273,7 @@ class RelayedMigration:
         :raises FallBack: it has not.
         """
         try:
-            agent.ping()
+            answer_of(agent.ping, lambda: self._enter("checking"))
         except exception.AgentUnreachable as error:
             raise because(Reason.AGENT_UNREACHABLE, self._instance, error=error) from error
         except exception.AgentRefused as error:

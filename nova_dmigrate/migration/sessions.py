@@ -9,13 +9,13 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from concurrent import futures
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nova_dmigrate import exception
 from nova_dmigrate.migration.fallback import Reason, because
+from nova_dmigrate.migration.waiting import Waiting, answer_of
 from nova_dmigrate.rpc import host_messages
 from nova_dmigrate.rpc.host_client import HostClient
 from nova_dmigrate.rpc.host_messages import SessionState
@@ -26,8 +26,6 @@ LOG = logging.getLogger(__name__)
 _POLL = 0.2  # seconds
 #: What a relay that was just started may take to be ready, in seconds.
 _START_PATIENCE = 20.0
-
-_Waiting = Callable[[], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +87,9 @@ class RelaySessions:
         self._volumes: tuple[host_messages.Volume, ...] = ()
         self._closed = threading.Event()
         self._keeper = threading.Thread(target=self._keep, name="sessions", daemon=True)
-        self._asker = futures.ThreadPoolExecutor(1, "ask-host")
         self.failure: str | None = None
 
-    def order_destination(self, volumes: Sequence[VolumeSpec], waiting: _Waiting) -> None:
+    def order_destination(self, volumes: Sequence[VolumeSpec], waiting: Waiting) -> None:
         """Have the destination relay started, and wait while it is queued.
 
         :raises FallBack: it cannot be had.
@@ -110,7 +107,7 @@ class RelaySessions:
         )
         self._start(self._destination, order, waiting)
 
-    def open(self, domain: str | None, connected: bool, waiting: _Waiting) -> None:
+    def open(self, domain: str | None, connected: bool, waiting: Waiting) -> None:
         """Start the source relay, too, and wait until both are ready.
 
         :param domain: libvirt's UUID of the guest; None for the instance's.
@@ -134,7 +131,7 @@ class RelaySessions:
 
     def use_map(self, buffer_map: Path, memory_layout: Path) -> bool | None:
         """Hand the source relay its map, at any time; whether its host has taken it, None if that
-        is not known: a service that is being restarted may be asked again.
+        is not known: a service that is being restarted, or whose relay is busy, may be asked again.
         """
         session_id = self._common["session_id"]
         try:
@@ -142,7 +139,10 @@ class RelaySessions:
         except exception.HostUnreachable as error:
             LOG.info("Instance %s: %s", self._instance, error)
             return None
-        except exception.HostError as error:
+        except exception.HostRefused as error:
+            if error.kwargs.get("code") == host_messages.RELAY_BUSY:
+                LOG.info("Instance %s: %s", self._instance, error)
+                return None
             LOG.warning("Instance %s: %s", self._instance, error)
             return False
         return True
@@ -165,7 +165,6 @@ class RelaySessions:
         """End both; their summaries by role, of those that have told one."""
         summaries = {}
         self._closed.set()
-        self._asker.shutdown(wait=False)
         while self._open:
             host = self._open.pop()
             try:
@@ -176,17 +175,26 @@ class RelaySessions:
                 LOG.warning("Instance %s: %s", self._instance, error)
                 continue
             self._note(state)
+            if state.state not in host_messages.FINAL:
+                LOG.warning(
+                    "Instance %s: the %s relay of host %s goes on, %s: %s",
+                    self._instance,
+                    state.role,
+                    host.host,
+                    state.state,
+                    state.message or "its host does not say why",
+                )
             if summary is not None:
                 summaries[state.role] = summary
         return summaries
 
-    def _start(self, host: HostClient, order: host_messages.Order, waiting: _Waiting) -> None:
+    def _start(self, host: HostClient, order: host_messages.Order, waiting: Waiting) -> None:
         """Order a relay; returns when it is not queued any more."""
         # From now on: when it is given up, it may have been opened all the same
         self._open.append(host)
         with self._translated():
             try:
-                state = self._asked(lambda: host.open_session(order), waiting)
+                state = answer_of(lambda: host.open_session(order), waiting)
             except exception.HostError:
                 self._open.remove(host)
                 raise
@@ -198,10 +206,10 @@ class RelaySessions:
                 Reason.NO_ROOM, self._instance, host=host.host, detail=state.message or "all busy"
             )
 
-    def _ready(self, host: HostClient, waiting: _Waiting) -> SessionState:
+    def _ready(self, host: HostClient, waiting: Waiting) -> SessionState:
         """Wait until a relay that was ordered runs."""
         with self._translated():
-            state = self._asked(lambda: self._renewed(host), waiting)
+            state = answer_of(lambda: self._renewed(host), waiting)
             state = self._past("starting", host, state, _START_PATIENCE, waiting)
         if state.state != "running":
             why = f"relay of host {host.host}: {state.state} {state.message}"
@@ -209,7 +217,7 @@ class RelaySessions:
         return state
 
     def _past(
-        self, stage: str, host: HostClient, state: SessionState, patience: float, waiting: _Waiting
+        self, stage: str, host: HostClient, state: SessionState, patience: float, waiting: Waiting
     ) -> SessionState:
         """The first state of a relay that is not ``stage``, or the last one within ``patience``
         seconds.
@@ -218,15 +226,8 @@ class RelaySessions:
         while state.state == stage and time.monotonic() < end:
             waiting()
             time.sleep(_POLL)
-            state = self._asked(lambda: self._renewed(host), waiting)
+            state = answer_of(lambda: self._renewed(host), waiting)
         return state
-
-    def _asked(self, ask: Callable[[], SessionState], waiting: _Waiting) -> SessionState:
-        """A host's answer. One that does not answer takes some seconds to be known as such."""
-        answer = self._asker.submit(ask)
-        while not futures.wait((answer,), _POLL).done:
-            waiting()
-        return answer.result()
 
     def _renewed(self, host: HostClient) -> SessionState:
         return host.renew(self._common["session_id"], self._lease)

@@ -33,6 +33,8 @@ ROLES = ("source", "destination")
 #: In this order; the last three are final.
 STATES = ("queued", "starting", "running", "delivered", "failed", "cancelled")
 FINAL = frozenset(STATES[3:])
+#: Code of a refusal that another attempt may not get: a relay that runs has not answered yet.
+RELAY_BUSY = "relay-busy"
 
 MAX_VOLUMES = 64
 MAX_PROGRESS = 64 << 10  # characters of JSON

@@ -218,7 +218,7 @@ class Relaying:
             open_peers(request, config, settings, uuid, guest.facts.channel)
         )
         source, destination = (
-            ask_host(host, uuid, settings.host_timeout)
+            ask_host(host, uuid, settings.host_timeout, lambda: self._enter("checking"))
             for host in (peers.source, peers.destination)
         )
         preflight.hosts_agree(guest.facts, source, destination)

@@ -8,7 +8,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+from nova_dmigrate.relay import oom
 from tests.integration import host_base
 from tests.lab import relays
 from tests.lab.guest import Guest
@@ -17,6 +19,11 @@ from tests.lab.relays import PATIENCE, wait_until
 
 MIB = 1 << 20
 POST_COPY = ("postcopy-ram",)
+
+
+def oom_score(pid: int) -> int:
+    """How likely the kernel ends a process when memory runs out."""
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
 
 class PostCopyTest(host_base.ServedGuests):
@@ -55,6 +62,22 @@ class PostCopyTest(host_base.ServedGuests):
         for state in pair.close_sessions():
             self.assertEqual("running", state.state, state)
             self.assertIn("post-copy may have begun", state.message)
+
+    def test_the_kernel_is_told_to_spare_relays_as_soon_as_a_guest_depends_on_them(self) -> None:
+        before = {pid: oom_score(pid) for pid in (self.one.process.pid, self.two.process.pid)}
+        with self.served(POST_COPY, network_bandwidth=4 * MIB) as (pair, _):
+            pids = self.one.relays() + self.two.relays()
+            self.assertEqual([oom.EXPENDABLE] * 2, [oom_score(pid) for pid in pids])
+            relays.prepare(self.source, capabilities=POST_COPY)
+            self.source.migrate(pair.outgoing)
+            self.assertLess(max(before.values()), oom.EXPENDABLE)
+            wait_until(
+                lambda: [oom_score(pid) for pid in pids] == list(before.values()),
+                "relays are as precious as their services",
+            )
+            self.source.qmp("migrate_cancel")
+            self.source.wait_migration(PATIENCE)
+        self.assert_guest_goes_on()
 
     def test_sessions_that_are_closed_go_on(self) -> None:
         with self.begun() as (pair, _):

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A migration's beginning and end at the services of two hosts, with relays that hang."""
 
+import base64
 import contextlib
+import dataclasses
 import os
 import signal
 import socket
@@ -10,7 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
+
 from nova_dmigrate import exception
+from nova_dmigrate.buffermap import BufferMap, VolumeExtents
+from nova_dmigrate.migration.peers import ask_host
 from nova_dmigrate.migration.relayed import Guest, Peers, RelayedMigration
 from nova_dmigrate.migration.sessions import Terms
 from nova_dmigrate.migration.settings import OrchestrationSettings
@@ -20,12 +26,16 @@ from nova_dmigrate.rpc.host_client import HostChannelTransport, HostClient
 from tests.integration import host_base
 from tests.lab.broker import free_ports
 from tests.lab.relays import PATIENCE, wait_until
+from tests.unit.relay.guest import advised
 
 INSTANCE = "an-instance"
 #: Where the destination relay does not listen.
 MUTE = "127.0.0.2"
 #: Of the agent's lease a third, in seconds, is between two renewals.
 LEASE = 6.0
+#: How a guest's memory lies, as its QEMU tells.
+LAYOUT = Path(__file__).parents[1] / "unit" / "data" / "mtree" / "q35-64m.mtree"
+MIB = 1 << 20
 
 #: Both hosts have their sockets at the same path, as libvirt wants it, yet not in the same place.
 OWN_SOCKETS = """
@@ -36,15 +46,21 @@ mkdir -p "$own" && mount --bind "$own" "$0" && exec "$@"
 
 
 class Agent:
-    """Holds a lease, and makes a map that is never ready.
+    """Holds a lease, and makes a map that is never ready, unless it has one.
 
     :ivar asked: the methods, in the order of the requests.
+    :ivar speaks: while it is not set, it does not answer.
+    :ivar chunks: of its map.
     """
 
     def __init__(self) -> None:
         self.asked: list[str] = []
+        self.chunks: list[bytes] = []
+        self.speaks = threading.Event()
+        self.speaks.set()
 
     def ping(self, arguments: messages.Nothing) -> messages.Pong:
+        self.speaks.wait(PATIENCE)
         return messages.Pong("1", messages.VERSION, "the-agent")
 
     def prepare(self, arguments: messages.PrepareArguments) -> messages.LeaseState:
@@ -57,10 +73,14 @@ class Agent:
         return self._lease("restore", "idle")
 
     def map_begin(self, arguments: messages.MapArguments) -> messages.MapState:
-        return messages.MapState("a-map", "building", 0, 0, 0, 0.0, "")
+        return self._map()
 
     def map_state(self, arguments: messages.MapReference) -> messages.MapState:
-        return messages.MapState("a-map", "building", 0, 0, 0, 0.0, "")
+        return self._map()
+
+    def map_chunk(self, arguments: messages.ChunkArguments) -> messages.Chunk:
+        data = base64.b64encode(self.chunks[arguments.index]).decode()
+        return messages.Chunk(arguments.index, data)
 
     def map_end(self, arguments: messages.MapReference) -> messages.Done:
         return messages.Done()
@@ -68,6 +88,27 @@ class Agent:
     def _lease(self, method: str, state: str) -> messages.LeaseState:
         self.asked.append(method)
         return messages.LeaseState("a-lease", state, True, 0.0, LEASE, "")
+
+    def _map(self) -> messages.MapState:
+        size, count = sum(map(len, self.chunks)), len(self.chunks)
+        state = "ready" if self.chunks else "building"
+        return messages.MapState("a-map", state, count, 256 * count, size, 0.0, "")
+
+
+def chunks_of_a_map() -> list[bytes]:
+    """One MiB of a guest's memory."""
+    begin = np.zeros(1, np.uint64)
+    size = begin + np.uint64(MIB)
+    extents = VolumeExtents("a-volume", 1 << 30, begin + np.uint64(16 * MIB), begin, size)
+    return list(BufferMap.build([extents]).to_chunks())
+
+
+@dataclasses.dataclass(frozen=True)
+class Ways:
+    """Where relays listen for the source's QEMU, and the destination's QEMU for its relay."""
+
+    outgoing: Path
+    incoming: Path
 
 
 class RelayedMigrationTest(host_base.Hosts):
@@ -109,11 +150,13 @@ class RelayedMigrationTest(host_base.Hosts):
         timeout: float = 10.0,
         address: str | None = None,
         prepare_time: float = 0.0,
+        map_first: bool = False,
     ) -> RelayedMigration:
         """One from host one to host two.
 
         :param timeout: seconds for a host's answer.
         :param address: where the source's relay looks for the destination's.
+        :param map_first: nothing is begun without the map.
         """
 
         def agent(host: HostClient) -> AgentClient:
@@ -126,13 +169,16 @@ class RelayedMigrationTest(host_base.Hosts):
         return RelayedMigration(
             "a-migration",
             INSTANCE,
-            Guest(1 << 30, (), lambda: "the layout", lambda: self.runs_here),
+            Guest(1 << 30, (), LAYOUT.read_text, lambda: self.runs_here),
             Peers(*clients, agent),
-            OrchestrationSettings(self.place / "maps", prepare_time=prepare_time, lease=LEASE),
+            OrchestrationSettings(
+                self.place / "maps", prepare_time=prepare_time, lease=LEASE, min_mapped_share=0
+            ),
             Terms(None, None, address, 0, 0, PATIENCE),
             str(self.sockets),
             300,
             enter,
+            map_first,
         )
 
     def test_a_cancel_is_heard_while_the_source_relay_waits_for_the_other_one(self) -> None:
@@ -166,6 +212,84 @@ class RelayedMigrationTest(host_base.Hosts):
         service.send_signal(signal.SIGCONT)
         self.assert_nothing_left()
 
+    def test_a_cancel_is_heard_while_a_host_does_not_say_hello(self) -> None:
+        assert self.two.process is not None
+        client = self.two.client()
+        self.addCleanup(client.close)
+        with stopped(self.two.process.pid):
+            waiting = cancelled_after(3)
+            self.assertRaises(
+                exception.MigrationCancelled, ask_host, client, INSTANCE, PATIENCE, waiting
+            )
+
+    def test_a_cancel_is_heard_while_the_agent_does_not_answer_at_all(self) -> None:
+        agent = self.agents["one"]
+        agent.speaks.clear()
+        self.addCleanup(agent.speaks.set)
+        cancel = cancelled_after(3)
+        migration = self.migration(lambda phase: cancel())
+        self.assertRaises(exception.MigrationCancelled, migration.__enter__)
+        self.assert_nothing_left()
+
+    def test_a_busy_source_relay_gets_its_time_to_load_the_map(self) -> None:
+        self.agents["one"].chunks = chunks_of_a_map()
+        resumed = threading.Event()
+        with contextlib.ExitStack() as stack:
+
+            def enter(phase: str) -> None:
+                if phase == "mapping" and not resumed.is_set():
+                    (pid,) = self.one.relays()
+                    stack.enter_context(stopped(pid))
+                    resumed.set()
+                    # Longer than a relay may take to tell how far the stream is
+                    timer = threading.Timer(17, stack.close)
+                    timer.start()
+                    self.addCleanup(timer.join)
+
+            with self.migration(enter, map_first=True) as migration:
+                self.assertTrue(resumed.is_set())
+                told = wait_until(lambda: migration.follow(None), "the relay tells of itself")
+                self.assertEqual("offered", told["map"])
+        self.assert_nothing_left()
+
+    def test_a_cancel_is_heard_while_the_source_relay_loads_the_map(self) -> None:
+        self.agents["one"].chunks = chunks_of_a_map()
+        with contextlib.ExitStack() as stack:
+            cancel = cancelled_after(5)
+
+            def enter(phase: str) -> None:
+                if phase == "mapping":
+                    if not is_stopped:
+                        is_stopped.extend(self.one.relays())
+                        stack.enter_context(stopped(*is_stopped))
+                    cancel()
+
+            is_stopped: list[int] = []
+            migration = self.migration(enter, map_first=True)
+            self.assertRaises(exception.MigrationCancelled, migration.__enter__)
+        self.assert_nothing_left()
+
+    def test_a_relay_that_goes_on_after_the_end_is_told(self) -> None:
+        ways = Ways(
+            *(self.place / name / "run" / "a-migration" / "qemu" for name in ("one", "two"))
+        )
+        with contextlib.ExitStack() as stack:
+            with self.migration(lambda phase: None):
+                qemus = stack.enter_context(host_base.FakeMigration(ways))
+                qemus.stream = memoryview(advised(bytes(qemus.stream)))
+                qemus.send(0.5)
+                for service in (self.one, self.two):
+                    wait_until(
+                        lambda each=service: (
+                            [record["kept"] for record in each.records()] == [True]
+                        ),
+                        "only QEMU ends it",
+                    )
+            for role, host in (("source", "one"), ("destination", "two")):
+                self.assertIn(f"the {role} relay of host {host} goes on, running", self.log.output)
+            self.assertIn("post-copy may have begun", self.log.output)
+        self.assert_nothing_left()
+
     def test_an_agent_that_has_moved_is_not_asked_where_it_was(self) -> None:
         before, after = self.agents["one"].asked, self.agents["two"].asked
         with self.migration(lambda phase: None, prepare_time=1):
@@ -179,6 +303,28 @@ class RelayedMigrationTest(host_base.Hosts):
         self.assertLessEqual(len(before), count + 1)
         self.assertEqual(["restore"], after)
         self.assert_nothing_left()
+
+
+@contextlib.contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """Meanwhile a process does nothing."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def cancelled_after(count: int) -> Callable[[], None]:
+    """Somebody waits, and has enough of it when asked so often."""
+    asked = iter(range(count))
+
+    def waiting() -> None:
+        if next(asked, None) is None:
+            raise exception.MigrationCancelled(instance=INSTANCE, reason="it was cancelled")
+
+    return waiting
 
 
 @contextlib.contextmanager

@@ -3,11 +3,13 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from struct import pack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nova_dmigrate.stream.elements import Delta, Element, Opaque, PageRun, RamSetup, ZeroRun
+from nova_dmigrate.stream.format import Command
 from nova_dmigrate.stream.reader import StreamParser
 from tests.unit.stream.builder import DEVICES, StreamBuilder, page_contents
 
@@ -100,6 +102,13 @@ class FakeGuest:
                 else:
                     builder.zeros(0, run * PAGE)
             builder.finish()
+
+
+def advised(stream: bytes) -> bytes:
+    """A stream whose QEMU has said that it may begin post-copy."""
+    begin = len(StreamBuilder().header().configuration().data())
+    command = StreamBuilder().command(Command.POSTCOPY_ADVISE, pack(">QQ", PAGE, PAGE)).data()
+    return stream[:begin] + command + stream[begin:]
 
 
 def received_memory(stream: bytes, ram_pages: int) -> tuple[NDArray[np.uint8], bytes]:

@@ -5,18 +5,15 @@ import dataclasses
 import socket
 import threading
 from collections.abc import Callable
-from struct import pack
 from typing import Any
 
 import numpy as np
 
 from nova_dmigrate import exception
 from nova_dmigrate.relay.session import RelaySettings
-from nova_dmigrate.stream.format import Command
-from tests.unit.relay.guest import PAGE, FakeGuest
+from tests.unit.relay.guest import PAGE, FakeGuest, advised
 from tests.unit.relay.pair import HANGS, MIB, Cutter, Pair
 from tests.unit.relay.support import PairTestCase
-from tests.unit.stream.builder import StreamBuilder
 
 #: A guest whose stream is larger than all buffers on its way.
 PAGES = 4096
@@ -254,13 +251,6 @@ class TestPostCopy(EndingTestCase):
         pair.start()
         pair.join()
         self.assert_delivered(pair)
-
-
-def advised(stream: bytes) -> bytes:
-    """A stream whose QEMU has said that it may begin post-copy."""
-    begin = len(StreamBuilder().header().configuration().data())
-    command = StreamBuilder().command(Command.POSTCOPY_ADVISE, pack(">QQ", PAGE, PAGE)).data()
-    return stream[:begin] + command + stream[begin:]
 
 
 class TestIdle(EndingTestCase):
