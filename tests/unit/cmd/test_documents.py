@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference of the commands has all that they take."""
+
+import configparser
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import base
+
+ROOT = Path(__file__).parents[3]
+CHAPTER = ROOT / "doc/source/user/cli.rst"
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z_-]+")
+#: Of oslo.log and oslo.config, told by their documentation.
+FOREIGN = {
+    *("--log-config", "--log_config", "--log-config-append", "--log-date-format", "--logdir"),
+    *("--logfile", "--nodebug", "--nouse-journal", "--nouse-json", "--nouse-syslog"),
+    *("--shell_completion", "--syslog-log-facility", "--use-json", "--use-syslog"),
+}
+COMMANDS = {
+    "cli.app": ("migrate", "check", "history", "show", "report"),
+    "status": (),
+    "host": (),
+    "relay": (),
+    "agent": ("serve", "check", "map", "warm-up", "restore", "grants"),
+}
+
+
+class ReferenceTest(base.TestCase):
+    def test_every_program_is_in_it(self) -> None:
+        setup = configparser.ConfigParser(interpolation=None)
+        setup.read(ROOT / "setup.cfg")
+        scripts = dict(
+            line.split(" = ")
+            for line in setup["entry_points"]["console_scripts"].strip().splitlines()
+        )
+        modules = {f"nova_dmigrate.cmd.{module}:main" for module in COMMANDS}
+        self.assertEqual(modules, set(scripts.values()))
+        text = CHAPTER.read_text()
+        for name in scripts:
+            self.assertIn(f"\n{name}\n{'=' * len(name)}\n", text)
+
+    def test_every_command_and_option_is_in_it(self) -> None:
+        text = CHAPTER.read_text()
+        told = set(_OPTION.findall(text))
+        for module, commands in COMMANDS.items():
+            known = set(_OPTION.findall(help_of(module)))
+            for command in commands:
+                # Without a word in between: what stands there may be of another program
+                self.assertRegex(text, rf"(?m)^(nova-dmigrate |``){command}\b")
+                known |= set(_OPTION.findall(help_of(module, command)))
+            self.assertEqual(set(), known - told - FOREIGN, module)
+
+
+def help_of(module: str, *command: str) -> str:
+    """What a program says to --help."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", f"nova_dmigrate.cmd.{module}", *command, "--help"],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "200"},  # no option is broken at a line's end
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return done.stdout
