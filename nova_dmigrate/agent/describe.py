@@ -29,6 +29,13 @@ _CAPABILITIES = {
 _FLUSH_METHOD = "innodb_flush_method"
 _BUFFERING = "innodb_data_file_buffering"  # MariaDB 11
 _POOL_SIZE = "innodb_buffer_pool_size"
+# Seconds for a statement: while health is found out, nothing else is answered over a port
+_HEALTH_PATIENCE = 2.0
+# Handler_commit is not what clients have committed: it has each statement of a transaction as well,
+# and all of it twice where there is a binary log
+_COMMITS = "Com_commit"
+# Unlike Questions with what stored programs and events do
+_QUERIES = "Queries"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +144,11 @@ def inspect_health(
     login: database.Login, connect: Connect = database.connect
 ) -> messages.ServerHealth:
     """Whether a server answers, and what it says of itself."""
+    login = dataclasses.replace(login, timeout=min(login.timeout, _HEALTH_PATIENCE))
     try:
         with connect(login) as server:
-            status = server.status(["Uptime", "Threads_running"])
+            latency = server.latency()
+            status = server.status(["Uptime", "Threads_running", _COMMITS, _QUERIES])
             pool = server.pool()
     except exception.ServerError as error:
         return messages.ServerHealth(login.socket, False, str(error)[:1000], None, None, None)
@@ -150,6 +159,9 @@ def inspect_health(
         uptime=float(status.get("Uptime", 0)),
         dirty_share=pool.dirty_share,
         threads_running=int(status.get("Threads_running", 0)),
+        commits=int(status.get(_COMMITS, 0)),
+        queries=int(status.get(_QUERIES, 0)),
+        latency_ms=round(1000 * latency, 3),
     )
 
 

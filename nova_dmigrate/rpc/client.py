@@ -94,8 +94,9 @@ class AgentClient:
         result: messages.Description = self._caller.call("describe", messages.Nothing())
         return result
 
-    def health(self) -> messages.Health:
-        result: messages.Health = self._caller.call("health", messages.Nothing())
+    def health(self, attempts: int | None = None) -> messages.Health:
+        """:param attempts: how often it is asked at most; None for as often as anything."""
+        result: messages.Health = self._caller.call("health", messages.Nothing(), attempts)
         return result
 
     def prepare(

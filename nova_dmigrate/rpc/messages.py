@@ -25,7 +25,7 @@ from nova_dmigrate.rpc.fields import (
 )
 from nova_dmigrate.rpc.protocol import Method, Protocol
 
-VERSION = "1.1"
+VERSION = "1.2"
 
 # Bytes. A chunk is carried as base64 within JSON; the largest message is one with a chunk.
 MAX_CHUNK_BYTES = 1 << 20
@@ -189,7 +189,12 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class ServerHealth:
-    """``uptime``: seconds, None if the server could not be asked; then ``message`` says why."""
+    """``uptime``: seconds, None if the server could not be asked; then ``message`` says why.
+
+    ``commits``, ``queries``: COMMIT statements, and statements of all kinds, since the server was
+    started. ``latency_ms``: milliseconds that a statement which does nothing took, as the agent
+    saw it. Since version 1.2.
+    """
 
     name: str = checked(_NAME)
     healthy: bool = checked(boolean)
@@ -197,6 +202,9 @@ class ServerHealth:
     uptime: float | None = checked(optional(number(0, _FOREVER)))
     dirty_share: float | None = checked(optional(_SHARE))
     threads_running: int | None = checked(optional(integer(0, 1 << 32)))
+    commits: int | None = checked(optional(integer(0, 1 << 64)), default=None)
+    queries: int | None = checked(optional(integer(0, 1 << 64)), default=None)
+    latency_ms: float | None = checked(optional(number(0, _FOREVER)), default=None)
 
 
 @dataclasses.dataclass(frozen=True)

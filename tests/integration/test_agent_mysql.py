@@ -110,6 +110,21 @@ class AnyServer(base.TestCase):
         with database.connect(self.login("not_yet", "PASSWORD")) as opened:
             self.assertTrue(opened.may_set_globals())
 
+    def test_its_health_tells_what_it_has_done(self) -> None:
+        login = self.login(database.DEFAULT_USER, "a password")
+        before = describe.inspect_health(login)
+        mysql56.execute(self.socket, *["COMMIT"] * 3, *["SELECT 1"] * 20)
+        after = describe.inspect_health(login)
+        self.assertTrue(after.healthy, after.message)
+        for one, other, least in (
+            (before.commits, after.commits, 3),
+            (before.queries, after.queries, 23),
+        ):
+            assert one is not None and other is not None
+            self.assertGreaterEqual(other - one, least)
+        assert after.latency_ms is not None
+        self.assertGreater(after.latency_ms, 0)
+
     def test_a_wrong_password_is_told(self) -> None:
         login = self.login(database.DEFAULT_USER, "wrong")
         error = self.assertRaises(exception.ServerError, database.connect, login)

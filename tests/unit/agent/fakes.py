@@ -82,7 +82,11 @@ class FakeDatabase:
         return {name: self._server.values[name] for name in names if name in self._server.values}
 
     def status(self, names: Sequence[str]) -> dict[str, str]:
-        return {"Uptime": str(self._server.uptime)}
+        figures = {"Uptime": self._server.uptime, "Com_commit": 7, "Queries": 90}
+        return {name: str(figures[name]) for name in names if name in figures}
+
+    def latency(self) -> float:
+        return 0.0015
 
     def pool(self) -> PoolStatus:
         return PoolStatus(page_bytes=16384, total=2000, data=1000, dirty=self._server.dirty)

@@ -131,3 +131,4 @@ class DescribeTest(base.TestCase):
             lambda login: self.made(self.server, login),  # type: ignore[arg-type, return-value]
         )
         self.assertEqual((True, 1000.0, 0.5), (well.healthy, well.uptime, well.dirty_share))
+        self.assertEqual((7, 90, 1.5), (well.commits, well.queries, well.latency_ms))
