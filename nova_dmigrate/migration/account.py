@@ -6,9 +6,10 @@ from datetime import datetime, timezone
 
 from nova_dmigrate import exception
 from nova_dmigrate.findings import Finding
+from nova_dmigrate.migration.database_series import DatabaseSample
 from nova_dmigrate.migration.job import Job
 from nova_dmigrate.migration.relayed import RelayedMigration, Report
-from nova_dmigrate.migration.summary import DMIGRATE, ORDINARY, MigrationSummary
+from nova_dmigrate.migration.summary import DMIGRATE, ORDINARY, MigrationSummary, Row
 
 
 class Account:
@@ -33,6 +34,7 @@ class Account:
         self._mapping_s: float | None = None
         self._without_volumes: exception.FallBack | None = None
         self._relays: dict[str, Report] = {}
+        self._database: tuple[DatabaseSample, ...] = ()
         self.phases = Phases()
         self.relay_failure: str | None = None
 
@@ -55,8 +57,9 @@ class Account:
             self._without_volumes = relayed.without_volumes()
 
     def note_relays(self, relayed: RelayedMigration) -> None:
-        """It has been left: what its relays have told."""
+        """It has been left: what its relays have told, and the database meanwhile."""
         self._relays, self.relay_failure = relayed.reports, relayed.failure
+        self._database = relayed.database_samples
 
     def summary(
         self, state: str, error: str | None, fallback: exception.FallBack | None, job: Job
@@ -68,7 +71,6 @@ class Account:
         :param job: the last that libvirt has told.
         """
         source = self._relays.get("source", {}) if fallback is None else {}
-        destination = self._relays.get("destination", {}) if fallback is None else {}
         reason = fallback or self._without_volumes
         return MigrationSummary(
             id=self._id,
@@ -95,21 +97,37 @@ class Account:
             phases=self.phases.seconds(),
             findings=self._findings,
             libvirt=job.statistics,
-            series={
-                role: tuple(relay["series"])
-                for role, relay in (("source", source), ("destination", destination))
-                if relay.get("series")
-            },
+            series={} if fallback is not None else self._series(),
         )
+
+    def _series(self) -> dict[str, tuple[Row, ...]]:
+        relays = {
+            role: tuple(relay["series"])
+            for role, relay in self._relays.items()
+            if relay.get("series")
+        }
+        rows = tuple(
+            {
+                "t": round(each.moment - self.phases.began, 3),
+                "commits": each.commits,
+                "queries": each.queries,
+                "latency_ms": each.latency_ms,
+            }
+            for each in self._database
+        )
+        return {**relays, "database": rows} if rows else relays
 
 
 class Phases:
-    """Seconds by phase. The phase "ended" takes none."""
+    """Seconds by phase. The phase "ended" takes none.
+
+    :ivar began: monotonic seconds.
+    """
 
     def __init__(self) -> None:
-        self._began = time.monotonic()
+        self.began = time.monotonic()
         self._ended: float | None = None
-        self._since = self._began
+        self._since = self.began
         self._seconds: dict[str, float] = {}
         self.current = "checking"
 
@@ -122,7 +140,7 @@ class Phases:
 
     @property
     def elapsed(self) -> float:
-        return (self._ended or time.monotonic()) - self._began
+        return (self._ended or time.monotonic()) - self.began
 
     def seconds(self) -> dict[str, float]:
         return {phase: round(seconds, 3) for phase, seconds in self._seconds.items()}

@@ -16,6 +16,7 @@ from typing import Any
 from nova_dmigrate import exception
 from nova_dmigrate.buffermap import PAGE_SIZE, MapLimits
 from nova_dmigrate.findings import Finding
+from nova_dmigrate.migration.database_series import DatabaseSample, DatabaseSeries
 from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.guest_map import GuestMapFetch
 from nova_dmigrate.migration.prepared_database import PreparedDatabase
@@ -129,6 +130,9 @@ class RelayedMigration:
         self._held = False
         self.downtime_limit = downtime_limit
         self._applied: int | None = None
+        self._database = DatabaseSeries(
+            lambda: peers.agent(peers.source), lambda: peers.agent(peers.destination)
+        )
         self.reports: dict[str, Report] = {}
 
     def __enter__(self) -> "RelayedMigration":
@@ -175,6 +179,11 @@ class RelayedMigration:
         return self._mapping.findings if self._mapping is not None else ()
 
     @property
+    def database_samples(self) -> tuple[DatabaseSample, ...]:
+        """How the database has fared, when it has been left; empty if that is not known."""
+        return self._database.samples
+
+    @property
     def applied_downtime_limit(self) -> int | None:
         """QEMU's limit at this moment, in milliseconds; None if it was not set."""
         return self._applied if self._applied is not None else _HELD if self._held else None
@@ -187,6 +196,8 @@ class RelayedMigration:
             as QEMU has not begun.
         """
         self._hand_over_map()
+        if self._database.astray and not self._guest.runs_here():
+            self._database.moved()  # post-copy: libvirt is not done yet
         told = self._sessions.look()
         if told is not None:
             self._told, self._heard = told, time.monotonic()
@@ -216,10 +227,13 @@ class RelayedMigration:
     def _open(self, stack: contextlib.ExitStack) -> None:
         agent = stack.enter_context(self._peers.agent(self._peers.source))
         database = PreparedDatabase(agent, self._settings.lease)
-        # The last thing that is done: the guest is where it will be by then.
+        # The last thing that is done: it takes its time, and nothing else waits for it.
+        stack.callback(self._database.stop)
+        # The guest is where it will be by then.
         stack.callback(self._restore, database)
         stack.enter_context(self._files())
         self._look_at_guest(agent)
+        self._database.start()
         self._mapping = stack.enter_context(self._fetch_map(agent, database))
         stack.callback(self._close_sessions)
         # The first thing: to close what there is may take seconds
@@ -321,6 +335,7 @@ class RelayedMigration:
         """An agent that has gone with its guest is not asked at the source any more."""
         if not self._guest.runs_here():
             database.let_go()
+            self._database.moved()
 
     def _close_sessions(self) -> None:
         self.reports = self._sessions.close()

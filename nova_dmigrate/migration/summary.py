@@ -72,7 +72,9 @@ class MigrationSummary:
         was.
     :ivar phases: seconds by phase, in their order.
     :ivar findings: what was found on the way.
-    :ivar series: rows of the ``source`` and the ``destination`` relay, oldest first.
+    :ivar series: rows of the ``source`` and the ``destination`` relay, oldest first, and of the
+        ``database``, whose ``t`` counts from the request, with cumulative ``commits`` and
+        ``queries``, and ``latency_ms``.
     :ivar libvirt: libvirt's statistics of the job, by its own names.
     """
 

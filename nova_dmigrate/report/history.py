@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reports of migrations that have been: what their summaries tell, without a database's figures."""
+"""Reports of migrations that have been: what their summaries tell."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,34 @@ def _series(summary: MigrationSummary) -> dict[str, Any]:
         "network": list(_points(rows, "wire_bytes", begin)),
         "volume": list(_points(rows, "volume_bytes", begin)),
     }
+    series |= _database_series(summary.series.get("database") or ())
     end = _last_growth(series["network"])
     if end is not None and summary.state == COMPLETED and summary.downtime_ms is not None:
         # The end of QEMU's stream is sent while the guest stands still; nothing comes after it
         series["downtime"] = [end - summary.downtime_ms / 1000, end]
     return series
+
+
+def _database_series(rows: Sequence[Row]) -> dict[str, Any]:
+    """The rates of what an agent has counted, and how quickly the database has answered.
+
+    Without one COMMIT there is no rate of transactions: each statement is one.
+    """
+    made = {
+        "tps": list(_rates(_points(rows, "commits", 0))),
+        "qps": list(_rates(_points(rows, "queries", 0))),
+        "latency_ms": list(_points(rows, "latency_ms", 0)),
+    }
+    if not any(rate for _, rate in made["tps"]):
+        del made["tps"]
+    return {name: points for name, points in made.items() if points}
+
+
+def _rates(points: Iterable[Sequence[float]]) -> Iterable[list[float]]:
+    """Growth a second, in the middle of each two moments."""
+    for (begin, before), (end, after) in itertools.pairwise(points):
+        if begin < end and before <= after:
+            yield [(begin + end) / 2, (after - before) / (end - begin)]
 
 
 def _seconds_before(summary: MigrationSummary) -> float:

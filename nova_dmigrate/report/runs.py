@@ -8,6 +8,8 @@ seconds since the migration began (before it they are negative):
     ``[[t, bytes], ...]``, bytes that each of the two has carried until then.
 ``tps``
     ``[[t, transactions a second], ...]``
+``qps``
+    ``[[t, statements a second], ...]``
 ``latency_ms``
     ``[[t, milliseconds], ...]``
 ``downtime``
@@ -27,7 +29,7 @@ DMIGRATE, PRE_COPY = "dmigrate", "pre-copy"
 #: The modes in the order of reports; ``ordinary`` is one of which only that is known.
 MODES = (PRE_COPY, "auto-converge", "post-copy", "multifd-zstd", "ordinary", DMIGRATE)
 #: Series of pairs; ``downtime`` is the only other one.
-SERIES = ("network", "volume", "tps", "latency_ms")
+SERIES = ("network", "volume", "tps", "qps", "latency_ms")
 
 _TEXT, _FLAG, _NUMBER = "a text", "true or false", "a number"
 #: What ``report.json`` says of a run, in its order. This is stable.

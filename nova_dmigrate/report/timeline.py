@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happened when: the runs of one group side by side, on the same axes.
 
-From above: throughput by path, the database's throughput, its latency. The migration is shaded,
-its downtime marked.
+From above: throughput by path, the database's throughput (transactions, statements), its latency.
+The migration is shaded, its downtime marked.
 """
 
 import math
@@ -28,9 +28,10 @@ _LEGEND_WIDTH = 1.7
 TITLES = {
     "paths": "throughput by path",
     "tps": "database throughput",
+    "qps": "database queries",
     "latency_ms": "database latency",
 }
-_UNITS = {"paths": "MB/s", "tps": "transactions/s", "latency_ms": "ms"}
+_UNITS = {"paths": "MB/s", "tps": "transactions/s", "qps": "queries/s", "latency_ms": "ms"}
 
 Floats = NDArray[np.float64]
 
@@ -47,7 +48,7 @@ def rows_of(runs: Sequence[Run]) -> list[str]:
         return any(run["series"].get(name) for run in runs for name in names)
 
     rows = ["paths"] if any_has("network", "volume") else []
-    return rows + [name for name in ("tps", "latency_ms") if any_has(name)]
+    return rows + [name for name in ("tps", "qps", "latency_ms") if any_has(name)]
 
 
 def figure(title: str, names: Sequence[str], runs: Sequence[Run]) -> Figure:
@@ -93,11 +94,11 @@ def _draw(axes: Axes, kind: str, run: Run) -> None:
         return
     points = run["series"].get(kind)
     if points:
-        colour = palette.THROUGHPUT if kind == "tps" else palette.LATENCY
+        colour = palette.LATENCY if kind == "latency_ms" else palette.THROUGHPUT
         axes.plot(*zip(*sorted(map(tuple, points)), strict=True), color=colour)
-    if kind == "tps":
+    if kind != "latency_ms":
         axes.set_ylim(bottom=0)
-        if run["tps_before"]:
+        if kind == "tps" and run["tps_before"]:
             axes.axhline(0.9 * run["tps_before"], color="black", linestyle="-.", linewidth=1)
     elif points and min(value for _, value in points) > 0:
         # From milliseconds to seconds of a stall: linear, only the stall would be seen

@@ -2,6 +2,8 @@
 """Whole migrations of a database guest between two libvirt hosts, as an operator orders them."""
 
 import contextlib
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +13,12 @@ from nova_dmigrate import exception
 from nova_dmigrate.migration.progress import Progress
 from nova_dmigrate.migration.request import Mode
 from nova_dmigrate.migration.summary import MigrationSummary
+from nova_dmigrate.report import history
 from tests import base
 from tests.guests.fallbacks import CASES, Case, Place
 from tests.lab import database_guest, database_image, processes
 from tests.lab.database_guest import DatabaseSpec
+from tests.lab.demo.clients import ROOT
 from tests.lab.demo.services import MigrationServices
 from tests.lab.domains import Domain
 from tests.lab.libvirt_hosts import LibvirtHosts
@@ -132,6 +136,32 @@ class TestOrchestration(base.TestCase):
         for phase in ("checking", "waiting", "starting relays", "mapping", "migrating"):
             self.assertIn(phase, summary.phases)
         self.assertGreater(summary.mapping_s, 1)
+        self.check_database_series(summary)
+
+    def check_database_series(self, summary: MigrationSummary) -> None:
+        """The database was seen before and after the switchover, and a report shows it."""
+        rows = summary.series["database"]
+        begin, end = history.run_of(summary)["series"]["downtime"]
+        self.assertLess(rows[0]["t"], begin, rows)
+        self.assertGreater(rows[-1]["t"], end, rows)
+        counted = [row["queries"] for row in rows]
+        self.assertEqual(sorted(counted), counted)
+        self.assertGreater(counted[-1], 0)
+        path = self.directory / "report.html"
+        reported = subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "nova_dmigrate.cmd.cli.app"]
+            + ["--config-file", str(self.directory / "operator.conf")]
+            + ["report", summary.id, "--output", str(path)],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        self.assertEqual(0, reported.returncode, reported.stderr)
+        self.assertIn(
+            "throughput by path, database queries, database latency. The downtime is marked.",
+            path.read_text(),
+        )
 
     def test_and_back_while_the_map_is_on_its_way(self) -> None:
         before = self.settings()

@@ -145,6 +145,13 @@ class TimelineTest(base.TestCase):
         bare = make_run(network_mb_s=None, tps_before=None, series={"network": [[0, 0], [1, 1]]})
         self.assertEqual(["network", "volume", "migration"], legend(bare))
 
+    def test_statements_have_a_panel_of_their_own(self) -> None:
+        series = {"tps": [[0, 5], [1, 6]], "qps": [[0, 50], [1, 60]], "latency_ms": [[0, 1]]}
+        axes = self.figure(make_run(series=series))
+        for panel, unit in zip(axes, ("transactions/s", "queries/s", "ms"), strict=True):
+            self.assertIn(unit, panel.get_ylabel())
+        self.assertEqual(0, axes[1].get_ylim()[0])
+
     def test_rows_without_data_are_left_out(self) -> None:
         axes = self.figure(make_run(series={"tps": [[0, 5], [1, 6]]}))
         self.assertEqual(1, len(axes))
