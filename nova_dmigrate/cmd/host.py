@@ -101,6 +101,7 @@ def service_settings_from(
         max_relays=host.max_relays,
         qemu_user=os.geteuid() if owner == qemu_account.OWN else owner[0],
         volume_directories=tuple(host.volume_directories),
+        rbd_images=tuple(host.rbd_images),
         map_directories=tuple(host.map_directories) or (f"{host.state_directory}/maps",),
         channel_directories=tuple(host.channel_directories),
     )

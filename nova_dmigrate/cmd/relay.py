@@ -33,6 +33,7 @@ from nova_dmigrate.relay.session import (
     parse_session,
 )
 from nova_dmigrate.relay.source import SourceRelay
+from nova_dmigrate.volumes import VolumeAccess
 
 LOG = log.getLogger(__name__)
 
@@ -71,6 +72,12 @@ def settings_from(config: cfg.ConfigOpts) -> RelaySettings:
         volume_merge_gap=volume.merge_gap * _KIB,
         volume_bandwidth=volume.bandwidth * _MIB,
         volume_error_limit=volume.error_limit,
+        volume_access=VolumeAccess(
+            timeout=volume.timeout,
+            rbd_user=volume.rbd_user,
+            rbd_configuration=volume.rbd_configuration,
+            rbd_keyring=volume.rbd_keyring,
+        ),
         max_map_pages=buffer_map.max_pages,
         max_map_volumes=buffer_map.max_volumes,
         max_map_chunk_size=buffer_map.max_chunk_size * _KIB,

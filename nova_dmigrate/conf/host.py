@@ -142,6 +142,17 @@ guests are not libvirt's.
 """,
     ),
     cfg.ListOpt(
+        "rbd_images",
+        default=["*/volume-*"],
+        help="""
+Which RBD images relays read: ``POOL/IMAGE``, or ``POOL/NAMESPACE/IMAGE``, in
+which ``*`` stands for any text but ``/``.
+
+Name the pools of your volumes, as in ``volumes/volume-*``. Empty allows whatever
+the Ceph client may read (``[volume]rbd_user``).
+""",
+    ),
+    cfg.ListOpt(
         "map_directories",
         default=[],
         help="""

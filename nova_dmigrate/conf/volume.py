@@ -73,4 +73,42 @@ Every single error already costs only the pages of that read; the limit keeps a
 broken volume from costing its time-out again and again.
 """,
     ),
+    cfg.FloatOpt(
+        "timeout",
+        default=5,
+        min=1,
+        max=600,
+        help="""
+Seconds after which network storage (Ceph) that has not answered counts as
+failed: a read then is an error, and a volume that is being opened is not read.
+""",
+    ),
+    cfg.StrOpt(
+        "rbd_user",
+        default="",
+        help="""
+The Ceph client, without ``client.``, as which relays read RBD images. One of
+their own needs no more than the capabilities ``mon 'profile rbd'`` and
+``osd 'profile rbd-read-only'`` for the pools of the volumes.
+
+Empty takes the client that the guest's QEMU uses, whose keyring has to be on this
+host then.
+""",
+    ),
+    cfg.StrOpt(
+        "rbd_configuration",
+        default="",
+        help="""
+Ceph's configuration file. Empty takes ``/etc/ceph/CLUSTER.conf``; where there is
+none, the monitors that Nova knows of the volume are asked.
+""",
+    ),
+    cfg.StrOpt(
+        "rbd_keyring",
+        default="",
+        help="""
+The keyring that the client's key is in. Empty leaves it to Ceph's configuration,
+by default ``/etc/ceph/CLUSTER.client.NAME.keyring``.
+""",
+    ),
 ]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nova_dmigrate import exception
+from nova_dmigrate.volumes import RbdLocation
 
 
 def volume_location(location: str, allowed: Sequence[str]) -> str:
@@ -24,6 +25,28 @@ def volume_location(location: str, allowed: Sequence[str]) -> str:
             reason=f"volumes at {location} are not read on this host", code="volume-not-allowed"
         )
     return real
+
+
+def rbd_image(location: str, allowed: Sequence[str]) -> None:
+    """See that an RBD image may be read.
+
+    :param allowed: names of images with ``*``; empty allows all.
+    :raises RequestRefused: it may not, or the location names files, which are this host's matter.
+    """
+    try:
+        place = RbdLocation.parse(location)
+    except ValueError as error:
+        raise exception.RequestRefused(reason=str(error), code="volume-not-allowed") from error
+    # Ceph's configuration can name libraries to be loaded and files to be written
+    if place.configuration or place.keyring:
+        raise exception.RequestRefused(
+            reason=f"{location} names files: Ceph's configuration and keyring are the host's own",
+            code="volume-not-allowed",
+        )
+    if allowed and not any(_matches(place.name, entry) for entry in allowed):
+        raise exception.RequestRefused(
+            reason=f"RBD image {place.name} is not read on this host", code="volume-not-allowed"
+        )
 
 
 def map_file(path: str, allowed: Sequence[str]) -> str:
@@ -86,11 +109,14 @@ def _is_below(real: str, entry: str) -> bool:
 
 
 def _is_device(location: str, real: str, entry: str) -> bool:
-    path = os.path.normpath(location)
-    # "*" does not stand for further directories
-    if path.count("/") != entry.count("/") or not fnmatch.fnmatchcase(path, entry):
+    if not _matches(os.path.normpath(location), entry):
         return False
     try:
         return real.startswith("/dev/") and stat.S_ISBLK(os.stat(real).st_mode)
     except OSError:
         return False
+
+
+def _matches(name: str, entry: str) -> bool:
+    """``*`` does not stand for a further ``/``."""
+    return name.count("/") == entry.count("/") and fnmatch.fnmatchcase(name, entry)

@@ -33,7 +33,7 @@ from nova_dmigrate.rpc.host_messages import (
     SummaryChunk,
     UseMap,
 )
-from nova_dmigrate.volumes import DRIVERS
+from nova_dmigrate.volumes import DRIVERS, usable_drivers
 
 #: Drivers whose location is a path on the host.
 _PATH_DRIVERS = ("block",)
@@ -55,6 +55,7 @@ class ServiceSettings:
     max_relays: int
     qemu_user: int
     volume_directories: Sequence[str] = ()
+    rbd_images: Sequence[str] = ()
     map_directories: Sequence[str] = ()
     channel_directories: Sequence[str] = ()
 
@@ -90,7 +91,7 @@ class HostService:
             wire_versions=VERSIONS,
             incarnation=self._incarnation,
             tls=self._settings.tls,
-            drivers=tuple(sorted(DRIVERS)),
+            drivers=usable_drivers(),
             relays=self._sessions.running,
             max_relays=self._settings.max_relays,
             queued=self._sessions.queued,
@@ -111,6 +112,8 @@ class HostService:
             location = volume.location
             if volume.driver in _PATH_DRIVERS:
                 location = permissions.volume_location(location, self._settings.volume_directories)
+            elif volume.driver == "rbd":
+                permissions.rbd_image(location, self._settings.rbd_images)
             volumes.append(
                 {"volume_id": volume.volume_id, "driver": volume.driver, "location": location}
             )

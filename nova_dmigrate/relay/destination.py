@@ -86,7 +86,7 @@ class DestinationRelay:
         """
         for spec in self._session.volumes:
             try:
-                self._readers[spec.volume_id] = open_volume(spec)
+                self._readers[spec.volume_id] = open_volume(spec, self._settings.volume_access)
             except exception.VolumeError as error:
                 LOG.warning(
                     "Instance %s: pages of this volume will travel over the network: %s",

@@ -11,7 +11,7 @@ from nova_dmigrate import exception
 from nova_dmigrate.buffermap import MapLimits
 from nova_dmigrate.relay.wire.handshake import Credentials
 from nova_dmigrate.relay.wire.tls import TlsSettings
-from nova_dmigrate.volumes import VolumeSpec
+from nova_dmigrate.volumes import VolumeAccess, VolumeSpec
 
 _MIB = 1 << 20
 _TOKEN_SIZE = 32
@@ -41,6 +41,7 @@ class RelaySettings:
     volume_merge_gap: int = 64 << 10
     volume_bandwidth: float = 0.0
     volume_error_limit: int = 64
+    volume_access: VolumeAccess = VolumeAccess()
     max_map_pages: int = 1 << 26
     max_map_volumes: int = 16
     max_map_chunk_size: int = _MIB
@@ -128,7 +129,7 @@ def parse_session(
     the host; ``tls``, an object with ``peer_name`` and optionally ``ca``, ``certificate``, ``key``;
     optionally ``control_socket`` and ``summary``. Source only: optionally ``buffer_map`` with
     ``memory_layout``. Destination only: optionally ``volumes``, a list of ``volume_id``,
-    ``driver``, ``location``.
+    ``driver``, ``location`` and optionally ``secret``.
 
     :raises SessionError: something is missing, unknown, of the wrong type, or not allowed here.
     """
@@ -200,6 +201,13 @@ class _Description:
             raise self.error(f"{key} is missing or not a text")
         return value
 
+    def optional_text(self, key: str) -> str:
+        """A text that may be missing; then it is empty."""
+        if self._data.get(key) is not None:
+            return self.text(key)
+        self._data.pop(key, None)
+        return ""
+
     def path(self, key: str, directory: Path | None = None, name: str = "") -> Path | None:
         """A path that may be missing; then it is ``name`` in ``directory``, if there is one."""
         if self._data.get(key) is not None:
@@ -258,7 +266,12 @@ class _Description:
         for number, item in enumerate(value):
             inner = self._inner(item, f"volumes[{number}]")
             specs.append(
-                VolumeSpec(inner.text("volume_id"), inner.text("driver"), inner.text("location"))
+                VolumeSpec(
+                    volume_id=inner.text("volume_id"),
+                    driver=inner.text("driver"),
+                    location=inner.text("location"),
+                    secret=inner.optional_text("secret"),
+                )
             )
             inner.nothing_left()
         return tuple(specs)

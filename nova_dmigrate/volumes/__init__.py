@@ -4,25 +4,44 @@
 from collections.abc import Callable
 
 from nova_dmigrate import exception
-from nova_dmigrate.volumes.base import BLOCK_SIZE, VolumeReader, VolumeSpec, aligned_buffer
+from nova_dmigrate.volumes import rbd
+from nova_dmigrate.volumes.base import (
+    BLOCK_SIZE,
+    VolumeAccess,
+    VolumeReader,
+    VolumeSpec,
+    aligned_buffer,
+)
 from nova_dmigrate.volumes.block import BlockReader
+from nova_dmigrate.volumes.rbd import RbdReader
+from nova_dmigrate.volumes.rbd_location import RbdLocation
 
 __all__ = [
     "BLOCK_SIZE",
     "DRIVERS",
     "BlockReader",
+    "RbdLocation",
+    "RbdReader",
+    "VolumeAccess",
     "VolumeReader",
     "VolumeSpec",
     "aligned_buffer",
     "open_volume",
+    "usable_drivers",
 ]
 
-DRIVERS: dict[str, Callable[[VolumeSpec], VolumeReader]] = {
-    "block": BlockReader,
+DRIVERS: dict[str, Callable[[VolumeSpec, VolumeAccess], VolumeReader]] = {
+    "block": lambda spec, _: BlockReader(spec),
+    "rbd": RbdReader,
 }
 
 
-def open_volume(spec: VolumeSpec) -> VolumeReader:
+def usable_drivers() -> tuple[str, ...]:
+    """Those of which this host has the libraries."""
+    return tuple(sorted(name for name in DRIVERS if name != "rbd" or rbd.usable()))
+
+
+def open_volume(spec: VolumeSpec, access: VolumeAccess) -> VolumeReader:
     """Open a volume with the driver that its specification names.
 
     :raises VolumeOpenError: if there is no such driver, or it cannot open the volume.
@@ -33,4 +52,4 @@ def open_volume(spec: VolumeSpec) -> VolumeReader:
         raise exception.VolumeOpenError(
             volume=spec.volume_id, reason=f"there is no driver {spec.driver!r}; known: {known}"
         )
-    return driver(spec)
+    return driver(spec, access)

@@ -18,11 +18,30 @@ BLOCK_SIZE = 4096
 
 @dataclasses.dataclass(frozen=True)
 class VolumeSpec:
-    """How to reach a volume: its id, the name of the driver, and where that finds it."""
+    """How to reach a volume: its id, the name of the driver, and where that finds it.
+
+    :ivar secret: the key to it, where the storage wants one; in no log.
+    """
 
     volume_id: str
     driver: str
     location: str
+    secret: str = dataclasses.field(default="", repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class VolumeAccess:
+    """How this host reaches network storage, whatever it is told of a volume.
+
+    :ivar timeout: seconds after which storage that does not answer has failed.
+    :ivar rbd_user, rbd_configuration, rbd_keyring: this host's account with Ceph; empty for what
+        the volume's location says.
+    """
+
+    timeout: float = 5.0
+    rbd_user: str = ""
+    rbd_configuration: str = ""
+    rbd_keyring: str = ""
 
 
 class VolumeReader(abc.ABC):

@@ -8,6 +8,7 @@ import uuid
 from pathlib import Path
 
 from nova_dmigrate.rpc import host_messages
+from nova_dmigrate.volumes import usable_drivers
 from tests.integration.host_base import Hosts
 from tests.lab.broker import free_ports
 from tests.lab.relays import wait_until
@@ -51,7 +52,7 @@ class SessionsTest(Hosts):
         state = self.client_of(self.one).hello()
         self.assertEqual(("one", "127.0.0.1"), (state.host, state.migration_address))
         self.assertEqual((False, False), (state.tls, state.draining))
-        self.assertEqual((("block",), 2), (state.drivers, state.max_relays))
+        self.assertEqual((usable_drivers(), 2), (state.drivers, state.max_relays))
         self.assertEqual(str(self.one.sockets), state.socket_directory)
 
     def test_opening_twice_opens_once(self) -> None:

@@ -19,6 +19,7 @@ from oslo_config import cfg
 from nova_dmigrate import conf
 from nova_dmigrate.cmd import relay
 from nova_dmigrate.relay.session import RelaySettings
+from nova_dmigrate.volumes import VolumeAccess
 from tests.base import TestCase
 from tests.unit.relay.guest import FakeGuest, received_memory
 
@@ -139,6 +140,10 @@ class SettingsTest(TestCase):
                 relay__network_bandwidth=1.5,
                 volume__read_size=256,
                 volume__bandwidth=2,
+                volume__timeout=30,
+                volume__rbd_user="reader",
+                volume__rbd_configuration="/c",
+                volume__rbd_keyring="/k",
             )  # fmt: skip
         )
         self.assertEqual(32 << 20, settings.window_size)
@@ -147,6 +152,7 @@ class SettingsTest(TestCase):
         self.assertEqual(1.5 * (1 << 20), settings.network_bandwidth)
         self.assertEqual(256 << 10, settings.volume_read_size)
         self.assertEqual(2 << 20, settings.volume_bandwidth)
+        self.assertEqual(VolumeAccess(30, "reader", "/c", "/k"), settings.volume_access)
 
     def test_the_hosts_files_are_the_sessions_defaults(self) -> None:
         defaults = relay.defaults_from(self.config(wire__ca_file="/ca", wire__port=5))

@@ -48,6 +48,30 @@ class PermissionsTest(base.TestCase):
                 "volume-not-allowed", permissions.volume_location, str(path), entries
             )
 
+    def test_rbd_images_are_allowed_by_their_names(self) -> None:
+        (entries,) = (each.default for each in host.PERMISSIONS if each.name == "rbd_images")
+        own = ("volumes/volume-*", "volumes/tenant/*")
+        for location, allowed in (
+            ("volumes/volume-1", entries),
+            ("volumes/volume-1?id=cinder&cluster=ceph&mon_host=10.0.0.1:6789", entries),
+            ("volumes/volume-1", own),
+            ("volumes/volume-1@before", own),
+            ("volumes/tenant/image", own),
+            ("backups/image", ()),
+        ):
+            permissions.rbd_image(location, allowed)
+        for location, allowed in (
+            ("volumes/image-1", entries),
+            ("volumes/tenant/volume-1", entries),
+            ("backups/volume-1", own),
+            ("volumes/volume-%2f1", ("volumes/volume-?1",)),
+            ("volumes/volume-1?conf=/tmp/ceph.conf", ()),
+            ("volumes/volume-1?keyring=/tmp/keyring", ()),
+            ("volumes/volume-1?cluster=../../tmp/ceph", ()),
+            ("/dev/vdb", ()),
+        ):
+            self.assert_refused("volume-not-allowed", permissions.rbd_image, location, allowed)
+
     def test_an_allowed_directory_may_be_a_link(self) -> None:
         (self.here / "other").symlink_to(self.allowed)
         found = permissions.volume_location(

@@ -178,7 +178,7 @@ class TestLatch(PairTestCase):
         volume.write_bytes(self.memory.tobytes())
         mapped = np.arange(256, PAGES)
         stream = self.builder.begin().command(9).raw(DEVICES).data()
-        with mock.patch.dict(DRIVERS, waiting=Waiting):
+        with mock.patch.dict(DRIVERS, waiting=lambda spec, _: Waiting(spec)):
             pair = Pair(
                 directory, [stream], PAGES * PAGE, mapped, mapped, PAGES * PAGE,
                 volumes=[VolumeSpec("volume", "waiting", str(volume))], receiver=receive,

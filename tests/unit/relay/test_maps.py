@@ -322,7 +322,7 @@ class TestVolumes(MapTestCase):
         path = guest.write_volume(directory / "volume")
         spec = VolumeSpec("volume", "special", str(path))
         options.setdefault("source_settings", SETTINGS)
-        with mock.patch.dict(DRIVERS, special=make):
+        with mock.patch.dict(DRIVERS, special=lambda spec, _: make(spec)):
             pair = self.pair(guest, volumes=[spec], **options)
             pair.run()
         self.assert_exact(guest, pair)
@@ -404,7 +404,7 @@ class TestVolumes(MapTestCase):
         volume.write_bytes(memory.tobytes())
         builder = StreamBuilder([("pc.ram", PAGES * PAGE)]).begin().part()
         builder.pages(0, mapped * PAGE, memory[mapped]).finish().command(9).raw(DEVICES)
-        with mock.patch.dict(DRIVERS, special=Hung):
+        with mock.patch.dict(DRIVERS, special=lambda spec, _: Hung(spec)):
             pair = Pair(
                 directory, [builder.data()], PAGES * PAGE, mapped, mapped, PAGES * PAGE,
                 volumes=[VolumeSpec("volume", "special", str(volume))], source_settings=SETTINGS,
@@ -435,7 +435,7 @@ class TestVolumes(MapTestCase):
 
             path = guest.write_volume(self.make_directory() / "volume")
             settings = RelaySettings(volume_read_size=16 << 10, volume_queue_depth=2)
-            with mock.patch.dict(DRIVERS, late=Late):
+            with mock.patch.dict(DRIVERS, late=lambda spec, _: Late(spec)):
                 pairs.append(
                     self.pair(
                         guest,

@@ -131,6 +131,11 @@ class SessionTest(TestCase):
                         expected = "tls: ca"
                     self.assertIn(expected, str(error))
 
+    def test_a_volume_may_come_with_a_secret(self) -> None:
+        session = self.parse(role="destination", volumes=[{**VOLUME, "secret": "key"}])
+        assert isinstance(session, DestinationSession)
+        self.assertEqual((VolumeSpec("v", "block", "/dev/x", "key"),), session.volumes)
+
     def test_wrong_volumes_are_named(self) -> None:
         for volumes, named in (
             ("x", "volumes"),

@@ -8,15 +8,22 @@ class OpenVolumeTest(base.TestCase):
     def test_a_volume_is_opened_with_the_driver_of_its_specification(self):
         path = self.make_directory() / "volume"
         path.write_bytes(bytes(8192))
-        with volumes.open_volume(volumes.VolumeSpec("vol", "block", str(path))) as reader:
+        spec = volumes.VolumeSpec("vol", "block", str(path))
+        with volumes.open_volume(spec, volumes.VolumeAccess()) as reader:
             self.assertIsInstance(reader, volumes.BlockReader)
             self.assertEqual(("vol", 8192), (reader.volume_id, reader.size))
 
     def test_an_unknown_driver_is_refused_with_the_known_ones_named(self):
         error = self.assertRaises(
-            exception.VolumeOpenError, volumes.open_volume, volumes.VolumeSpec("vol", "tape", "x")
+            exception.VolumeOpenError,
+            volumes.open_volume,
+            volumes.VolumeSpec("vol", "tape", "x"),
+            volumes.VolumeAccess(),
         )
-        self.assertIn("Volume vol: there is no driver 'tape'; known: block", str(error))
+        self.assertIn("Volume vol: there is no driver 'tape'; known: block, rbd", str(error))
+
+    def test_a_secret_is_not_told(self):
+        self.assertNotIn("key", repr(volumes.VolumeSpec("vol", "rbd", "x/y", secret="key")))
 
 
 class Store(volumes.VolumeReader):
