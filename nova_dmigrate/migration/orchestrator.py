@@ -8,10 +8,11 @@ runs on exactly one side.
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 from nova_dmigrate import exception
-from nova_dmigrate.migration import preflight
+from nova_dmigrate.migration import leftovers, preflight
 from nova_dmigrate.migration.account import Account
 from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.job import Job
@@ -134,9 +135,22 @@ class Migration:
 
     def _run_ordinary(self) -> str | None:
         """Migrate as libvirt does; why it failed, None if it has not."""
+        end = time.monotonic() + leftovers.PATIENCE
+        while not self._cancelled.is_set():
+            error = self._try_ordinary()
+            if error is None or not leftovers.in_the_way(error):
+                return error
+            if time.monotonic() > end:
+                return leftovers.still_there(error)
+            LOG.info("Instance %s: the destination has to clean up: %s", self._instance, error)
+            self._phases.enter("waiting")
+            self._report({})
+            self._cancelled.wait(leftovers.PAUSE)
+        return _CANCELLED
+
+    def _try_ordinary(self) -> str | None:
         request = self._request
-        if self._cancelled.is_set():
-            return _CANCELLED
+        self._job = None
         self._phases.enter("migrating")
         running = self._guest.migrate(
             Order(

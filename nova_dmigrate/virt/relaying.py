@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from nova.virt.libvirt import guest as libvirt_guest
 from oslo_config import cfg
 
 from nova_dmigrate import exception
-from nova_dmigrate.migration import preflight
+from nova_dmigrate.migration import leftovers, preflight
 from nova_dmigrate.migration.account import Account
 from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.job import Job
@@ -157,11 +158,30 @@ class Relaying:
         self._begin()
         try:
             with self._steered(None):
-                operation()
+                self._operate(operation)
+        except exception.MigrationCancelled:
+            raise
         except Exception as error:
             self._tell(self._state_of_failure(), str(error), reason)
             raise
         self._tell(COMPLETED, None, reason)
+
+    def _operate(self, operation: Operation) -> None:
+        """Nova's operation; anew while the destination has to clean up what the relays' attempt has
+        left there.
+
+        :raises MigrationCancelled: it was cancelled meanwhile.
+        """
+        end = time.monotonic() + leftovers.PATIENCE
+        while True:
+            try:
+                return operation()
+            except Exception as error:
+                if not leftovers.in_the_way(str(error)) or time.monotonic() > end:
+                    raise
+                LOG.info("The destination has to clean up: %s", error)
+            if self._cancelled.wait(leftovers.PAUSE):
+                raise self._cancellation()
 
     def _refuse(self, reason: exception.FallBack) -> None:
         """The migration fails; nothing has been done to the guest.

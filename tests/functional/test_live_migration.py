@@ -316,6 +316,24 @@ class FailureTest(base.MigrationTest):
         self.assertEqual("relay-failed", summary.fallback_reason)
         self.assertIn("the other relay is gone", summary.fallback_message)
 
+    def test_a_destination_that_has_to_clean_up_gets_time_for_that(self):
+        def during() -> None:
+            if len(self.calls) == 1:
+                self.hosts["src"].state = "failed"
+                time.sleep(1)  # in which that is noticed
+                self.libvirt_fails()
+            if len(self.calls) == 2:
+                self.libvirt_fails("operation failed: domain 'db' is already being removed")
+
+        self.during = during
+        server = self.make_server()
+        self.move(server)
+        self.assertEqual("dest", self.host_of(server))
+        self.assertEqual(3, len(self.calls))
+        self.event(server)
+        (summary,) = self.summaries()
+        self.assertEqual(("ordinary", "completed"), (summary.mode, summary.state))
+
     def test_the_map_that_fails_costs_nothing_but_its_use(self):
         def during() -> None:
             self.agent.outcome = "failed"
