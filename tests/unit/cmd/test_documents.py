@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference of the commands has all that they take."""
+"""The reference of the commands has all that they take, and the package what the chapters say."""
 
 import configparser
 import os
@@ -52,6 +52,23 @@ class ReferenceTest(base.TestCase):
                 self.assertRegex(text, rf"(?m)^(nova-dmigrate |``){command}\b")
                 known |= set(_OPTION.findall(help_of(module, command)))
             self.assertEqual(set(), known - told - FOREIGN, module)
+
+
+class PackageTest(base.TestCase):
+    def test_files_that_chapters_name_are_in_the_package(self) -> None:
+        setup = configparser.ConfigParser(interpolation=None)
+        setup.read(ROOT / "setup.cfg")
+        packaged, place = set(), ""
+        for line in setup["files"]["data_files"].strip().splitlines():
+            if line.endswith("="):
+                place = line.rstrip(" =")
+                continue
+            self.assertTrue((ROOT / line).is_file(), line)
+            packaged.add(f"{place}/{Path(line).name}")
+        named = set()
+        for chapter in (ROOT / "doc/source").rglob("*.rst"):
+            named |= set(re.findall(r"/opt/nova-dmigrate/((?:etc|share)/\S+)", chapter.read_text()))
+        self.assertEqual((set(), True), (named - packaged, bool(named)))
 
 
 def help_of(module: str, *command: str) -> str:
