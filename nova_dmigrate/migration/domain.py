@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 from nova_dmigrate import exception
 from nova_dmigrate.rpc.channel import PORT_NAME
+from nova_dmigrate.volumes import RbdLocation
 
 #: The guest sees no more of a serial on virtio-blk (VIRTIO_BLK_ID_BYTES of the virtio standard).
 _VIRTIO_BLK_SERIAL = 20
@@ -29,7 +30,7 @@ class Disk:
     :ivar kind: the XML's type: ``block``, ``file``, ``network``, ...
     :ivar protocol: of a network disk, as ``rbd``; else empty.
     :ivar format: of the image, as ``raw``.
-    :ivar location: path, or name of a network disk.
+    :ivar location: path, RbdLocation as text, or the name of another network disk.
     :ivar direct: whether what the guest has written is on the volume, not in this host's cache.
     """
 
@@ -97,6 +98,8 @@ def _disk(element: ElementTree.Element) -> Disk:
     if source is not None:
         protocol = source.get("protocol", "")
         location = source.get("dev") or source.get("file") or source.get("name") or ""
+        if protocol == "rbd":
+            location = _rbd_location(source, element.find("auth"))
     serial = element.findtext("serial", "")
     if target is not None and target.get("bus") == "virtio":
         serial = serial[:_VIRTIO_BLK_SERIAL]
@@ -112,6 +115,26 @@ def _disk(element: ElementTree.Element) -> Disk:
         direct=cache in _DIRECT,
         read_only=element.find("readonly") is not None,
     )
+
+
+def _rbd_location(source: ElementTree.Element, auth: ElementTree.Element | None) -> str:
+    """Where an RBD image is; its name alone if that makes no sense.
+
+    :param auth: the disk's, where the source has none of its own.
+    """
+    own = source.find("auth")
+    name, account = source.get("name", ""), auth if own is None else own
+    monitors = [(each.get("name", ""), each.get("port", "")) for each in source.iterfind("host")]
+    try:
+        place = RbdLocation.of_volume(
+            name, monitors, "" if account is None else account.get("username", "")
+        )
+    except ValueError:
+        return name
+    snapshot = source.find("snapshot")
+    if snapshot is not None:
+        place = dataclasses.replace(place, snapshot=snapshot.get("name", ""))
+    return str(place)
 
 
 def _channel(root: ElementTree.Element) -> Path | None:

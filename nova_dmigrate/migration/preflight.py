@@ -20,8 +20,8 @@ from nova_dmigrate.volumes import VolumeSpec
 _UNIX_SOCKETS = 6_008_000
 #: The oldest QEMU that is tried, numbered as libvirt does.
 OLDEST_QEMU = 7_002_000
-#: Kinds of disks in the XML, and the driver that reads them.
-_DRIVERS = {"block": "block", "file": "block"}
+#: Kinds of disks in the XML, or protocols of network disks, and the driver that reads them.
+_DRIVERS = {"block": "block", "file": "block", "rbd": "rbd"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,8 @@ def volumes_of(
         if obstacle:
             missing.append(f"{disk.target} {obstacle}")
         else:
-            found.append(VolumeSpec(disk.serial, _DRIVERS[disk.kind], there.location))
+            driver = _DRIVERS[disk.protocol or disk.kind]
+            found.append(VolumeSpec(disk.serial, driver, there.location))
     if not found:
         raise because(Reason.NO_VOLUMES, domain.name, disks="; ".join(missing) or "there are none")
     return tuple(found)
@@ -82,7 +83,7 @@ def volumes_of(
 
 def _unreadable(disk: Disk, drivers: Sequence[str]) -> str | None:
     """Why a disk is not read at the destination; None if it is."""
-    driver = _DRIVERS.get(disk.kind)
+    driver = _DRIVERS.get(disk.protocol or disk.kind)
     if driver is None or driver not in drivers:
         return f"is a {disk.protocol or disk.kind} disk, for which there is no driver"
     if not disk.serial:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nova_dmigrate.migration.preflight import Elsewhere
+from nova_dmigrate.volumes import RbdLocation
 
 #: Kinds of connections (os-brick's ``driver_volume_type``) that end in a block device of the host.
 _DEVICES = frozenset(
@@ -60,13 +61,27 @@ def of_destination(migrate_data: Any) -> dict[str, Elsewhere]:
     return connected(connections)
 
 
+def _rbd_place(data: Mapping[str, Any]) -> Elsewhere:
+    hosts, ports = data.get("hosts") or (), data.get("ports") or ()
+    user = data.get("auth_username") if data.get("auth_enabled") else None
+    try:
+        place = RbdLocation.of_volume(
+            str(data.get("name") or ""),
+            monitors=zip(map(str, hosts), map(str, ports), strict=False),
+            user=str(user or ""),
+            cluster=str(data.get("cluster_name") or ""),
+        )
+    except ValueError as error:
+        return Elsewhere(obstacle=f"is an RBD image, but {error}")
+    return Elsewhere(str(place))
+
+
 def _place(connection: Connection) -> Elsewhere:
     kind, data = str(connection.get("driver_volume_type")), connection.get("data") or {}
     if data.get("encrypted"):
         return Elsewhere(obstacle="is encrypted by Nova, so that memory and volume differ")
     if kind == _RBD:
-        # By name, as the XML has it; whether the destination has a reader of it is its matter
-        return Elsewhere(str(data.get("name", "")))
+        return _rbd_place(data)
     if kind not in _DEVICES | _FILES:
         return Elsewhere(obstacle=f"is connected by {kind}, of which nothing is known")
     if kind in _FILES and data.get("format", "raw") != "raw":

@@ -7,8 +7,7 @@ No secret is part of it: locations are logged.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 _OPTIONS = {
@@ -64,18 +63,19 @@ class RbdLocation:
         )
 
     @classmethod
-    def of_connection(cls, data: Mapping[str, Any]) -> "RbdLocation":
-        """From the ``data`` of a connection information of Cinder's, or Nova's.
+    def of_volume(
+        cls, name: str, monitors: Iterable[tuple[str, str]], user: str, cluster: str = ""
+    ) -> "RbdLocation":
+        """As Nova and libvirt tell of it.
 
+        :param name: of the image, unencoded. :param monitors: hosts and ports; no port is empty.
         :raises ValueError: it names no image.
         """
-        place = cls.parse(quote(str(data.get("name") or ""), safe="/"))
-        hosts, ports = data.get("hosts") or (), data.get("ports") or ()
         return dataclasses.replace(
-            place,
-            user=str(data.get("auth_username") or "") if data.get("auth_enabled") else "",
-            cluster=str(data.get("cluster_name") or ""),
-            monitors=",".join(map(_address, hosts, ports)),
+            cls.parse(quote(name, safe="/")),
+            user=user,
+            cluster=cluster,
+            monitors=",".join(_address(host, port) for host, port in monitors),
         )
 
     @property
@@ -94,7 +94,8 @@ class RbdLocation:
         return f"{path}{snapshot}{'?' if query else ''}{query}"
 
 
-def _address(host: object, port: object) -> str:
-    """One monitor; an IPv6 address gets the brackets that Nova may have left out."""
-    bare = str(host).strip("[]")
-    return f"[{bare}]:{port}" if ":" in bare else f"{bare}:{port}"
+def _address(host: str, port: str) -> str:
+    """One monitor; an IPv6 address gets the brackets that it may have or not."""
+    bare = host.strip("[]")
+    address = f"[{bare}]" if ":" in bare else bare
+    return f"{address}:{port}" if port else address

@@ -74,6 +74,17 @@ class PermissionsTest(Hosts):
             ),
         )
 
+    def test_only_rbd_images_with_allowed_names_are_read_and_with_the_hosts_own_files(self) -> None:
+        pair = self.pair()
+        for location in ("volumes/image-1", "volumes/volume-1?conf=/tmp/ceph.conf", "/dev/vdb"):
+            self.assert_refused(
+                "volume-not-allowed",
+                self.client_of(self.two).open_session,
+                dataclasses.replace(
+                    pair.order, volumes=(host_messages.Volume("v", "rbd", location),)
+                ),
+            )
+
     def test_only_maps_in_the_allowed_place_are_read(self) -> None:
         maps, outside = self.place / "maps", self.place / "outside.map"
         maps.mkdir()

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nova_dmigrate.buffermap import PAGE_SIZE, VolumeExtents
+from nova_dmigrate.volumes import VolumeSpec
 from tests import base
 from tests.lab import relays
 from tests.lab.guest import Guest, GuestError, GuestSpec
@@ -164,7 +165,7 @@ class MigrationTestCase(base.TestCase):
         self,
         *,
         saved: SavedMap | None = None,
-        volume: Path | None = None,
+        volume: Path | VolumeSpec | None = None,
         tap: bool = True,
         hosts: tuple[Host, Host] | None = None,
         capabilities: Iterable[str] = (),

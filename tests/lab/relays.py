@@ -28,6 +28,7 @@ import numpy as np
 from nova_dmigrate.buffermap import PAGE_SIZE, BufferMap, VolumeExtents
 from nova_dmigrate.relay.monitor import ask
 from nova_dmigrate.relay.wire.tls import TlsSettings
+from nova_dmigrate.volumes import VolumeSpec
 from tests.lab.guest import Guest
 from tests.lab.hosts import Host
 from tests.lab.processes import end, spawn, start_time
@@ -205,7 +206,7 @@ class RelayPair:
         directory: Path,
         incoming: Path,
         *,
-        volumes: Mapping[str, Path] | None = None,
+        volumes: Mapping[str, Path | VolumeSpec] | None = None,
         saved: SavedMap | None = None,
         hosts: tuple[Host, Host] | None = None,
         outgoing: Path | None = None,
@@ -213,7 +214,8 @@ class RelayPair:
         **options: object,
     ) -> None:
         """:param incoming: UNIX socket of the destination QEMU, which need not exist yet.
-        :param volumes: path of each of the instance's volumes at the destination.
+        :param volumes: of each of the instance's volumes, its path at the destination, or how else
+            it is reached there.
         :param hosts: namespaces of source and destination; the test's own if None. `incoming` and
             `outgoing` are paths there.
         :param outgoing: UNIX socket for the source QEMU; one in ``directory`` if None.
@@ -240,10 +242,7 @@ class RelayPair:
                     "host": destination_host.address if destination_host else "127.0.0.1",
                     "port": 0,
                     "tls": _tls(tls[1]) if tls else None,
-                    "volumes": [
-                        {"volume_id": name, "driver": "block", "location": str(path)}
-                        for name, path in (volumes or {}).items()
-                    ],
+                    "volumes": [_volume(*each) for each in (volumes or {}).items()],
                 },
                 directory,
                 values,
@@ -390,6 +389,12 @@ def _config(options: Mapping[str, object]) -> str:
         group, _, option = name.rpartition(".")
         groups.setdefault(group or "DEFAULT", []).append(f"{option} = {value}")
     return "\n".join(line for group in groups for line in (f"[{group}]", *groups[group])) + "\n"
+
+
+def _volume(name: str, place: Path | VolumeSpec) -> Report:
+    if isinstance(place, VolumeSpec):
+        return {"volume_id": name, "driver": place.driver, "location": place.location}
+    return {"volume_id": name, "driver": "block", "location": str(place)}
 
 
 def _tls(settings: TlsSettings) -> Report:

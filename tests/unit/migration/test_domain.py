@@ -123,6 +123,27 @@ class PreflightTest(base.TestCase):
             [(each.volume_id, each.location) for each in volumes],
         )
 
+    def test_rbd_images_are_read_where_and_as_whom_the_guest_does(self):
+        for source, location in (
+            ("name='volumes/volume-1'/>", "volumes/volume-1"),
+            ("name='volume-1'/>", "volume-1"),
+            (
+                """name='volumes/tenant/volume-1'>
+                     <host name='10.0.0.1' port='6789'/><host name='fd00::1' port='3300'/>
+                     <snapshot name='before'/><config file='/etc/other.conf'/>
+                     <auth username='cinder'><secret type='ceph' uuid='c0ffee'/></auth>
+                   </source>""",
+                "volumes/tenant/volume-1@before?id=cinder&mon_host=10.0.0.1:6789,[fd00::1]:3300",
+            ),
+            (
+                "name='volumes/volume-1'/><auth username='cinder'><secret type='ceph'/></auth>",
+                "volumes/volume-1?id=cinder",
+            ),
+        ):
+            found = domain(disk("network", source=f"<source protocol='rbd' {source}"))
+            (volume,) = preflight.volumes_of(found, ["block", "rbd"])
+            self.assertEqual(("rbd", location), (volume.driver, volume.location))
+
     def test_disks_that_it_may_not_read_are_named_with_the_reason(self):
         for sentence, strange in (
             ("no serial", disk(serial="")),
@@ -130,6 +151,7 @@ class PreflightTest(base.TestCase):
             ("cached", disk(cache="cache='writeback'")),
             ("cached", disk(cache="")),  # QEMU's default is a cache of the host's
             ("rbd disk", disk("network", source="<source protocol='rbd' name='volumes/1'/>")),
+            ("nbd disk", disk("network", source="<source protocol='nbd' name='1'/>")),
         ):
             error = self.assertRaises(
                 exception.FallBack, preflight.volumes_of, domain(strange), ["block"]

@@ -3,20 +3,6 @@
 from nova_dmigrate.volumes import RbdLocation
 from tests import base
 
-#: What Cinder's driver of RBD tells of a volume.
-CONNECTION = {
-    "name": "volumes/volume-5e4b1f2a",
-    "hosts": ["10.0.0.1", "[fd00::1]", "fd00::2"],
-    "ports": ["6789", "6789", 3300],
-    "cluster_name": "ceph",
-    "auth_enabled": True,
-    "auth_username": "cinder",
-    "secret_type": "ceph",
-    "secret_uuid": "c0ffee",
-    "volume_id": "5e4b1f2a",
-    "discard": True,
-}
-
 
 class RbdLocationTest(base.TestCase):
     def test_a_location_is_the_same_after_it_has_been_written(self):
@@ -57,26 +43,17 @@ class RbdLocationTest(base.TestCase):
         ):
             self.assertRaises(ValueError, RbdLocation.parse, text)
 
-    def test_a_connection_of_cinder_tells_where_and_as_whom(self):
-        place = RbdLocation.of_connection(CONNECTION)
+    def test_a_volume_is_named_unencoded_with_its_monitors(self):
+        monitors = [("10.0.0.1", "6789"), ("[fd00::1]", "6789"), ("fd00::2", "3300"), ("mon", "")]
         self.assertEqual(
             RbdLocation(
                 "volumes",
-                "volume-5e4b1f2a",
+                "a@b?c",
                 user="cinder",
                 cluster="ceph",
-                monitors="10.0.0.1:6789,[fd00::1]:6789,[fd00::2]:3300",
+                monitors="10.0.0.1:6789,[fd00::1]:6789,[fd00::2]:3300,mon",
             ),
-            place,
+            RbdLocation.of_volume("volumes/a@b?c", monitors, "cinder", "ceph"),
         )
-
-    def test_without_authentication_there_is_no_user(self):
-        place = RbdLocation.of_connection({**CONNECTION, "auth_enabled": False})
-        self.assertEqual("", place.user)
-
-    def test_a_connection_may_tell_the_name_alone(self):
-        self.assertEqual(
-            RbdLocation("volumes", "a@b"), RbdLocation.of_connection({"name": "volumes/a@b"})
-        )
-        for data in ({}, {"name": None}, {"name": "volume-1"}):
-            self.assertRaises(ValueError, RbdLocation.of_connection, data)
+        for name in ("", "volume-1", "a/b/c/d"):
+            self.assertRaises(ValueError, RbdLocation.of_volume, name, [], "")
