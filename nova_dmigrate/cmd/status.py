@@ -10,7 +10,6 @@ Exit status: 0 all is well, 1 a warning, 2 a failure or wrong usage, 255 an erro
 import argparse
 import functools
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -46,9 +45,8 @@ OPTIONS = [
     ),
     cfg.StrOpt(
         "connect",
-        default=os.environ.get("LIBVIRT_DEFAULT_URI", "qemu:///system"),
         metavar="URI",
-        help="libvirt of this host.",
+        help="libvirt of this host, instead of [host]libvirt_uri.",
     ),
 ]
 

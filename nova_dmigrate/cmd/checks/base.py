@@ -23,7 +23,7 @@ _NOVA_PROJECT, _NOVA_PROGRAM = "nova", "nova-compute"
 class CheckedHost:
     """This host, as its configurations say. What they say is read when it is asked for.
 
-    :ivar peers: names of other hosts whose services are asked. :ivar connect: URI of its libvirt.
+    :ivar peers: names of other hosts whose services are asked.
     """
 
     def __init__(
@@ -31,16 +31,17 @@ class CheckedHost:
         own_files: Sequence[str] = (),
         nova_files: Sequence[str] = (),
         peers: Sequence[str] = (),
-        connect: str = "qemu:///system",
+        connect: str | None = None,
     ) -> None:
         """:param own_files: arguments that name configuration files, as the host service takes
             them; none for the usual ones.
         :param nova_files: Nova's configuration files; none for the usual ones.
+        :param connect: URI of its libvirt; None for what the host service has.
         """
         self._own_files = list(own_files)
         self._nova_files = list(nova_files)
         self.peers = tuple(peers)
-        self.connect = connect
+        self._connect = connect
 
     @functools.cached_property
     def config(self) -> cfg.ConfigOpts:
@@ -65,6 +66,14 @@ class CheckedHost:
         :raises ConfigurationError: as `config`.
         """
         return self.config.host.name or socket.gethostname()
+
+    @property
+    def libvirt_uri(self) -> str:
+        """Of its libvirt; empty for none.
+
+        :raises ConfigurationError: as `config`, if it has to be looked at.
+        """
+        return self.config.host.libvirt_uri if self._connect is None else self._connect
 
     @functools.cached_property
     def nova(self) -> cfg.ConfigOpts | None:

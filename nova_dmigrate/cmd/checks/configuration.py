@@ -16,6 +16,7 @@ def options(host: CheckedHost) -> Result:
     try:
         config = host.config
         host_service.session_settings_from(config, host.name)
+        host_service.disks_from(config)
         relay.settings_from(config)
         relay.defaults_from(config)
     except exception.ConfigurationError as error:

@@ -11,19 +11,22 @@ from nova_dmigrate.migration.preflight import version_text
 
 def versions(host: CheckedHost) -> Result:
     """They can migrate over the sockets of relays."""
+    uri = host.libvirt_uri
+    if not uri:
+        return well("[host]libvirt_uri is empty: no libvirt is asked")
     try:
         from nova_dmigrate.migration.libvirt_guest import hypervisor_of
     except ImportError as error:
         return failure(f"The Python binding of libvirt cannot be used: {error}")
     try:
-        found = hypervisor_of(host.connect)
-        preflight.libvirt_can(found.libvirt_version, host.name)
+        found = hypervisor_of(uri)
+        preflight.libvirt_can(found.libvirt_version, uri)
     except exception.HypervisorError as error:
-        return failure(f"{error} (--connect)")
+        return failure(f"{error} (see [host]libvirt_uri)")
     except exception.FallBack as error:
         return failure(f"All migrations are ordinary ones: {error.kwargs['reason']}")
     if found.kind != "QEMU":
-        return failure(f"libvirt at {host.connect} has no QEMU but {found.kind} (--connect)")
+        return failure(f"libvirt at {uri} has no QEMU but {found.kind} (see [host]libvirt_uri)")
     both = f"libvirt {version_text(found.libvirt_version)}, QEMU {version_text(found.version)}"
     if found.version < preflight.OLDEST_QEMU:
         oldest = version_text(preflight.OLDEST_QEMU)

@@ -132,8 +132,12 @@ class OtherProcessesTest(StatusTestCase):
 
     def test_a_libvirt_that_is_not_there_or_has_no_qemu_is_told(self) -> None:
         for uri, words in ((NOWHERE, NOWHERE), ("test:///default", "no QEMU")):
-            host = self.host(connect=uri)
-            self.assert_told(Code.FAILURE, words, hypervisor.versions, host)
+            for host in (self.host(connect=uri), self.host(f"[host]\nlibvirt_uri = {uri}\n")):
+                self.assert_told(Code.FAILURE, words, hypervisor.versions, host)
+
+    def test_a_host_without_libvirt_is_not_asked_for_one(self) -> None:
+        host = self.host("[host]\nlibvirt_uri =\n")
+        self.assert_told(Code.SUCCESS, "[host]libvirt_uri", hypervisor.versions, host)
 
 
 class NovaTest(StatusTestCase):
