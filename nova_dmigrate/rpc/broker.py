@@ -12,6 +12,7 @@ import importlib
 import logging
 import queue
 import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -133,6 +134,9 @@ class BrokerTransport(Transport):
         return answer
 
     def close(self) -> None:
+        if sys.is_finalizing():
+            # No thread begins any more; the connection ends with the process
+            return
         closer = threading.Thread(target=self._transport.cleanup, name="rpc-close", daemon=True)
         closer.start()
         closer.join(_STOP_PATIENCE)

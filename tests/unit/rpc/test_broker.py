@@ -5,6 +5,9 @@ import contextlib
 import dataclasses
 import re
 import socket
+import subprocess
+import sys
+import textwrap
 import uuid
 import warnings
 
@@ -104,6 +107,29 @@ class BrokerTest(base.TestCase):
         self.assertEqual("abc", asked.ping().incarnation)
         error = self.assertRaises(exception.AgentRefused, asked.warm_up)
         self.assertEqual("version", error.kwargs["code"])
+
+    def test_one_that_is_left_open_does_not_keep_the_process_from_its_end(self) -> None:
+        # The interpreter closes it when it takes the module apart
+        code = """
+        import contextlib
+
+        from nova_dmigrate.rpc import broker, messages
+
+        @contextlib.contextmanager
+        def opened():
+            transport = broker.BrokerTransport("i", "fake:/", messages.AGENT)
+            try:
+                yield
+            finally:
+                print("closing", flush=True)
+                transport.close()
+
+        way = opened()
+        way.__enter__()
+        """
+        argv = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)]
+        ended = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+        self.assertEqual("closing\n", ended.stdout)
 
     def test_no_class_of_the_other_sides_choice_is_allowed(self) -> None:
         transport = broker.BrokerTransport("i", "fake://two/", messages.AGENT)
