@@ -23,6 +23,7 @@ from nova_dmigrate.migration.prepared_database import PreparedDatabase
 from nova_dmigrate.migration.sessions import RelaySessions, Terms
 from nova_dmigrate.migration.settings import OrchestrationSettings
 from nova_dmigrate.migration.waiting import answer_of
+from nova_dmigrate.retention import Retention
 from nova_dmigrate.rpc.client import AgentClient
 from nova_dmigrate.rpc.host_client import HostClient
 from nova_dmigrate.volumes import VolumeSpec
@@ -33,6 +34,8 @@ _HELD = 1
 #: A source relay that tells nothing for so many seconds does not hold the switchover back any more.
 _SILENCE = 15.0
 _POLL = 0.2
+#: A source relay reads its files when it is given them.
+_READ_LONG_AGO = Retention(days=1)
 
 Report = dict[str, Any]
 
@@ -307,9 +310,14 @@ class RelayedMigration:
 
     @contextlib.contextmanager
     def _files(self) -> Iterator[None]:
-        """A place for the files that the source relay reads; they are gone afterwards."""
+        """A place for the files that the source relay reads; they are gone afterwards.
+
+        So are those of whoever was killed while they were there.
+        """
+        directory = self._layout.parent
         try:
-            self._layout.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _READ_LONG_AGO.prune(directory.iterdir())
         except OSError as error:
             raise because(Reason.NO_STATE, self._instance, error=error) from error
         try:
