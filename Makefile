@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test unit functional test-nova integration guests style format docs sample compat bench corpus demo scenarios evacuation soak clean
+.PHONY: help setup test unit functional test-nova integration guests style format docs sample compat bench corpus demo scenarios evacuation soak openstack clean
 
 # What of "make bench": BENCH_SHAPES=50:50,50:100 (network:volume in MB/s), BENCH_ONLY=relay
 export BENCH_SHAPES BENCH_ONLY
@@ -82,6 +82,10 @@ evacuation: setup ## Kill a database VM and start it on the other host, in three
 
 soak: setup     ## COUNT=50 migrations back and forth under load, then drills; fails on a lost commit or a leak
 	@.venv/bin/python -m tests.lab.demo.soak
+
+openstack: setup ## A whole OpenStack whose Nova migrates a database server; writes openstack-report/
+	@tools/openstack/venv.sh
+	@.make/openstack-34/bin/python -W ignore -m tests.lab.openstack
 
 clean:          ## Remove what was made, the virtual environment too
 	rm -rf .venv .make .stestr .mypy_cache .ruff_cache .hypothesis doc/build *.egg-info build dist

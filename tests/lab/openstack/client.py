@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cloud's user and administrator: openstacksdk, and what is asked of Nova again and again."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import openstack
+
+from tests.lab.openstack.service import PATIENCE
+from tests.lab.openstack.site import ADMIN, REGION, Site
+
+#: Of Nova's API: shows the details of events.
+_MICROVERSION = "2.90"
+_OVER = ("completed", "failed", "error", "cancelled", "done")
+
+
+class CloudError(Exception):
+    """The cloud did not do what it was asked; the message says what it tells of it."""
+
+
+class Client:
+    """``sdk``: the administrator's connection."""
+
+    def __init__(self, site: Site) -> None:
+        self.sdk = openstack.connect(
+            auth_url=site.url("keystone"),
+            username=ADMIN,
+            password=site.password,
+            project_name=ADMIN,
+            user_domain_id="default",
+            project_domain_id="default",
+            region_name=REGION,
+            compute_default_microversion=_MICROVERSION,
+            app_name="lab",
+        )
+
+    def close(self) -> None:
+        self.sdk.close()
+
+    def wait_for_computes(self, names: list[str], check: Callable[[], None]) -> None:
+        """Wait until hosts can have servers.
+
+        :param check: raises what makes the wait vain.
+        :raises CloudError: they cannot in time.
+        """
+
+        def up() -> bool:
+            check()
+            found = {
+                each.host
+                for each in self.sdk.compute.services(binary="nova-compute")
+                if each.state == "up"
+            }
+            known = {each.name for each in self.sdk.compute.hypervisors()}
+            return found.issuperset(names) and known.issuperset(names)
+
+        self._wait(up, "the compute hosts are up")
+
+    def create_server(self, name: str, **options: Any) -> Any:
+        """Make a server and wait until it runs.
+
+        :param options: of Nova's API.
+        :raises CloudError: it does not.
+        """
+        server = self.sdk.compute.create_server(name=name, **options)
+        return self.wait_for_server(server, "ACTIVE")
+
+    def wait_for_server(self, server: Any, status: str) -> Any:
+        """:raises CloudError: a server does not come to have a status."""
+        try:
+            return self.sdk.compute.wait_for_server(
+                server, status=status, failures=["ERROR"], interval=1, wait=PATIENCE
+            )
+        except Exception as error:
+            fault = self.sdk.compute.get_server(server.id).fault
+            raise CloudError(f"server {server.name} is not {status}: {error}; {fault}") from error
+
+    def delete_server(self, server: Any) -> None:
+        """Delete a server and wait until it is gone."""
+        self.sdk.compute.delete_server(server.id)
+        self.sdk.compute.wait_for_delete(server, interval=1, wait=PATIENCE)
+
+    def host_of(self, server: Any) -> str:
+        """The name of the host that a server is on."""
+        name: str = self.sdk.compute.get_server(server.id).compute_host
+        return name
+
+    def live_migrate(self, server: Any, to: str | None = None) -> Any:
+        """Live-migrate a server, and wait for the end; the migration as Nova has it.
+
+        :param to: the name of a host; Nova's choice if None.
+        :raises CloudError: it has not ended as ``completed``.
+        """
+        known = {each.uuid for each in self._migrations(server)}
+        self.sdk.compute.live_migrate_server(server.id, host=to, block_migration="auto")
+        found: list[Any] = []
+
+        def over() -> bool:
+            found[:] = [each for each in self._migrations(server) if each.uuid not in known]
+            return bool(found) and found[0].status in _OVER
+
+        self._wait(over, f"the migration of {server.name} is over", 0.5)
+        self.wait_for_server(server, "ACTIVE")
+        if found[0].status != "completed":
+            events = "; ".join(self.events(server))
+            raise CloudError(f"the migration is {found[0].status}: {events}")
+        return found[0]
+
+    def events(self, server: Any, action: str = "live-migration") -> list[str]:
+        """Of the last action of a kind: each event, its result and what it tells."""
+        for each in self.sdk.compute.server_actions(server.id):
+            if each.action == action:
+                whole = self.sdk.compute.get_server_action(each.request_id, server.id)
+                return [
+                    f"{event['event']} {event['result']} {event.get('details') or ''}".rstrip()
+                    for event in whole.events
+                ]
+        return []
+
+    def _migrations(self, server: Any) -> list[Any]:
+        return [
+            each
+            for each in self.sdk.compute.migrations()
+            if each.instance_uuid == server.id or each.server_id == server.id
+        ]
+
+    @staticmethod
+    def _wait(condition: Callable[[], bool], what: str, interval: float = 1.0) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            if time.monotonic() > deadline:
+                raise CloudError(f"not so after {PATIENCE:.0f} s: {what}")
+            time.sleep(interval)

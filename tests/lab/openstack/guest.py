@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Servers of the cloud: their images, and a database server with the agent, its volume and the
+agent's way to the broker.
+
+They boot from a kernel and an initramfs in Glance. An agent has its account at the broker from its
+server's initramfs, as it would from the user data of cloud-init. Nova gives servers no port of the
+agent's: it is asked over the network of the servers, on which the broker listens.
+"""
+
+import contextlib
+import dataclasses
+import secrets
+from pathlib import Path
+from typing import Any
+
+from nova_dmigrate.rpc import isolation
+from tests.lab import image
+from tests.lab.broker import HOST_USER
+from tests.lab.database_image import MARIADB, DatabaseImage, database_image, make_initramfs
+from tests.lab.demo.clients import Server
+from tests.lab.demo.volume import create_volume
+from tests.lab.guest import KERNEL_ARGUMENTS
+from tests.lab.guest_network import CLIENTS_ADDRESS, guest_address
+from tests.lab.openstack import seed
+from tests.lab.openstack.cloud import OpenStack
+
+_SCRIPTS = Path(__file__).with_name("guest_scripts")
+#: The agent speaks with the broker, for which it needs more than for a port.
+RELEASE = dataclasses.replace(MARIADB, packages=(*MARIADB.packages, "python3-oslo.messaging"))
+_TINY_INIT = b"""#!/bin/busybox sh
+# Nothing but a server that runs
+/bin/busybox mkdir -p /proc
+/bin/busybox mount -t proc proc /proc
+echo "init: READY"
+while true; do /bin/busybox sleep 1000; done
+"""
+
+
+def tiny(cloud: OpenStack, name: str) -> Any:
+    """A server that does nothing, and its memory hardly anything.
+
+    :raises CloudError: it does not start.
+    """
+    made = database_image(RELEASE)
+    initramfs = image.cpio(
+        [
+            ("bin", 0o040755, b""),
+            ("dev", 0o040755, b""),
+            ("bin/busybox", 0o100755, made.busybox.read_bytes()),
+            ("init", 0o100755, _TINY_INIT),
+        ]
+    )
+    disk = cloud.directory / "tiny.raw"
+    with open(disk, "wb") as file:
+        file.truncate(16 << 20)
+    uploaded = _upload(cloud, name, made, initramfs, disk, "raw", KERNEL_ARGUMENTS)
+    flavor = seed.flavor(cloud.client, name, 128, 0)
+    return cloud.client.create_server(
+        name,
+        flavor_id=flavor.id,
+        image_id=uploaded.id,
+        networks=[{"port": _port(cloud, name, guest_address(99)).id}],
+    )
+
+
+class DatabaseServer:
+    """A server of Nova's with a database on a volume of Cinder's, and the agent.
+
+    ``address``: of the database. ``server``: as Nova has it.
+    """
+
+    server: Any
+
+    def __init__(
+        self,
+        cloud: OpenStack,
+        name: str,
+        number: int = 0,
+        ram_mb: int = 1024,
+        pool_mb: int = 512,
+        load: str = "oltp_read_write",
+        **specs: str,
+    ) -> None:
+        """:param number: of its address.
+        :param load: whose tables it has.
+        :param specs: extra specs of its flavor, with ``__`` for the colon.
+        """
+        self.address = guest_address(number)
+        self._cloud = cloud
+        self._name = name
+        self._ram_mb, self._pool_mb, self._load = ram_mb, pool_mb, load
+        self._specs = specs
+        self._password = secrets.token_hex(16)
+
+    def create(self) -> "DatabaseServer":
+        """Make it, its image and its volume; the database may still be starting.
+
+        :raises CloudError: the cloud does not.
+        """
+        made = database_image(RELEASE)
+        root = _root_disk(made)
+        uploaded = _upload(
+            self._cloud, self._name, made, self._initramfs(made), root, "qcow2", self._arguments()
+        )
+        volume = self._volume()
+        flavor = seed.flavor(self._cloud.client, self._name, self._ram_mb, 3, **self._specs)
+        self.server = self._cloud.client.create_server(
+            self._name,
+            flavor_id=flavor.id,
+            networks=[{"port": _port(self._cloud, self._name, self.address).id}],
+            block_device_mapping=[
+                {
+                    "uuid": uploaded.id,
+                    "source_type": "image",
+                    "destination_type": "local",
+                    "boot_index": 0,
+                    "delete_on_termination": True,
+                },
+                {
+                    "uuid": volume.id,
+                    "source_type": "volume",
+                    "destination_type": "volume",
+                    "boot_index": -1,
+                },
+            ],
+        )
+        for command in isolation.commands(self.server.id, self._password, HOST_USER):
+            self._cloud.broker.control(*command)
+        return self
+
+    @property
+    def sql_server(self) -> Server:
+        """The database, as its clients reach it."""
+        return Server(host=self.address, clients=self._cloud.guests.clients)
+
+    def console(self) -> str:
+        """What it has said on its console."""
+        with contextlib.suppress(Exception):
+            output = self._cloud.client.sdk.compute.get_server_console_output(self.server.id)
+            return str(output["output"])
+        return ""
+
+    def _volume(self) -> Any:
+        content = self._cloud.directory / f"{self._name}-volume.raw"
+        create_volume(RELEASE, self._load, self._pool_mb, content)
+        sdk = self._cloud.client.sdk.block_storage
+        volume = sdk.create_volume(name=self._name, size=-(-content.stat().st_size >> 30) or 1)
+        volume = sdk.wait_for_status(volume, "available", ["error"], interval=1, wait=600)
+        self._cloud.storage.fill(volume.id, content)
+        content.unlink()
+        return volume
+
+    def _arguments(self) -> str:
+        return (
+            f"{KERNEL_ARGUMENTS} ndm.pool={self._pool_mb}M ndm.hugepages=0"
+            f" ndm.address={self.address} ndm.options="
+        )
+
+    def _initramfs(self, made: DatabaseImage) -> bytes:
+        path = self._cloud.directory / f"{self._name}.cpio"
+        make_initramfs(RELEASE, made, path)
+        # The kernel takes several archives; of a file that two have it keeps the last one's
+        own = image.cpio(
+            [
+                ("payload/init.sh", 0o100755, (_SCRIPTS / "init.sh").read_bytes()),
+                ("payload/agent.conf", 0o100600, self._agent_configuration().encode()),
+            ]
+        )
+        return path.read_bytes() + own
+
+    def _agent_configuration(self) -> str:
+        name = isolation.guest_user("00000000-0000-0000-0000-000000000000")
+        name = name.replace("00000000-0000-0000-0000-000000000000", "@INSTANCE@")
+        where = f"{name}:{self._password}@{CLIENTS_ADDRESS}:{self._cloud.broker.port}"
+        return (
+            f"[DEFAULT]\ntransport_url = rabbit://{where}/{name}\n"
+            "[agent]\ntransport = broker\nstate_directory = /run/nova-dmigrate-agent\n"
+            "sql_password_file = /run/payload/password\n"
+        )
+
+
+def _root_disk(made: DatabaseImage) -> Path:
+    """The same disk as an image without what is empty; made once."""
+    path = made.root.with_suffix(".qcow2")
+    with image.locked(image.cache_directory() / "openstack-root.lock"):
+        if not path.exists():
+            part = path.with_suffix(".part")
+            argv = ["qemu-img", "convert", "-O", "qcow2", str(made.root), str(part)]
+            image.run(argv, path.parent)
+            part.rename(path)
+    return path
+
+
+def _upload(
+    cloud: OpenStack,
+    name: str,
+    made: DatabaseImage,
+    initramfs: bytes,
+    disk: Path,
+    disk_format: str,
+    arguments: str,
+) -> Any:
+    sdk = cloud.client.sdk.image
+    kernel = sdk.create_image(
+        f"{name}-kernel", filename=str(made.kernel), disk_format="aki", container_format="aki"
+    )
+    ramdisk = sdk.create_image(
+        f"{name}-ramdisk", data=initramfs, disk_format="ari", container_format="ari"
+    )
+    return sdk.create_image(
+        name,
+        filename=str(disk),
+        disk_format=disk_format,
+        container_format="bare",
+        kernel_id=kernel.id,
+        ramdisk_id=ramdisk.id,
+        os_command_line=arguments,
+        hw_rng_model="virtio",
+    )
+
+
+def _port(cloud: OpenStack, name: str, address: str) -> Any:
+    return cloud.client.sdk.network.create_port(
+        name=name,
+        network_id=cloud.network.id,
+        fixed_ips=[{"subnet_id": cloud.network.subnet, "ip_address": address}],
+    )

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions to a database server, asked from among its clients, in whose network it is."""
+
+import json
+import time
+
+import pymysql
+
+from tests.lab.demo.clients import ClientError, Server, parser, server_of
+from tests.lab.demo.tables import SCHEMAS
+
+#: Seconds that a statement may take: the check of a table reads all of it.
+_PATIENCE = 1800
+
+
+def rows(server: Server, statement: str) -> list[list[str]]:
+    """What a statement answers.
+
+    :raises ClientError: the server does not, or refuses.
+    """
+    found: list[list[str]] = server.ask_module(__name__, statement, timeout=_PATIENCE)
+    return found
+
+
+def table_errors(server: Server) -> list[str]:
+    """What is wrong with the tables, as CHECK TABLE EXTENDED says.
+
+    :raises ClientError: the server does not say.
+    """
+    names = rows(
+        server,
+        "SELECT CONCAT(table_schema, '.', table_name) FROM information_schema.tables"
+        f" WHERE table_type = 'BASE TABLE' AND table_schema IN ({SCHEMAS})",
+    )
+    checked = rows(server, f"CHECK TABLE {', '.join(name for (name,) in names)} EXTENDED")
+    return ["\t".join(row) for row in checked if row[2:] != ["status", "OK"]]
+
+
+def wait_until_filled(server: Server) -> None:
+    """Wait until the server answers, and has filled its pool by its list of pages.
+
+    :raises ClientError: it has not in time.
+    """
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            ((_, status),) = rows(server, "SHOW STATUS LIKE 'Innodb_buffer_pool_load_status'")
+            if "completed" in status:
+                return
+            error = ClientError(f"the buffer pool is not filled: {status}")
+        except ClientError as failed:
+            error = failed
+        if time.monotonic() > deadline:
+            raise error
+        time.sleep(2)
+
+
+def main() -> None:
+    made = parser("Print what a server answers to a statement.")
+    made.add_argument("statement")
+    arguments = made.parse_args()
+    server = server_of(arguments)
+    connection = pymysql.connect(
+        host=server.host,
+        user=server.user,
+        password=server.password,
+        connect_timeout=10,
+        read_timeout=_PATIENCE,
+    )
+    with connection, connection.cursor() as cursor:
+        cursor.execute(arguments.statement)
+        print(json.dumps([list(map(str, row)) for row in cursor.fetchall()]))
+
+
+if __name__ == "__main__":
+    main()
