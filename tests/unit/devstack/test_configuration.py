@@ -102,6 +102,11 @@ class ConfigurationTest(base.TestCase):
             set(settings.volume_directories),
         )
 
+    def test_relays_read_the_volumes_of_cinders_pool(self) -> None:
+        self.node.variables |= {"NOVA_DMIGRATE_CEPH": "True", "CINDER_CEPH_POOL": "cinder"}
+        self.node.stack()
+        self.assertEqual(["cinder/volume-*"], self.own().host.rbd_images)
+
     def test_guest_memory_is_in_the_clear_only_where_devstack_has_no_tls(self) -> None:
         self.node.variables["ENABLED_SERVICES"] = ALL_IN_ONE
         self.node.stack()
