@@ -267,6 +267,9 @@ class RunningMigration:
                 domain.migrateToURI3(self._order.destination, parameters, flags)
         except libvirt.libvirtError as error:
             self._error = str(error)
+        except Exception as error:  # whoever waits must not take it for a success
+            LOG.exception("Domain %s: the migration cannot be begun", self._uuid)
+            self._error = f"{type(error).__name__}: {error}"
         self.ended = time.monotonic()
 
 

@@ -86,7 +86,6 @@ class RelaySessions:
         self._terms = terms
         self._volumes: tuple[host_messages.Volume, ...] = ()
         self._closed = threading.Event()
-        self._keeper = threading.Thread(target=self._keep, name="sessions", daemon=True)
         self.failure: str | None = None
 
     def order_destination(self, volumes: Sequence[VolumeSpec], waiting: Waiting) -> None:
@@ -94,7 +93,6 @@ class RelaySessions:
 
         :raises FallBack: it cannot be had.
         """
-        self._keeper.start()
         self._volumes = tuple(
             host_messages.Volume(each.volume_id, each.driver, each.location) for each in volumes
         )
@@ -189,9 +187,13 @@ class RelaySessions:
         return summaries
 
     def _start(self, host: HostClient, order: host_messages.Order, waiting: Waiting) -> None:
-        """Order a relay; returns when it is not queued any more."""
+        """Order a relay, and keep it; returns when it is not queued any more."""
         # From now on: when it is given up, it may have been opened all the same
         self._open.append(host)
+        # One for each host: that one does not answer must not cost the other one's relay
+        threading.Thread(
+            target=self._keep, args=(host,), name=f"keep-{host.host}", daemon=True
+        ).start()
         with self._translated():
             try:
                 state = answer_of(lambda: host.open_session(order), waiting)
@@ -242,11 +244,10 @@ class RelaySessions:
         except exception.HostRefused as error:
             raise because(Reason.HOST_REFUSED, self._instance, error=error) from error
 
-    def _keep(self) -> None:
-        """Renew the leases until the sessions are closed: the thread of this name."""
-        while not self._closed.wait(self._lease / 4):
-            for host in tuple(self._open):
-                self._renew(host)
+    def _keep(self, host: HostClient) -> None:
+        """Renew a lease until the sessions are closed: the thread of this name."""
+        while not self._closed.wait(self._lease / 4) and host in self._open:
+            self._renew(host)
 
     def _renew(self, host: HostClient) -> SessionState | None:
         try:

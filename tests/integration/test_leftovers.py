@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 from unittest import mock
 
 import libvirt
@@ -69,8 +69,12 @@ class LeftoversTest(base.TestCase):
         self,
         on_progress: Callable[[Progress], None] = lambda progress: None,
         cancelled: threading.Event | None = None,
+        **options: Any,
     ) -> MigrationSummary:
-        """Have the guest migrated in the ordinary way; how that went."""
+        """Have the guest migrated in the ordinary way; how that went.
+
+        :param options: of the request.
+        """
         config = cfg.ConfigOpts()
         conf.register_opts(config)
         config([], project="nova-dmigrate", default_config_files=[])
@@ -85,6 +89,7 @@ class LeftoversTest(base.TestCase):
             mode=Mode.ORDINARY,
             source_host=self.source.name,
             destination_host=self.destination.name,
+            **options,
         )
         return service.migrate(request, config, on_progress, cancelled)
 
@@ -138,6 +143,11 @@ class LeftoversTest(base.TestCase):
                 cancelled.set()
 
         self.assert_stays(self.migrate(on_progress, cancelled), "cancelled")
+
+    def test_one_that_libvirt_cannot_be_asked_for_has_failed(self) -> None:
+        summary = self.migrate(network_bandwidth=1 << 90)
+        self.assert_stays(summary, "failed")
+        self.assertIn("OverflowError", str(summary.error))
 
     def test_a_migration_completes_after_one_whose_destination_lost_its_libvirtd(self) -> None:
         self.hosts.shape(4)

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -267,6 +268,15 @@ class RelayedMigrationTest(host_base.Hosts):
             is_stopped: list[int] = []
             migration = self.migration(enter, map_first=True)
             self.assertRaises(exception.MigrationCancelled, migration.__enter__)
+        self.assert_nothing_left()
+
+    def test_a_host_that_does_not_answer_costs_the_other_one_no_lease(self) -> None:
+        assert self.two.process is not None
+        with self.migration(lambda phase: None, timeout=PATIENCE):
+            before = self.one.relays()
+            with stopped(self.two.process.pid):
+                time.sleep(2 * LEASE)
+                self.assertEqual(before, self.one.relays())
         self.assert_nothing_left()
 
     def test_a_relay_that_goes_on_after_the_end_is_told(self) -> None:
