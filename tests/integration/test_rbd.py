@@ -12,6 +12,7 @@ from nova_dmigrate import exception, volumes
 from tests import base
 from tests.lab import ceph, processes
 from tests.lab.ceph import Ceph
+from tests.lab.relays import wait_until
 
 BLOCK = 4096
 OBJECT = 4 << 20
@@ -21,7 +22,7 @@ SIZE = 2 * OBJECT + 300 * BLOCK + 100
 #: Of the reader; a busy machine takes its time, and nothing here depends on how long.
 TIMEOUT = 10.0
 #: Seconds of the reader where it shall not wait.
-SHORT = 2.0
+SHORT = 3.0
 
 
 def content(size: int = SIZE) -> bytes:
@@ -30,26 +31,30 @@ def content(size: int = SIZE) -> bytes:
     return bytes(data)
 
 
-def setUpModule() -> None:
-    """One Ceph for all, because it takes seconds to start."""
-    base.require(ceph.missing())
-    with contextlib.ExitStack() as stack:
-        CephTestCase.ceph = stack.enter_context(Ceph())
-        CephTestCase.ceph.create_pool(POOL)
-        CephTestCase.ceph.add_client("reader", osd=f"profile rbd-read-only pool={POOL}")
-        CephTestCase.ceph.add_client("guest", osd=f"profile rbd pool={POOL}")
-        CephTestCase.stack = stack.pop_all()
-
-
-def tearDownModule() -> None:
-    CephTestCase.stack.close()
-
-
-class CephTestCase(base.TestCase):
-    """Has a Ceph with a pool of volumes, a client that may only read, and a guest's."""
+class RbdTest(base.TestCase):
+    """All share a Ceph with a pool of volumes, a client that may only read, and a guest's."""
 
     ceph: ClassVar[Ceph]
-    stack: ClassVar[contextlib.ExitStack]
+    _class: ClassVar[contextlib.ExitStack]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        base.require(ceph.missing())
+        cls._class = contextlib.ExitStack()
+        cls.ceph = cls._class.enter_context(Ceph())
+        try:
+            cls.ceph.create_pool(POOL)
+            cls.ceph.add_client("reader", osd=f"profile rbd-read-only pool={POOL}")
+            cls.ceph.add_client("guest", osd=f"profile rbd pool={POOL}")
+        except BaseException:
+            cls.tearDownClass()
+            raise
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls._class.close()
+        super().tearDownClass()
 
     def image(self, data: bytes, name: str = IMAGE, namespace: str = "") -> None:
         """An image with this content, for the test; parts of zeros are never written."""
@@ -64,9 +69,9 @@ class CephTestCase(base.TestCase):
         return f"{POOL}/{image}?id={user}&conf={self.ceph.configuration}"
 
     def open(self, location: str | None = None, timeout: float = TIMEOUT,
-             secret: str = "") -> volumes.VolumeReader:  # fmt: skip
+             secret: str = "") -> volumes.RbdReader:  # fmt: skip
         spec = volumes.VolumeSpec("vol", "rbd", location or self.location(), secret)
-        reader = volumes.open_volume(spec, volumes.VolumeAccess(timeout=timeout))
+        reader = volumes.RbdReader(spec, volumes.VolumeAccess(timeout=timeout))
         self.addCleanup(reader.close)
         return reader
 
@@ -80,8 +85,8 @@ class CephTestCase(base.TestCase):
             reader.read_into(start, buffer[start : start + (3 << 20)])
         self.assertTrue(data[:whole] == buffer)
 
+    # What is read
 
-class ReadTest(CephTestCase):
     def test_an_image_is_read_to_its_last_whole_block_with_its_holes(self) -> None:
         data = content()
         self.image(data)
@@ -204,8 +209,8 @@ class ReadTest(CephTestCase):
             self.assertIn("Volume vol: ", str(error))
             self.assertIn(sentence, str(error))
 
+    # Beside the guest's QEMU
 
-class GuestsQemuTest(CephTestCase):
     def test_the_lock_that_a_guests_qemu_holds_is_not_taken(self) -> None:
         self.image(content(2 * OBJECT))
         disk = f"rbd:{POOL}/{IMAGE}:id=guest:conf={self.ceph.configuration}"
@@ -251,14 +256,7 @@ class GuestsQemuTest(CephTestCase):
         """Who has the image's lock, and who watches it."""
         return self.ceph.holders(POOL, IMAGE)
 
-
-class FaultTest(CephTestCase):
-    """Here the reader waits for ``SHORT`` seconds only."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.data = content(2 * OBJECT)
-        self.image(self.data)
+    # A Ceph that fails; here the reader waits for ``SHORT`` seconds only
 
     def reads(self, reader: volumes.VolumeReader, count: int) -> list[Any]:
         """What becomes of reads of as many blocks; it must be told within a few time limits."""
@@ -271,23 +269,27 @@ class FaultTest(CephTestCase):
         self.assertLess(time.monotonic() - begun, 30)
         return results
 
-    def assert_recovers(self, reader: volumes.VolumeReader) -> None:
+    def assert_recovers(self, data: bytes, reader: volumes.VolumeReader) -> None:
         """Reads come to work again, with the same reader."""
         deadline = time.monotonic() + 90
         while any(self.reads(reader, 1)):
             self.assertLess(time.monotonic(), deadline, "the reader does not recover")
-        self.assert_reads(self.data, reader)
+        self.assert_reads(data, reader)
 
     def test_reads_of_a_ceph_that_hangs_fail_in_time_and_work_again_later(self) -> None:
+        data = content()
+        self.image(data)
         reader = self.open(timeout=SHORT)
         with self.ceph.frozen("osd"):
             for error in self.reads(reader, 200):
                 self.assertIsInstance(error, exception.VolumeReadError)
                 self.assertIn("Ceph has not answered in time", str(error))
             self.assertRaises(exception.VolumeOpenError, self.open, timeout=SHORT)
-        self.assert_recovers(reader)
+        self.assert_recovers(data, reader)
 
     def test_an_osd_that_is_killed_in_mid_read_fails_reads_until_it_is_back(self) -> None:
+        data = content()
+        self.image(data)
         reader = self.open(timeout=SHORT)
         results: list[Any] = []
         failed = threading.Event()
@@ -301,8 +303,7 @@ class FaultTest(CephTestCase):
         thread = threading.Thread(target=read)
         thread.start()
         try:
-            while not results:
-                time.sleep(0.01)
+            wait_until(lambda: results, "the first blocks are read")
             self.ceph.kill_osd()
             self.assertTrue(failed.wait(60), "reads neither fail nor work")
         finally:
@@ -311,26 +312,28 @@ class FaultTest(CephTestCase):
             self.ceph.start_osd()
         self.assertIsNone(results[0])
         self.assertIsInstance(results[-1], exception.VolumeReadError)
-        self.assert_recovers(reader)
+        self.assert_recovers(data, reader)
 
     def test_closing_does_not_hang_with_ceph_nor_disturb_reads_under_way(self) -> None:
+        self.image(content(BLOCK))
         reader = self.open(timeout=SHORT)
         results: list[Any] = []
         with self.ceph.frozen("osd", "mon"):
             thread = threading.Thread(target=lambda: results.extend(self.reads(reader, 1)))
             thread.start()
-            time.sleep(0.2)
+            wait_until(lambda: reader._reading, "the read is under way")
             begun = time.monotonic()
             reader.close()
             self.assertLess(time.monotonic() - begun, 30)
             thread.join(60)
-        self.assertIsInstance(results[0], exception.VolumeReadError)
+        self.assertIn("Ceph has not answered in time", str(results[0]))
         error = self.assertRaises(
             exception.VolumeReadError, reader.read_into, 0, volumes.aligned_buffer(BLOCK)
         )
         self.assertIn("closed", str(error))
 
     def test_an_idle_reader_closes_while_ceph_hangs(self) -> None:
+        self.image(content(BLOCK))
         reader = self.open(timeout=SHORT)
         with self.ceph.frozen("osd", "mon"):
             begun = time.monotonic()
