@@ -113,17 +113,13 @@ class Client:
             if each.action == action:
                 whole = self.sdk.compute.get_server_action(each.request_id, server.id)
                 return [
-                    f"{event['event']} {event['result']} {event.get('details') or ''}".rstrip()
+                    f"{event['event']} {event['result']} {event['details'] or ''}".rstrip()
                     for event in whole.events
                 ]
         return []
 
     def _migrations(self, server: Any) -> list[Any]:
-        return [
-            each
-            for each in self.sdk.compute.migrations()
-            if each.instance_uuid == server.id or each.server_id == server.id
-        ]
+        return list(self.sdk.compute.migrations(server_id=server.id))
 
     @staticmethod
     def _wait(condition: Callable[[], bool], what: str, interval: float = 1.0) -> None:
