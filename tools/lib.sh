@@ -4,7 +4,7 @@
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$ROOT"
-VENV=$ROOT/.venv
+VENV=${NDM_VENV:-$ROOT/.venv}
 # Results of the last run, kept for a look; "make clean" removes them
 STATE=${NDM_STATE:-$ROOT/.make}
 mkdir -p "$STATE"
