@@ -25,6 +25,8 @@ Report = dict[str, Any]
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MAX_EVENTS = 64 << 10
 _MAX_SUMMARY = 64 << 20
+#: Bytes that a pipe takes before anybody reads.
+_PIPE = 64 << 10
 #: Sockets that the relay makes are for QEMU's group as well.
 _UMASK = 0o007
 
@@ -88,6 +90,7 @@ class RelayProcess:
         :raises OSError: it cannot be started, or not be noted.
         """
         files.summary.unlink(missing_ok=True)
+        text = json.dumps(description).encode()
         with open(files.events, "wb") as events:
             child = subprocess.Popen(
                 command,
@@ -96,6 +99,8 @@ class RelayProcess:
                 cwd="/",
                 start_new_session=True,
                 umask=_UMASK,
+                # Room for all of it: a relay that does not read must not hold up the service
+                pipesize=len(text) if len(text) > _PIPE else -1,
             )
         assert child.stdin is not None
         descriptor = os.pidfd_open(child.pid)
@@ -105,7 +110,7 @@ class RelayProcess:
                 if identity is None:
                     raise ProcessLookupError(f"process {child.pid} is gone")
                 note(identity)
-                child.stdin.write(json.dumps(description).encode())
+                child.stdin.write(text)
         except BrokenPipeError:
             pass  # one that has ended already: its events tell why
         except BaseException:
