@@ -77,7 +77,7 @@ broken volume from costing its time-out again and again.
         "timeout",
         default=5,
         min=1,
-        max=600,
+        max=30,
         help="""
 Seconds after which network storage (Ceph) that has not answered counts as
 failed: a read then is an error, and a volume that is being opened is not read.
