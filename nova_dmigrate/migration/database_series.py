@@ -42,7 +42,8 @@ class DatabaseSample:
 
 
 class DatabaseSeries:
-    """Asks the agent from `start` to `stop`, in a thread and with clients of its own.
+    """Asks the agent from `start` to `stop`, with clients of its own, in a thread for each host:
+    what the guest has not answered when it goes holds up nobody where it arrives.
 
     :param at_source: makes a client of the agent while the guest runs there.
     :param at_destination: the same where the guest goes.
@@ -58,6 +59,7 @@ class DatabaseSeries:
         self._at_source = at_source
         self._at_destination = at_destination
         self._interval = interval
+        self._lock = threading.Lock()
         self._samples: list[DatabaseSample] = []
         self._totals = (0, 0)
         self._servers: dict[str, ServerHealth] = {}
@@ -65,11 +67,11 @@ class DatabaseSeries:
         self._moved_at: float | None = None
         self._left_source = threading.Event()
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="database-series", daemon=True)
+        self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
         """Begin. The agent is there."""
-        self._thread.start()
+        self._begin(self._at_source, self._left_source)
 
     @property
     def astray(self) -> bool:
@@ -80,42 +82,53 @@ class DatabaseSeries:
         """The guest runs at the destination."""
         if self._moved_at is None:
             self._moved_at = time.monotonic()
-            self._left_source.set()
+            with self._lock:
+                self._left_source.set()
+            if self._threads and not self._stopped.is_set():
+                self._begin(self._at_destination, self._stopped)
 
     def stop(self) -> None:
         """End; some seconds after the switchover if there was one. An answer that is waited for is
         one of the series'."""
         if self._samples and self._moved_at is not None:
-            self._thread.join(max(0.0, self._moved_at + _AFTER - time.monotonic()))
+            self._threads[-1].join(max(0.0, self._moved_at + _AFTER - time.monotonic()))
         self._give_up()
-        if self._thread.ident is not None:
-            self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     @property
     def samples(self) -> tuple[DatabaseSample, ...]:
         """What there is until now, oldest first."""
         return tuple(self._samples)
 
-    # The thread
+    def _begin(self, connect: Callable[[], AgentClient], over: threading.Event) -> None:
+        thread = threading.Thread(
+            target=self._run, args=(connect, over), name="database-series", daemon=True
+        )
+        self._threads.append(thread)
+        thread.start()
 
-    def _run(self) -> None:
+    def _give_up(self) -> None:
+        self._stopped.set()
+        self._left_source.set()
+
+    # The threads
+
+    def _run(self, connect: Callable[[], AgentClient], over: threading.Event) -> None:
         try:
-            self._ask(self._at_source, self._left_source)
-            if not self._stopped.is_set():
-                self._ask(self._at_destination, self._stopped)
+            with connect() as agent:
+                rest = 0.0
+                # Once in any case: where the guest has gone, that may be all there is time for
+                while rest == 0.0 or not over.wait(rest):
+                    began = time.monotonic()
+                    self._look(agent, at_source=over is self._left_source)
+                    took = time.monotonic() - began
+                    rest = max(self._interval - took, _REST * took)
         except Exception:
             # It is only looked at: the migration goes on in any case
             LOG.exception("The database is not looked at any more")
 
-    def _ask(self, connect: Callable[[], AgentClient], over: threading.Event) -> None:
-        with connect() as agent:
-            while not over.is_set():
-                began = time.monotonic()
-                self._look(agent)
-                took = time.monotonic() - began
-                over.wait(max(self._interval - took, _REST * took))
-
-    def _look(self, agent: AgentClient) -> None:
+    def _look(self, agent: AgentClient, at_source: bool) -> None:
         try:
             health = agent.health(attempts=1)
         except exception.RpcError as error:
@@ -124,12 +137,15 @@ class DatabaseSeries:
             return
         self._silent = False
         servers = {each.name: each for each in health.servers if each.latency_ms is not None}
-        if servers:
-            self._note(servers)
-        elif not self._samples:
-            # To try again would leave another refused login in the server's log each time
-            LOG.info("Instance %s: the agent has no figures of the database", agent.instance)
-            self._give_up()
+        with self._lock:
+            if at_source and self._left_source.is_set():
+                return  # it may be older than what the destination's agent has said by now
+            if servers:
+                self._note(servers)
+            elif not self._samples:
+                # To try again would leave another refused login in the server's log each time
+                LOG.info("Instance %s: the agent has no figures of the database", agent.instance)
+                self._give_up()
 
     def _note(self, servers: dict[str, ServerHealth]) -> None:
         commits, queries = self._totals
@@ -146,10 +162,6 @@ class DatabaseSeries:
         if len(self._samples) > _LIMIT:
             self._samples = thinned(self._samples)
             self._interval *= 2
-
-    def _give_up(self) -> None:
-        self._stopped.set()
-        self._left_source.set()
 
 
 def thinned(samples: Sequence[DatabaseSample]) -> list[DatabaseSample]:

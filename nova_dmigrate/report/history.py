@@ -11,8 +11,8 @@ from nova_dmigrate.report import runs
 from nova_dmigrate.report.html import Section
 from nova_dmigrate.report.write import write_html
 
-#: The phase in which the relays start to count, so that their series begin with it.
-_FIRST_PHASE = "migrating"
+#: The phase at the end of which both relays run.
+_STARTING = "starting relays"
 
 
 def write_history_report(summaries: Sequence[MigrationSummary], path: Path) -> None:
@@ -65,7 +65,7 @@ def section_of(summary: MigrationSummary) -> Section:
 
 def _series(summary: MigrationSummary) -> dict[str, Any]:
     rows = summary.series.get("source") or ()
-    begin = _seconds_before(summary)
+    begin = _began(summary, rows)
     series: dict[str, Any] = {
         "network": list(_points(rows, "wire_bytes", begin)),
         "volume": list(_points(rows, "volume_bytes", begin)),
@@ -100,13 +100,18 @@ def _rates(points: Iterable[Sequence[float]]) -> Iterable[list[float]]:
             yield [(begin + end) / 2, (after - before) / (end - begin)]
 
 
-def _seconds_before(summary: MigrationSummary) -> float:
-    seconds = 0.0
-    for name, spent in summary.phases.items():
-        if name == _FIRST_PHASE:
-            return seconds
-        seconds += spent
-    return 0.0
+def _began(summary: MigrationSummary, rows: Sequence[Row]) -> float:
+    """Seconds from the request to the source relay's first moment, from which its rows count.
+
+    At the latest when it was known to run, and so that libvirt was done only after its last byte.
+    """
+    last = _last_growth(list(_points(rows, "wire_bytes", 0)))
+    seconds = summary.total_s - (last or 0.0)
+    if _STARTING in summary.phases:
+        names = list(summary.phases)
+        before = names[: names.index(_STARTING) + 1]
+        seconds = min(seconds, sum(summary.phases[name] for name in before))
+    return max(0.0, seconds)
 
 
 def _points(rows: Iterable[Row], key: str, begin: float) -> Iterable[list[float]]:

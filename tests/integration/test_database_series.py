@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from tests.integration.test_agent_rpc import ONE, PASSWORD, wait_for
 from tests.lab import databases, processes, tls_broker
 from tests.lab.broker import Broker
 from tests.unit.migration.summaries import RELAYED
+from tests.unit.migration.test_database_series import threads
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # eventlet's, of which nothing is used
@@ -81,7 +81,7 @@ class DatabaseSeriesTest(base.TestCase):
             yield made
         finally:
             made.stop()
-            self.assertNotIn("database-series", [each.name for each in threading.enumerate()])
+            self.assertEqual([], threads())
 
     def more(self, series: DatabaseSeries, count: int = 3) -> None:
         count += len(series.samples)
@@ -172,7 +172,7 @@ class DatabaseSeriesTest(base.TestCase):
             wait_for(asked.ping, "an answer")
         before = self.refused()
         with self.series() as series:
-            wait_for(lambda: not series._thread.is_alive(), "it is given up")
+            wait_for(lambda: not threads(), "it is given up")
         self.assertEqual((), series.samples)
         self.assertEqual(1, self.refused() - before)
 

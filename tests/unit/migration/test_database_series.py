@@ -20,7 +20,6 @@ from tests import base
 
 INSTANCE = "an-instance"
 PATIENCE = 60.0
-TIMEOUT = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +73,13 @@ class DatabaseSeriesTest(base.TestCase):
     def setUp(self) -> None:
         super().setUp()
         self.directory = self.make_directory()
-        self.addCleanup(
-            lambda: self.assertNotIn("database-series", [t.name for t in threading.enumerate()])
-        )
+        self.timeout = 1.0
+        self.addCleanup(lambda: self.assertEqual([], threads()))
 
     def client(self, name: str) -> AgentClient:
         path = str(self.directory / name)
         transport = channel.ChannelTransport(INSTANCE, lambda: channel.open_port(path))
-        return AgentClient(INSTANCE, transport, ClientSettings(timeout=TIMEOUT))
+        return AgentClient(INSTANCE, transport, ClientSettings(timeout=self.timeout))
 
     @contextlib.contextmanager
     def agent(self, agent: Agent, name: str = "source") -> Iterator[Agent]:
@@ -136,13 +134,13 @@ class DatabaseSeriesTest(base.TestCase):
         with self.agent(OldAgent()) as agent, self.series() as series:
             (server,) = self.client("source").health().servers
             self.assertEqual((True, None, None), (server.healthy, server.commits, server.queries))
-            self.wait(lambda: not series._thread.is_alive(), "it is given up")
+            self.wait(lambda: not threads(), "it is given up")
             self.assertEqual(2, agent.asked)
         self.assertEqual((), series.samples)
 
     def test_an_agent_that_may_not_log_in_does_not_try_again_and_again(self) -> None:
         with self.agent(LockedOut()) as agent, self.series() as series:
-            self.wait(lambda: not series._thread.is_alive(), "it is given up")
+            self.wait(lambda: not threads(), "it is given up")
             self.assertEqual(1, agent.asked)
         self.assertEqual((), series.samples)
 
@@ -174,6 +172,41 @@ class DatabaseSeriesTest(base.TestCase):
             after_it = [each for each in series.samples if each.moment > moved]
         self.assertGreater(len(after_it), 1)
         self.assertEqual({(4, 40)}, {(each.commits, each.queries) for each in after_it})
+
+    def test_an_answer_of_the_source_that_is_late_is_none(self) -> None:
+        with (
+            self.agent(Agent(one=(1, 10))) as before,
+            self.agent(Agent(one=(5, 50)), "destination"),
+            self.series() as series,
+        ):
+            self.wait_for(series)
+            asked = before.asked
+            before.let.clear()
+            self.wait(lambda: before.asked > asked, "it is asked")
+            count = len(series.samples)
+            series.moved()
+            self.wait_for(series)
+            before.let.set()
+            last = self.wait_for(series, 2)
+            self.wait(lambda: len(threads()) == 1, "the source is left")
+        self.assertEqual((4, 40), (last.commits, last.queries))
+        self.assertEqual(
+            {(4, 40)}, {(each.commits, each.queries) for each in series.samples[count:]}
+        )
+
+    def test_the_destination_is_asked_though_it_takes_its_time(self) -> None:
+        self.timeout = PATIENCE
+        with (
+            self.agent(Agent(one=(1, 10))),
+            self.agent(Agent(one=(5, 50)), "destination") as after,
+        ):
+            with self.series() as series:
+                self.wait_for(series)
+                after.let.clear()
+                series.moved()
+                threading.Timer(database_series._AFTER + 0.5, after.let.set).start()
+            last = series.samples[-1]
+        self.assertEqual((4, 40), (last.commits, last.queries))
 
     def test_it_ends_while_the_agent_hangs(self) -> None:
         with self.agent(Agent(one=(1, 10))) as agent:
@@ -212,6 +245,11 @@ class DatabaseSeriesTest(base.TestCase):
             ],
             database_series.thinned(samples),
         )
+
+
+def threads() -> list[threading.Thread]:
+    """Those of series."""
+    return [each for each in threading.enumerate() if each.name == "database-series"]
 
 
 @contextlib.contextmanager

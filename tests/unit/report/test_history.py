@@ -11,7 +11,7 @@ from tests.unit.migration.summaries import MIB, ORDINARY, RELAYED, series
 
 FULL = dataclasses.replace(
     RELAYED,
-    phases={"checking": 0.5, "mapping": 2.0, "migrating": 10.0, "converging": 0.3},
+    phases={"checking": 0.5, "starting relays": 2.0, "mapping": 2.0, "migrating": 10.02},
     series={"source": tuple(series(10)), "destination": tuple(series(11))},
 )
 
@@ -66,6 +66,11 @@ class HistoryReportTest(base.TestCase):
         rows = ({"t": 1, "queries": 5}, {"t": 1, "queries": 9}, {"t": 2, "queries": 3}, {"t": "x"})
         torn = dataclasses.replace(FULL, series={"database": rows})
         self.assertEqual({"network": [], "volume": []}, history.run_of(torn)["series"])
+
+    def test_the_relays_last_bytes_come_before_libvirt_is_done(self) -> None:
+        quick = dataclasses.replace(FULL, total_s=12.2)
+        _, end = history.run_of(quick)["series"]["downtime"]
+        self.assertAlmostEqual(12.2, end)
 
     def test_there_is_no_downtime_of_what_did_not_complete(self) -> None:
         failed = dataclasses.replace(FULL, state="failed", error="x")
