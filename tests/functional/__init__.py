@@ -12,5 +12,9 @@ from pathlib import Path
 import nova.tests.functional  # noqa: F401
 import nova.virt
 
+from tools.nova_tests.cells import readers_first
+
+readers_first()
+
 # From an editable install Nova does not find the shim, which a wheel puts into its package
 nova.virt.__path__.append(str(Path(__file__).parents[2] / "nova" / "virt"))

@@ -4,12 +4,31 @@
 from concurrent import futures
 from typing import Any
 
+import testtools
+from nova.tests.fixtures.nova import ReaderWriterLock
 from oslo_messaging._drivers import impl_fake
 
 from nova_dmigrate.rpc import broker
 from nova_dmigrate.rpc.host_client import HostClient
 from nova_dmigrate.rpc.host_messages import HOST
 from tests.functional import base, services
+
+
+class CellsTest(testtools.TestCase):
+    def test_who_reads_does_not_wait_behind_who_waits_to_write(self):
+        lock = ReaderWriterLock()
+        with futures.ThreadPoolExecutor(2) as pool:
+            with lock.read_lock():
+                writer = pool.submit(self.hold, lock.write_lock)
+                while not lock._pending_writers:
+                    self.assertFalse(writer.done())
+                self.assertTrue(pool.submit(self.hold, lock.read_lock).result(20))
+                self.assertFalse(writer.done())
+            self.assertTrue(writer.result(20))
+
+    def hold(self, held: Any) -> bool:
+        with held():
+            return True
 
 
 class StandInTest(base.MigrationTest):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run tests of the Nova that is installed beside this Python, with a driver; write subunit v2.
 
-Nova's files stay as they are: before any test module is imported, DMigrate's class takes the place
-of LibvirtDriver in the two modules that publish that name, so tests that make, patch or configure
-the stock driver do so with ours.
+Nova's files stay as they are, and of its tests nothing is changed but a lock (`cells`). Before any
+test module is imported, DMigrate's class takes the place of LibvirtDriver in the two modules that
+publish that name, so tests that make, patch or configure the stock driver do so with ours.
 """
 
 import argparse
@@ -19,6 +19,9 @@ from typing import Any
 import subunit
 import testtools
 
+from tools.nova_tests.cells import readers_first
+
+FUNCTIONAL = "nova.tests.functional"
 STOCK = "stock"
 OURS = "dmigrate"
 # Seconds for a test, as in Nova's own runs; one that this does not end ends the process after GRACE
@@ -50,8 +53,11 @@ def main(argv: list[str]) -> int:
 
     # The packages of tests decide between threads and eventlet, so they come before all of Nova.
     # nova.test replaces parts of mock and of locking, and has to come before what uses those.
-    importlib.import_module(".".join(arguments.modules[0].split(".")[:3]))
+    package = ".".join(arguments.modules[0].split(".")[:3])
+    importlib.import_module(package)
     importlib.import_module("nova.test")
+    if package == FUNCTIONAL:
+        readers_first()
     driver = stock() if arguments.driver == STOCK else swap(arguments.shim)
     made = watch(driver)
 
