@@ -134,6 +134,9 @@ class Agent:
     def ping(self, arguments: Any) -> messages.Pong:
         return messages.Pong("1", messages.VERSION, "one")
 
+    def health(self, arguments: Any) -> messages.Health:
+        return messages.Health(incarnation="one", moves=0, since_move=None, servers=())
+
     def map_begin(self, arguments: Any) -> messages.MapState:
         failed = self.outcome == "failed"
         return messages.MapState(
