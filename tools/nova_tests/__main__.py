@@ -56,7 +56,11 @@ def main(argv: list[str]) -> int:
         print(f"TROUBLE: {trouble}")
     with (STATE / "nova.subunit").open("wb") as stream:
         write(compared, stream)
-    return 0 if all(each.good for each in compared.values()) else 1
+    good = all(each.good for each in compared.values())
+    if arguments.short and os.environ.get("CI", "").lower() in ("1", "true"):
+        # There nothing may be missing, and Nova skips none of these where it has all that it needs
+        good = good and not any(each.skipped for each in compared.values())
+    return 0 if good else 1
 
 
 def compare(pool: Executor, jobs: list[Job], shim: Path) -> tuple[dict[str, Comparison], list[str]]:
