@@ -149,9 +149,11 @@ class Sessions:
                         reason="there is another session of that identifier", code="in-use"
                     )
                 return self._told(known)
-            if any(each.record.socket == record.socket for each in self._sessions.values()):
+            # A directory goes with its session, whatever is in it
+            place = record.directory or record.socket
+            if any(place in each.record.places for each in self._sessions.values()):
                 raise exception.RequestRefused(
-                    reason=f"{record.socket} belongs to another session", code="in-use"
+                    reason=f"{place} belongs to another session", code="in-use"
                 )
             lack = shortage(self._settings.limits, (), Load(record.role, record.guest_memory))
             if lack is not None:

@@ -62,6 +62,11 @@ class Record:
         return cls(**{name: value for name, value in data.items() if name in known})
 
     @property
+    def places(self) -> tuple[str | None, str]:
+        """What no other session may have: its directory, if it has one, and its socket."""
+        return self.directory, self.socket
+
+    @property
     def identity(self) -> Identity | None:
         """Who the relay is, None before it was started."""
         if self.pid is None or self.started is None:

@@ -47,6 +47,19 @@ class PermissionsTest(Hosts):
         pair.order = dataclasses.replace(pair.order, qemu_socket=f"{self.two.sockets}/link/qemu")
         self.assert_refused("socket-not-allowed", pair.open_destination)
 
+    def test_sockets_are_in_no_directory_of_another_session(self) -> None:
+        first, second = self.pair(), self.pair()
+        first.open_destination()
+        first.destination.wait("running")
+        directory = first.incoming.parent
+        second.order = dataclasses.replace(second.order, qemu_socket=f"{directory}/other")
+        self.assert_refused("in-use", second.open_destination)
+        self.assertTrue(directory.is_dir())
+        first.destination.client.close_session(first.order.session_id)
+        second.open_destination()
+        second.destination.client.close_session(second.order.session_id)
+        self.assertFalse(directory.exists())
+
     def test_only_volumes_in_the_allowed_places_are_read(self) -> None:
         volumes = self.place / "volumes"
         volumes.mkdir()
