@@ -78,7 +78,8 @@ class Volume:
 class OpenDestination:
     """Start the destination relay of a migration, which listens for the source's.
 
-    ``token``: the migration's secret, 64 hexadecimal digits, the same for both relays.
+    ``token``: the migration's secret, 64 hexadecimal digits, the same for both relays, which get it
+    bound to the ``volumes``.
     ``qemu_socket``: where the destination QEMU listens, or will; in the host's directory for
     sockets, or in a directory of its own there. ``tls_peer_name``: the source host's name in its
     certificate, None for no TLS. ``lease_seconds``: after so long without `renew` the host ends
