@@ -57,15 +57,6 @@ class Client:
 
         self._wait(up, "the compute hosts are up")
 
-    def create_server(self, name: str, **options: Any) -> Any:
-        """Make a server and wait until it runs.
-
-        :param options: of Nova's API.
-        :raises CloudError: it does not.
-        """
-        server = self.sdk.compute.create_server(name=name, **options)
-        return self.wait_for_server(server, "ACTIVE")
-
     def wait_for_server(self, server: Any, status: str) -> Any:
         """:raises CloudError: a server does not come to have a status."""
         try:

@@ -55,12 +55,13 @@ def tiny(cloud: OpenStack, name: str) -> Any:
         file.truncate(16 << 20)
     uploaded = _upload(cloud, name, made, initramfs, disk, "raw", KERNEL_ARGUMENTS)
     flavor = seed.flavor(cloud.client, name, 128, 0)
-    return cloud.client.create_server(
-        name,
+    ordered = cloud.client.sdk.compute.create_server(
+        name=name,
         flavor_id=flavor.id,
         image_id=uploaded.id,
         networks=[{"port": _port(cloud, name, guest_address(99)).id}],
     )
+    return cloud.client.wait_for_server(ordered, "ACTIVE")
 
 
 class DatabaseServer:
@@ -104,9 +105,10 @@ class DatabaseServer:
         )
         volume = self._volume()
         flavor = seed.flavor(self._cloud.client, self._name, self._ram_mb, 3, **self._specs)
-        self.server = self._cloud.client.create_server(
-            self._name,
+        ordered = self._cloud.client.sdk.compute.create_server(
+            name=self._name,
             flavor_id=flavor.id,
+            image_id=uploaded.id,
             networks=[{"port": _port(self._cloud, self._name, self.address).id}],
             block_device_mapping=[
                 {
@@ -124,8 +126,9 @@ class DatabaseServer:
                 },
             ],
         )
-        for command in isolation.commands(self.server.id, self._password, HOST_USER):
+        for command in isolation.commands(ordered.id, self._password, HOST_USER):
             self._cloud.broker.control(*command)
+        self.server = self._cloud.client.wait_for_server(ordered, "ACTIVE")
         return self
 
     @property

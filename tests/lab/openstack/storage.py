@@ -69,13 +69,13 @@ class SharedDirectory:
         # It is where the share lies, and needs no client
         name = hashlib.md5(self._share.encode(), usedforsecurity=False).hexdigest()
         point = self._mounts / name
-        return f"mkdir -p {point} && mount --bind {self._export} {point}"
+        return f"{self._private} && mkdir {point} && mount --bind {self._export} {point}"
 
     def nova_options(self, host: LibvirtHost) -> Options:
         return {"libvirt": {"nfs_mount_point_base": self._mounts}}
 
     def prepare_host(self, host: LibvirtHost) -> None:
-        pass
+        host.run(["sh", "-c", self._private])
 
     def fill(self, volume: str, content: Path) -> None:
         file = self._export / f"volume-{volume}"
@@ -84,6 +84,13 @@ class SharedDirectory:
             shutil.copyfileobj(source, target, 16 << 20)
             if target.tell() > size:
                 raise ValueError(f"{content} is larger than volume {volume}")
+
+    @property
+    def _private(self) -> str:
+        """A command: the mount points are each host's own. One that a host removes would take the
+        other's mount with it.
+        """
+        return f"mount -t tmpfs tmpfs {self._mounts}"
 
     @property
     def _share(self) -> str:
