@@ -52,7 +52,10 @@ class Move:
         return outcome.refusal(self.events)
 
     def __str__(self) -> str:
-        told = self.outcome.sentence if self.outcome else self.refusal or "the driver says nothing"
+        if self.outcome:
+            told = self.outcome.sentence
+        else:
+            told = self.refusal or outcome.failure(self.events) or "the driver says nothing"
         return f"from {self.source} to {self.host}, {self.status}: {told}"
 
 
@@ -85,7 +88,10 @@ def move(cloud: Cloud, server: str, told: bool, abort: bool = False) -> Move:
 
 
 def _events(cloud: Cloud, server: str, known: frozenset[Any], told: bool) -> list[dict[str, Any]]:
-    """The events of the migration's action, all of which have ended."""
+    """The events of the migration's action, all of which have ended.
+
+    :param told: that of the driver is among them, unless something has failed before it.
+    """
 
     def complete() -> Any:
         action = outcome.newest(cloud.actions(server), "request_id", known)
@@ -94,7 +100,7 @@ def _events(cloud: Cloud, server: str, known: frozenset[Any], told: bool) -> lis
         events = cloud.events(server, action["request_id"])
         if not all(event.get("result") for event in events):
             return None
-        if told and outcome.of(events) is None and outcome.refusal(events) is None:
+        if told and outcome.of(events) is None and outcome.failure(events) is None:
             return None
         return events
 

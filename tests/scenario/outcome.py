@@ -80,6 +80,14 @@ def of(events: Iterable[Mapping[str, Any]]) -> Outcome | None:
     return None
 
 
+def failure(events: Iterable[Mapping[str, Any]]) -> str | None:
+    """What Nova says of what has failed, whatever that was; None if nothing has."""
+    for event in events:
+        if event.get("result") == "Error":
+            return f"{event['event']}: {event.get('details')}"
+    return None
+
+
 def refusal(events: Iterable[Mapping[str, Any]]) -> str | None:
     """Why a migration that was required to go through the relays was not carried out: what the
     driver has told, or what Nova says that the hosts' checks have; None if nothing tells."""

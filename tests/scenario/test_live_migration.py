@@ -43,7 +43,7 @@ class ScenarioTestCase(base.TestCase):
     def see_who_did_it(self, moved: Move) -> None:
         """The driver says that it was the relays, or why not; and that is what was expected."""
         outcome = moved.outcome
-        assert outcome is not None
+        assert outcome is not None, str(moved)
         self.assertEqual("completed", outcome.state)
         self.assertEqual((moved.source, moved.host), (outcome.source, outcome.destination))
         if not outcome.by_dmigrate:
@@ -113,12 +113,12 @@ class MadeServerTest(ScenarioTestCase):
         if moved.status == COMPLETED:
             self.assertIsNot(Expectation.ORDINARY, self.settings.expectation, str(moved))
             self.see_it_moved(moved)
-            assert moved.outcome is not None
+            assert moved.outcome is not None, str(moved)
             self.assertTrue(moved.outcome.by_dmigrate, moved.outcome.sentence)
         else:
             self.assertIsNot(Expectation.DMIGRATE, self.settings.expectation, str(moved))
             self.assertEqual(moved.source, moved.host)
-            self.assertIsNotNone(moved.refusal, moved.events)
+            self.assertIsNotNone(moved.refusal, str(moved))
 
     def test_a_migration_that_is_aborted_leaves_the_server_where_it_is(self) -> None:
         server = self.make_server("preferred")
@@ -130,7 +130,7 @@ class MadeServerTest(ScenarioTestCase):
         )
         # Nova's own word for it ("cancelled", "failed", "error") depends on what its monitor sees
         self.assertEqual(moved.source, moved.host, str(moved))
-        assert moved.outcome is not None
+        assert moved.outcome is not None, str(moved)
         self.assertEqual("cancelled", moved.outcome.state, moved.outcome.sentence)
         # Nothing of it is in the way of the next one
         self.see_it_moved(self.move(server))

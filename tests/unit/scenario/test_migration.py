@@ -95,6 +95,12 @@ class MoveTest(base.TestCase):
         self.assertEqual(("compute1", "compute1", "error"), (*_ways(moved), moved.status))
         self.assertEqual(said["details"], moved.refusal)
 
+    def test_what_fails_before_the_driver_has_a_say_is_not_waited_for(self) -> None:
+        failed = event("no such volume", "Error", "compute_pre_live_migration")
+        moved = migration.move(WrittenCloud(["error"], [[NOVAS, failed]]), SERVER, told=True)
+        self.assertEqual((None, None), (moved.outcome, moved.refusal))
+        self.assertIn("compute_pre_live_migration: no such volume", str(moved))
+
     def test_an_abort_is_ordered_once_and_when_it_runs(self) -> None:
         cloud = WrittenCloud(["accepted", "preparing", "running"], [[NOVAS, DRIVERS]])
         moved = migration.move(cloud, SERVER, told=True, abort=True)
