@@ -5,7 +5,6 @@ It overrides what has had the same form in many releases of Nova, and passes on 
 know.
 """
 
-import contextlib
 import functools
 import inspect
 import logging
@@ -49,6 +48,8 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        #: Of live migrations from here whose operation has not begun, by the instance's UUID.
+        self._decided: dict[str, Policy] = {}
         #: Live migrations from here that go through relays, or may, by the instance's UUID.
         self._relaying: dict[str, Any] = {}
         self._evacuations: Any = None
@@ -77,9 +78,8 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
 
         :raises MigrationPreCheckError: it cannot.
         """
-        if self._checked_policy(instance) is Policy.REQUIRED:
-            # Before the driver leaves a file on the storage for the source to find
-            self._check(instance, self._check_destination, dst_compute_info["host"])
+        # Before the driver leaves a file on the storage for the source to find
+        self._check(instance, self._check_destination, dst_compute_info)
         return super().check_can_live_migrate_destination(
             context,
             instance,
@@ -103,11 +103,17 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
         data = super().check_can_live_migrate_source(
             context, instance, dest_check_data, block_device_info
         )
-        if self._checked_policy(instance) is Policy.REQUIRED:
-            self._check(instance, self._check_source, context, data, block_device_info)
+        self._check(instance, self._check_source, context, data, block_device_info)
         return data
 
     def _check(self, instance: Any, check: Callable[..., None], *args: Any) -> None:
+        """Check what is required; whatever else there is can still be the ordinary migration."""
+        try:
+            policy = self._policy(instance)
+        except exception.ConfigurationError as error:
+            raise nova_exception.MigrationPreCheckError(reason=error.kwargs["reason"]) from error
+        if policy is not Policy.REQUIRED:
+            return
         try:
             check(instance, *args)
         except (exception.DMigrateError, ImportError) as error:
@@ -116,10 +122,10 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
                 reason=f"nova-dmigrate is required, but {why}"
             ) from error
 
-    def _check_destination(self, instance: Any, host: str) -> None:
+    def _check_destination(self, instance: Any, compute_info: Any) -> None:
         from nova_dmigrate.virt import conditions
 
-        conditions.at_destination(instance.uuid, host, self._configuration())
+        conditions.at_destination(instance.uuid, compute_info["host"], self._configuration())
 
     def _check_source(
         self, instance: Any, context: Any, migrate_data: Any, block_device_info: Any
@@ -144,23 +150,18 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
 
     # The migration
 
-    def live_migration(
-        self,
-        context: Any,
-        instance: Any,
-        dest: Any,
-        post_method: Any,
-        recover_method: Any,
-        block_migration: Any = False,
-        migrate_data: Any = None,
-    ) -> None:
-        """As libvirt's. What the policy depends on is loaded before it, because Nova's monitor and
-        operation, which it starts, use one context."""
-        with contextlib.suppress(exception.ConfigurationError):
-            self._policy(instance)
-        super().live_migration(
-            context, instance, dest, post_method, recover_method, block_migration, migrate_data
-        )
+    @_taking_the_same_as(driver.LibvirtDriver._live_migration)
+    def _live_migration(self, context: Any, instance: Any, *args: Any, **kwargs: Any) -> None:
+        """As libvirt's. The policy is decided before it, and once: what it depends on may have to
+        be loaded, and Nova's monitor and operation, which it starts, use one context."""
+        try:
+            policy = self._policy(instance)
+        except exception.ConfigurationError as error:
+            # It was another one when that was checked
+            LOG.error("%s; the migration is Nova's own", error)
+            policy = Policy.DISABLED
+        self._decided[instance.uuid] = policy
+        super()._live_migration(context, instance, *args, **kwargs)
 
     def _live_migration_operation(
         self,
@@ -183,12 +184,7 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
             guest,
             device_names,
         )
-        try:
-            policy = self._policy(instance)
-        except exception.ConfigurationError as error:
-            # It was another one when that was checked
-            LOG.error("%s; the migration is Nova's own", error)
-            policy = Policy.DISABLED
+        policy = self._decided.pop(instance.uuid, Policy.DISABLED)
         if policy is Policy.DISABLED:
             operation()
             return
@@ -301,12 +297,6 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
         except Exception as error:  # noqa: BLE001 - Nova loads what is missing, which may fail
             LOG.warning("The policy of %s is not known: %s: %s", instance, type(error), error)
             return Policy.DISABLED
-
-    def _checked_policy(self, instance: Any) -> Policy:
-        try:
-            return self._policy(instance)
-        except exception.ConfigurationError as error:
-            raise nova_exception.MigrationPreCheckError(reason=error.kwargs["reason"]) from error
 
     def _configuration(self) -> cfg.ConfigOpts:
         """nova-dmigrate's own.
