@@ -22,7 +22,7 @@ from nova_dmigrate.migration.guest_map import GuestMapFetch
 from nova_dmigrate.migration.prepared_database import PreparedDatabase
 from nova_dmigrate.migration.sessions import RelaySessions, Terms
 from nova_dmigrate.migration.settings import OrchestrationSettings
-from nova_dmigrate.migration.waiting import answer_of
+from nova_dmigrate.migration.waiting import Question, answer_of
 from nova_dmigrate.retention import Retention
 from nova_dmigrate.rpc.client import AgentClient
 from nova_dmigrate.rpc.host_client import HostClient
@@ -128,6 +128,8 @@ class RelayedMigration:
         self._ends = contextlib.ExitStack()
         self._mapping: GuestMapFetch | None = None
         self._given: bool | None = None
+        self._handing_over = Question(self._hand_over_map)
+        self._progress = Question(self._sessions.look)
         self._told: Report = {}
         self._heard = 0.0
         self._held = False
@@ -193,15 +195,16 @@ class RelayedMigration:
 
     def follow(self, set_max_downtime: Callable[[int], bool] | None) -> Report:
         """Have the map used when it comes, and hold QEMU back until the bulk is resolved; the last
-        that the source relay has told.
+        that the source relay has told. No host is waited for.
 
         :param set_max_downtime: takes milliseconds, returns whether that was possible; None as long
             as QEMU has not begun.
         """
-        self._hand_over_map()
+        if self._given is None:
+            self._handing_over.answer()
         if self._database.astray and not self._guest.runs_here():
             self._database.moved()  # post-copy: libvirt is not done yet
-        told = self._sessions.look()
+        told = self._progress.answer()
         if told is not None:
             self._told, self._heard = told, time.monotonic()
             if told.get("passes", 0) > 1 and self._mapping is not None:

@@ -4,7 +4,7 @@
 import threading
 from collections.abc import Callable
 from concurrent import futures
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 _T = TypeVar("_T")
 
@@ -18,6 +18,32 @@ def answer_of(ask: Callable[[], _T], waiting: Waiting) -> _T:
     """What ``ask`` returns, or raises. It runs in a thread, and there it comes to its own end when
     nobody waits for it any more.
     """
+    answer = _asked(ask)
+    while not futures.wait((answer,), _POLL).done:
+        waiting()
+    return answer.result()
+
+
+class Question(Generic[_T]):
+    """One question that is asked again and again by somebody who has more to do than to wait.
+
+    :param ask: as in `answer_of`. It is not asked again before it has answered.
+    """
+
+    def __init__(self, ask: Callable[[], _T]) -> None:
+        self._ask = ask
+        self._answer: futures.Future[_T] | None = None
+
+    def answer(self) -> _T | None:
+        """Its answer, or what it raises; None if that does not come within a moment."""
+        answer = self._answer = self._answer or _asked(self._ask)
+        if not futures.wait((answer,), _POLL).done:
+            return None
+        self._answer = None
+        return answer.result()
+
+
+def _asked(ask: Callable[[], _T]) -> futures.Future[_T]:
     answer: futures.Future[_T] = futures.Future()
 
     def run() -> None:
@@ -28,6 +54,4 @@ def answer_of(ask: Callable[[], _T], waiting: Waiting) -> _T:
 
     # No pool: at the program's end its threads are waited for
     threading.Thread(target=run, name="ask", daemon=True).start()
-    while not futures.wait((answer,), _POLL).done:
-        waiting()
-    return answer.result()
+    return answer

@@ -270,6 +270,19 @@ class RelayedMigrationTest(host_base.Hosts):
             self.assertRaises(exception.MigrationCancelled, migration.__enter__)
         self.assert_nothing_left()
 
+    def test_a_migration_is_followed_while_its_source_does_not_answer(self) -> None:
+        assert self.one.process is not None
+        with self.migration(lambda phase: None, timeout=PATIENCE) as migration:
+            wait_until(lambda: migration.follow(None), "the relay tells of itself")
+            with stopped(self.one.process.pid):
+                # It is cancelled by whoever follows it, so that must not wait for the answer
+                follower = threading.Thread(target=migration.follow, args=(None,), daemon=True)
+                follower.start()
+                follower.join(PATIENCE)
+                self.assertFalse(follower.is_alive())
+            wait_until(lambda: migration.follow(None), "the relay tells of itself")
+        self.assert_nothing_left()
+
     def test_a_host_that_does_not_answer_costs_the_other_one_no_lease(self) -> None:
         assert self.two.process is not None
         with self.migration(lambda phase: None, timeout=PATIENCE):
