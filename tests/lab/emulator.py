@@ -29,9 +29,13 @@ def exact(arguments: list[str]) -> list[str]:
     return result
 
 
-def script(interpreter: str) -> str:
-    """The program's text, to be written on a host."""
-    return f"#!{interpreter} -I\n{Path(__file__).read_text()}"
+def script(interpreter: str, qemu: str = QEMU) -> str:
+    """The program's text, to be written on a host.
+
+    :param qemu: where QEMU itself is there.
+    """
+    text = Path(__file__).read_text().replace(f'\nQEMU = "{QEMU}"', f'\nQEMU = "{qemu}"')
+    return f"#!{interpreter} -I\n{text}"
 
 
 def _larger(match: "re.Match[str]") -> str:

@@ -11,7 +11,17 @@ from types import TracebackType
 from tests.lab.broker import Broker
 from tests.lab.guest_network import GuestNetwork
 from tests.lab.libvirt_hosts import LibvirtHosts
-from tests.lab.openstack import cinder, glance, keystone, neutron, nova, placement, schemas, seed
+from tests.lab.openstack import (
+    cinder,
+    exact_emulator,
+    glance,
+    keystone,
+    neutron,
+    nova,
+    placement,
+    schemas,
+    seed,
+)
 from tests.lab.openstack.client import Client
 from tests.lab.openstack.computes import Compute
 from tests.lab.openstack.site import MESSAGING, Site
@@ -72,6 +82,8 @@ class OpenStack:
         enter, step = self._ends.enter_context, self._step
         with step("hosts"):
             self.hosts = enter(LibvirtHosts(self.directory))
+            for host in (self.hosts.a, self.hosts.b):
+                exact_emulator.install(host)
             self.guests = enter(GuestNetwork(self.hosts))
         with step("broker and database"), ThreadPoolExecutor(1) as pool:
             self.broker = enter(Broker([]))
