@@ -27,7 +27,7 @@ from nova_dmigrate.rpc.fields import (
 from nova_dmigrate.rpc.messages import MAX_MESSAGE_BYTES
 from nova_dmigrate.rpc.protocol import Method, Protocol
 
-VERSION = "1.0"
+VERSION = "1.1"
 
 ROLES = ("source", "destination")
 #: In this order; the last three are final.
@@ -259,8 +259,9 @@ class AgentAnswer:
 METHODS = {
     "hello": Method(HelloArguments, HostState),
     # Opening is repeated without harm: the session's identifier makes it the same one
-    "open_destination": Method(OpenDestination, SessionState),
-    "open_source": Method(OpenSource, SessionState),
+    # Since 1.1 both bind the relays' token to the volumes
+    "open_destination": Method(OpenDestination, SessionState, since="1.1"),
+    "open_source": Method(OpenSource, SessionState, since="1.1"),
     "session": Method(SessionReference, SessionState),
     "renew": Method(RenewSession, SessionState),
     "use_map": Method(UseMap, SessionState),
