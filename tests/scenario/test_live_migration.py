@@ -5,6 +5,7 @@ Whatever the environment lacks makes the tests fail; what cannot be with a serve
 skipped, which says so.
 """
 
+import logging
 import os
 import subprocess
 
@@ -22,6 +23,9 @@ POLICY = "dmigrate:policy"
 class ScenarioTestCase(base.TestCase):
     def setUp(self) -> None:
         super().setUp()
+        # At DEBUG they tell of every byte
+        for chatty in ("keystoneauth", "openstack", "urllib3"):
+            logging.getLogger(chatty).setLevel(logging.INFO)
         self.settings = settings.from_environment(os.environ)
         self.cloud = cloud.connect(self.settings.cloud, self.settings.timeout)
         hosts = self.cloud.hosts()
