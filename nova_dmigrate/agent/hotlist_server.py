@@ -44,7 +44,7 @@ _BEGIN_SECONDS = 5.0
 _ABORT_SECONDS = 60.0
 # How the sentences begin
 _LOADING = ("Loading", "Loaded")
-_DUMPING = ("Dumping", "Instance", "Buffer pool")
+_DUMPING = ("Dumping", "Restricted", "Instance", "Buffer pool")
 _LOAD_DONE = "Buffer pool(s) load completed"
 _ABORTED = "Buffer pool(s) load aborted"
 
