@@ -16,9 +16,12 @@ from tests.lab.demo.workloads import command
 from tests.lab.openstack.client import CloudError
 from tests.lab.openstack.cloud import OpenStack
 from tests.lab.openstack.guest import RELEASE, DatabaseServer
+from tests.lab.openstack.service import PATIENCE
 
 #: The policy of a server's migrations, by the name of the mode.
 POLICIES = {"pre-copy": "disabled", "dmigrate": "preferred"}
+#: DMigrate's, among those of a live migration.
+EVENT = "compute_dmigrate"
 #: Seconds of load before and after a migration in which the throughput is measured.
 CALM = 12.0
 _NOTIFICATION = re.compile(
@@ -60,11 +63,11 @@ class WorkingServer:
         argv = command(shape.load, server, shape.pool_mb, shape.rate)
         self._load = ends.enter_context(Load(server, argv, directory))
 
-    def migrate(self, mode: str) -> tuple[Run, list[str]]:
-        """Have Nova migrate it to the other host; the run, as reports have it, and the events that
-        Nova tells.
+    def migrate(self, mode: str) -> tuple[Run, str]:
+        """Have Nova migrate it to the other host; the run, as reports have it, and what DMigrate
+        tells of it as an event of Nova's.
 
-        :raises CloudError: the migration has not completed.
+        :raises CloudError: the migration has not completed, or DMigrate has not told of it.
         """
         client, server = self._cloud.client, self._database.server
         client.sdk.compute.set_server_metadata(server.id, dmigrate_policy=POLICIES[mode])
@@ -79,7 +82,7 @@ class WorkingServer:
             raise CloudError(f"{server.name} is still on {source}")
         time.sleep(CALM)
         silence = self._probe.silence(begin, end)
-        summary = next(iter(notifications(self._cloud, source)[told:]), {})
+        summary = self._summary(source, told) if POLICIES[mode] != "disabled" else {}
         before = self._load.tps(begin - CALM + 1, begin)
         run = {
             "scenario": f"Nova, {self._shape.load}",
@@ -102,7 +105,22 @@ class WorkingServer:
             "recover_90_s": self._load.recovered(end, 0.9 * before),
             "lost_commits": self.ledger.check().lost,
         }
-        return run, client.events(server)
+        events = [each for each in client.events(server) if each.startswith(EVENT)]
+        if bool(events) != bool(summary):
+            raise CloudError(f"{mode}: DMigrate's notification is {summary}, its events {events}")
+        return run, "".join(events)
+
+    def _summary(self, source: str, told: int) -> dict[str, Any]:
+        """Wait for what DMigrate tells when the database has its settings back.
+
+        :param told: how much it has told before of migrations from that host.
+        """
+        deadline = time.monotonic() + PATIENCE
+        while len(found := notifications(self._cloud, source)) <= told:
+            if time.monotonic() > deadline:
+                raise CloudError("DMigrate does not tell of the migration")
+            time.sleep(1)
+        return found[told]
 
     def stop_clients(self) -> None:
         """Let the clients finish; what they have noted stays."""
