@@ -24,7 +24,7 @@ functional)
         export OS_NOVA_DISABLE_EVENTLET_PATCHING=${OS_NOVA_DISABLE_EVENTLET_PATCHING:-true}
     fi
     config=tests/functional/stestr.conf
-    concurrency=$(nproc)
+    concurrency=$((2 * $(nproc))) # they wait more than they work
     test_timeout=160
     suite_timeout=1500
     ;;

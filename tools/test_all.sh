@@ -4,7 +4,7 @@
 # and the last line is the count of all tests.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-suites=(unit integration guests)
+suites=(unit functional integration guests)
 # Where the counts are: a file of results for each suite
 results=("${suites[@]/#/$STATE/}")
 results=("${results[@]/%/.subunit}")
