@@ -32,7 +32,7 @@ class Compute:
         self._directory = site.directory / host.name
 
     def start(self) -> None:
-        """Start all of it; `wait` waits until Nova knows it.
+        """Start all of it; `Client.wait_for_computes` waits until Nova knows it.
 
         :raises ServiceError: it does not start.
         """

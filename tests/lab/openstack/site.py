@@ -127,8 +127,6 @@ class Site:
                 "transport_url": self.messaging(),
                 "use_stderr": True,
                 "state_path": directory / "state",
-                "lock_path": directory / "locks",
             },
             "oslo_concurrency": {"lock_path": directory / "locks"},
-            "oslo_messaging_rabbit": {"heartbeat_in_pthread": False},
         }
