@@ -131,11 +131,14 @@ class DatabaseSeriesTest(base.TestCase):
         self.assertEqual((1, 10), (last.commits, last.queries))
 
     def test_an_older_agent_is_asked_once_and_its_answer_is_understood(self) -> None:
-        with self.agent(OldAgent()) as agent, self.series() as series:
-            (server,) = self.client("source").health().servers
+        self.timeout = PATIENCE
+        with self.agent(OldAgent()) as agent:
+            with self.client("source") as client:
+                (server,) = client.health().servers
             self.assertEqual((True, None, None), (server.healthy, server.commits, server.queries))
-            self.wait(lambda: not threads(), "it is given up")
-            self.assertEqual(2, agent.asked)
+            with self.series() as series:
+                self.wait(lambda: not threads(), "it is given up")
+                self.assertEqual(2, agent.asked)
         self.assertEqual((), series.samples)
 
     def test_an_agent_that_may_not_log_in_does_not_try_again_and_again(self) -> None:
