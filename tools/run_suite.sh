@@ -7,6 +7,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
 suite=$1
 shift
+workers=()
 case $suite in
 unit)
     config=.stestr.conf
@@ -37,6 +38,7 @@ integration)
 guests)
     config=tests/guests/stestr.conf
     concurrency=2
+    workers=(--worker-file tests/guests/workers.yaml)
     test_timeout=300
     suite_timeout=1500
     ;;
@@ -54,7 +56,7 @@ mkdir -p "$STATE/stestr-$suite"
 # The last resort against a hang that even a test's own timeout does not end
 timeout --kill-after=30 "${SUITE_TIMEOUT:-$suite_timeout}" \
     stestr --config "$config" --repo-url "$STATE/stestr-$suite" \
-    run --subunit --concurrency "${CONCURRENCY:-$concurrency}" "$@" |
+    run --subunit --concurrency "${CONCURRENCY:-$concurrency}" "${workers[@]}" "$@" |
     tee "$STATE/$suite.subunit" |
     python -c 'import subunit.test_results, stestr.subunit_trace as t; t.main()' \
         --no-failure-debug --fails
