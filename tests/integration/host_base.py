@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nova_dmigrate import exception
-from nova_dmigrate.rpc import channel, messages
-from nova_dmigrate.rpc.dispatcher import Dispatcher
+from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.host_client import HostClient
 from tests import base
 from tests.lab import processes, tls_broker
@@ -265,26 +264,6 @@ class Agent:
 
     def ping(self, arguments: messages.Nothing) -> messages.Pong:
         return messages.Pong("1", messages.VERSION, "the-agent")
-
-
-@contextlib.contextmanager
-def agent_at(path: Path, agent: Any = None) -> Iterator[None]:
-    """An agent behind a socket as QEMU has it for a virtio-serial port."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen()
-    server = channel.ChannelServer(
-        Dispatcher(agent or Agent(), messages.AGENT), lambda: listener.accept()[0].detach()
-    )
-    server.start()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        server.stop()
-        path.unlink()
 
 
 def ended(pid: int) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 from nova_dmigrate import exception
 from nova_dmigrate.rpc import client, host_messages
 from nova_dmigrate.rpc.host_client import HostChannelTransport
-from tests.integration.host_base import MIB, Hosts, agent_at
+from tests.integration.host_base import MIB, Agent, Hosts
 from tests.lab import relays
+from tests.lab.agent_port import agent_at
 from tests.lab.relays import VOLUME, wait_until
 from tests.unit.volumes.loop import LoopDevice
 
@@ -129,7 +130,7 @@ class PermissionsTest(Hosts):
         ports.mkdir()
         self.addCleanup(shutil.rmtree, ports)
         host = self.client_of(self.two)
-        with agent_at(ports / "port"), agent_at(self.place / "elsewhere"):
+        with agent_at(ports / "port", Agent()), agent_at(self.place / "elsewhere", Agent()):
             transport = HostChannelTransport("an-instance", host, str(ports / "port"))
             asked = client.AgentClient("an-instance", transport)
             for _ in range(3):

@@ -25,6 +25,7 @@ from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.client import AgentClient
 from nova_dmigrate.rpc.host_client import HostChannelTransport, HostClient
 from tests.integration import host_base
+from tests.lab.agent_port import agent_at
 from tests.lab.broker import free_ports
 from tests.lab.relays import PATIENCE, wait_until
 from tests.unit.relay.guest import advised
@@ -140,7 +141,7 @@ class RelayedMigrationTest(host_base.Hosts):
         self.runs_here = True
         self.agents = {"one": Agent(), "two": Agent()}
         for name, agent in self.agents.items():
-            manager = host_base.agent_at(self.ports / name, agent)
+            manager = agent_at(self.ports / name, agent)
             manager.__enter__()
             self.addCleanup(manager.__exit__, None, None, None)
 

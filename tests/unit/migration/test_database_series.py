@@ -3,11 +3,9 @@
 
 import contextlib
 import dataclasses
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from nova_dmigrate import exception
@@ -15,8 +13,8 @@ from nova_dmigrate.migration import database_series
 from nova_dmigrate.migration.database_series import DatabaseSample, DatabaseSeries
 from nova_dmigrate.rpc import channel, messages
 from nova_dmigrate.rpc.client import AgentClient, ClientSettings
-from nova_dmigrate.rpc.dispatcher import Dispatcher
 from tests import base
+from tests.lab.agent_port import agent_at
 
 INSTANCE = "an-instance"
 PATIENCE = 60.0
@@ -253,23 +251,3 @@ class DatabaseSeriesTest(base.TestCase):
 def threads() -> list[threading.Thread]:
     """Those of series."""
     return [each for each in threading.enumerate() if each.name == "database-series"]
-
-
-@contextlib.contextmanager
-def agent_at(path: Path, agent: Agent) -> Iterator[None]:
-    """An agent behind a socket as QEMU has it for a virtio-serial port."""
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(path))
-    listener.listen()
-    server = channel.ChannelServer(
-        Dispatcher(agent, messages.AGENT), lambda: listener.accept()[0].detach()
-    )
-    server.start()
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        server.stop()
-        path.unlink()
