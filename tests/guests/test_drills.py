@@ -97,4 +97,4 @@ class TestDrills(base.TestCase):
 
     def test_migrations_back_and_forth_leave_nothing_behind(self) -> None:
         done = soak(self.scene, WARM_UP + 4)
-        self.assertEqual((), done.trouble, done.table)
+        self.assertEqual((), done.trouble, f"\n{done.table}")

@@ -68,6 +68,8 @@ class CountTest(SuiteTest):
         self.assertEqual("2 passed, 2 failed, 1 skipped", lines[-1])
         self.assertEqual(1, status)
         self.assertEqual(3, len(lines), "The failed tests are named")
+        self.assertIn("FAIL: test_sample.Sample.test_fails: AssertionError: so", lines)
+        self.assertIn("FAIL: test_sample.Sample.test_breaks: RuntimeError: so", lines)
 
     def test_the_results_of_suites_are_added_up(self) -> None:
         results, _ = self.run_suite(
