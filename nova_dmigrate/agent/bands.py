@@ -11,6 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_PAGES = 1 << 21  # of one band: 16 MiB of map
+# All frames are gone through for each band, so there are not many of them: of a pool of terabytes a
+# band then takes 0.25 bytes a page
+_MOST_BANDS = 32
 _BIN_SHIFT = 16  # 256 MiB of guest memory
 _BINS = 1 << (32 - _BIN_SHIFT)
 
@@ -37,10 +40,11 @@ def choose(guests: Iterable[NDArray[np.uint32]]) -> Iterator[Band]:
         counts += np.bincount(guest.ravel() >> np.uint32(_BIN_SHIFT), minlength=_BINS)
     # However often a page is found (the kernel can merge equal ones), it is used once
     pages = np.minimum(counts, 1 << _BIN_SHIFT)
+    limit = max(MAX_PAGES, int(pages.sum()) // _MOST_BANDS)
     first = behind = total = 0
     for number in np.flatnonzero(pages).tolist():
         more = int(pages[number])
-        if total + more > MAX_PAGES:
+        if total + more > limit:
             yield Band(first << _BIN_SHIFT, behind << _BIN_SHIFT, total)
             total = 0
         if not total:

@@ -16,8 +16,10 @@ from nova_dmigrate.agent import arrays
 _SLAB_FRAMES = 1 << 18
 _STEP = 1 << 14  # frames that are worked on at a time
 # Repeated places are looked for in one group of places after the other, each of about that many
-# frames: it bounds memory
+# frames: it bounds memory. All frames are gone through for each group, so there are not many of
+# them either: of a pool of terabytes a group then takes 0.5 bytes a frame
 _GROUP_FRAMES = 1 << 18
+_MOST_GROUPS = 32
 _HALF = np.uint64(32)
 _ONE_PLACE = np.uint64(1 << 32)
 
@@ -85,7 +87,7 @@ class FrameTable:
         """(place << 32 | number of the frame) of all frames whose place is there twice, sorted
         within each group of places."""
         found = [np.empty(0, np.uint64)]
-        groups = 1 << (self._count // _GROUP_FRAMES).bit_length()
+        groups = min(1 << (self._count // _GROUP_FRAMES).bit_length(), _MOST_GROUPS)
         for group in range(groups):
             keys = self._keys(group, groups)
             keys.sort()

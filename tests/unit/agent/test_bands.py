@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
+from unittest import mock
+
 import numpy as np
 
 from nova_dmigrate.agent import bands
@@ -39,6 +41,13 @@ class BandsTest(base.TestCase):
     def test_pages_that_crowd_are_cut_apart(self):
         crowd = np.arange(5 << 20, dtype=np.uint32) + np.uint32(12345)
         self.assertLessEqual(len(self.check(np.append(crowd, np.uint32(HIGHEST)))), 4)
+
+    def test_the_pages_of_terabytes_are_not_more_bands(self):
+        page = np.arange(0, 1 << 32, 1 << 10, dtype=np.uint64).astype(np.uint32)
+        with mock.patch.object(bands, "MAX_PAGES", 1 << 12):
+            chosen = self.choose(page)
+        self.assertEqual(page.size, sum(band.pages for band in chosen))
+        self.assertLessEqual(len(chosen), 34)
 
     def test_a_page_that_is_found_over_and_over_again_counts_little(self):
         (band,) = self.choose(np.full(3 << 20, 77, np.uint32))

@@ -35,14 +35,18 @@ class FrameTableTest(base.TestCase):
         st.integers(1, 7),
         st.integers(1, 7),
         st.integers(1, 40),
+        st.sampled_from([1, 4, 32]),
         st.integers(1, 4),
     )
-    def test_of_frames_with_the_same_page_the_newest_stay(self, rows, slab, step, group, pieces):
+    def test_of_frames_with_the_same_page_the_newest_stay(
+        self, rows, slab, step, group, most, pieces
+    ):
         table = frames.FrameTable(PER_FRAME)
         with (
             mock.patch.object(frames, "_SLAB_FRAMES", slab),
             mock.patch.object(frames, "_STEP", step),
             mock.patch.object(frames, "_GROUP_FRAMES", group),
+            mock.patch.object(frames, "_MOST_GROUPS", most),
         ):
             fill(table, rows, pieces)
             self.assertEqual(len(rows), len(table))
