@@ -30,9 +30,9 @@ from nova_dmigrate.volumes.base import VolumeReader
 
 LOG = log.getLogger(__name__)
 
-#: Compressed bytes of a map: 256 GiB of pages at the 8 bytes that a page may take before
-#: compression.
-_MAX_MAP_BYTES = 512 << 20
+#: Bytes of a page in a map, and of all that is no page, where nothing compresses.
+_MAP_PAGE_BYTES = 8 + 1
+_MAP_FRAME_BYTES = 1 << 20
 _ZEROS_AT_ONCE = 65536
 #: So many times as many blocks are to be read as references wait before these are read first.
 _SPARSE = 8
@@ -136,13 +136,20 @@ class Assembler:
             self._layout = protocol.parse_layout(payload)
         elif flags == protocol.MAP_CHUNK:
             self._chunk_bytes += len(payload)
-            if self._chunk_bytes > _MAX_MAP_BYTES:
-                raise ValueError(f"more than {_MAX_MAP_BYTES} bytes of map")
-            self._chunks.append(bytes(payload))
+            if self._map_too_long:
+                self._chunks.clear()
+            else:
+                self._chunks.append(bytes(payload))
         elif flags == protocol.MAP_COMPLETE:
             self._take_map(protocol.parse_first(payload))
         else:
             raise ValueError(f"unknown flags {flags}")
+
+    @property
+    def _map_too_long(self) -> bool:
+        """Whether what has come of the map is more than one within the limits can be."""
+        pages = self._settings.map_limits.max_pages
+        return self._chunk_bytes > pages * _MAP_PAGE_BYTES + _MAP_FRAME_BYTES
 
     def _take_map(self, first: int) -> None:
         """The source waits to hear whether the map is taken: its entries are numbered alike at both
@@ -155,6 +162,8 @@ class Assembler:
         refused = ""
         page_map = None
         try:
+            if self._map_too_long:
+                raise exception.BufferMapError(reason=f"it has {self._chunk_bytes} bytes")
             buffer_map = BufferMap.from_chunks(self._chunks, self._settings.map_limits)
             page_map = PageMap.place_map(self._setup.blocks, buffer_map, self._layout)
         except exception.BufferMapError as error:

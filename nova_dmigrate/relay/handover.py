@@ -21,6 +21,10 @@ from nova_dmigrate.stream.elements import RamBlock
 
 LOG = log.getLogger(__name__)
 
+#: Seconds for each page of a map, beside the patience with a destination that has nothing to do: it
+#: has to take the map in. On a busy machine it was a quarter of that.
+_PAGE_SECONDS = 1e-6
+
 
 class MapState(enum.Enum):
     """What has become of the map."""
@@ -48,7 +52,7 @@ class MapHandover:
     """
 
     def __init__(self, instance: str, outbox: Outbox, patience: float) -> None:
-        """:param patience: seconds that the destination may take to answer."""
+        """:param patience: seconds that the destination may take to answer to a small map."""
         self._instance = instance
         self._outbox = outbox
         self._patience = patience
@@ -101,7 +105,8 @@ class MapHandover:
         page_map = PageMap.place_map(blocks, offer.buffer_map, offer.layout)
         for parcel in protocol.map_parcels(offer.chunks, offer.layout, first):
             self._outbox.put(parcel)
-        if not self._answered.wait(self._patience):
+        patience = self._patience + offer.buffer_map.page_count * _PAGE_SECONDS
+        if not self._answered.wait(patience):
             self._refused = "it did not answer"
         if self._refused:
             LOG.warning(

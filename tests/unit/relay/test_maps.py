@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nova_dmigrate import exception
+from nova_dmigrate.relay import assembler, handover
 from nova_dmigrate.relay.monitor import ask
 from nova_dmigrate.relay.session import RelaySettings
 from nova_dmigrate.volumes import DRIVERS, BlockReader, VolumeSpec
@@ -140,6 +141,17 @@ class TestMaps(MapTestCase):
         self.assertEqual(0, pair.source_summary["referenced_pages"])
         self.assertEqual(0, pair.destination_summary["volume_bytes"])
         self.assertIn("which the destination refused: Buffer map:", self.log.output)
+
+    def test_a_map_of_more_bytes_than_the_destination_takes(self) -> None:
+        guest = self.guest()
+        settings = RelaySettings(max_map_pages=1)
+        pair = self.pair(guest, destination_settings=settings)
+        with mock.patch.object(assembler, "_MAP_FRAME_BYTES", 0):
+            pair.run()
+        self.assert_exact(guest, pair)
+        self.assertEqual(0, pair.source_summary["referenced_pages"])
+        self.assertEqual("refused", pair.source_summary["map"])
+        self.assertRegex(self.log.output, r"refused: Buffer map: it has \d+ bytes")
 
     def assert_ordinary(self, guest: FakeGuest, pair: Pair) -> None:
         pair.run()
@@ -278,8 +290,9 @@ class TestLateMaps(MapTestCase):
         pair = self.pair(guest, source_settings=SETTINGS, map_after=PAGE)
         pair.prepare()
         pair.source._handover._patience = 0.0
-        pair.start()
-        pair.join()
+        with mock.patch.object(handover, "_PAGE_SECONDS", 0.0):
+            pair.start()
+            pair.join()
         self.assert_exact(guest, pair)
         self.assertEqual(0, pair.source_summary["referenced_pages"])
         self.assertEqual("refused", pair.source_summary["map"])
