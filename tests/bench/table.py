@@ -83,7 +83,7 @@ def render(results: Mapping[str, Any]) -> str:
     parts = []
     for name, title, columns in _TABLES:
         if results.get(name):
-            parts.append(f"{title}\n{_grid(results[name], columns)}")
+            parts.append(f"{title}\n{grid(results[name], columns)}")
     for name, title in _PAIRS:
         if results.get(name):
             lines = [f"  {key.replace('_', ' ')}: {_text(v)}" for key, v in results[name].items()]
@@ -91,7 +91,8 @@ def render(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _grid(rows: Iterable[Row], columns: Sequence[tuple[str, str]]) -> str:
+def grid(rows: Iterable[Row], columns: Sequence[tuple[str, str]]) -> str:
+    """A table of the rows; ``columns``: keys and headings."""
     cells = [[heading for _, heading in columns]]
     cells += [[_text(row.get(key, "")) for key, _ in columns] for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(len(columns))]

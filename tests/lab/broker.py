@@ -81,9 +81,10 @@ class Broker:
         """SIGKILL for the node: the emulator and the script that has started it."""
         assert self._node is not None
         self._register_emulator()
-        for entry in self._emulators:
+        for pid in self.emulators:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(entry.partition(":")[0]), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
+        for entry in self._emulators:
             processes.register.remove("pid", entry)
         # The script waits for its child and ends with it, so that no zombie is left
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -124,6 +125,11 @@ class Broker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def emulators(self) -> tuple[int, ...]:
+        """The processes that are the node."""
+        return tuple(int(entry.partition(":")[0]) for entry in self._emulators)
 
     def log(self) -> str:
         return (self._directory / "console").read_text(errors="replace")
