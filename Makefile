@@ -3,10 +3,13 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup test unit functional test-nova integration guests style format docs sample compat bench corpus demo scenarios evacuation soak openstack clean
+.PHONY: help setup test unit functional test-nova integration guests style format docs sample compat bench scale corpus demo scenarios evacuation soak openstack clean
 
 # What of "make bench": BENCH_SHAPES=50:50,50:100 (network:volume in MB/s), BENCH_ONLY=relay
 export BENCH_SHAPES BENCH_ONLY
+# Of "make scale": SCALE_ONLY=map|messages|evacuation SCALE_POOL_GIB=64,256 (pools)
+# SCALE_LAYOUT=huge|scattered (their memory) SCALE_HOSTS=200 (that are evacuated)
+export SCALE_ONLY SCALE_POOL_GIB SCALE_LAYOUT SCALE_HOSTS
 # What of "make demo": NETWORK=50 VOLUME=100 (MB/s) POOL=0.5 (share of RAM) LOAD=oltp_read_write
 # RATE=10 (transactions a second, 0 for all there can be) DB=mysql|mariadb RAM=2048 (MiB)
 # COMPRESSION=yes|no;
@@ -67,6 +70,9 @@ compat: setup   ## Run what depends on QEMU and libvirt with newer ones: SUITES=
 
 bench: setup    ## Measure; writes bench.json
 	@.venv/bin/python -m tests.bench
+
+scale: setup    ## Maps of pools up to 3 TiB, the evacuation of 200 hosts (simulated); writes scale.json
+	@.venv/bin/python -W ignore -m tests.scale
 
 corpus: setup   ## Record the corpus of real migration streams anew
 	@.venv/bin/python tools/record_corpus.py

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One map of any size: made, fetched, written, loaded, handed over and looked up; what each side
+needs for it.
+
+Two processes stand for agent and orchestration (`sides`). The relays are the real programs, with a
+volume that is a sparse file, and a stream that ends before there is anything in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nova_dmigrate.buffermap import PAGE_SIZE
+from tests.lab.processes import end, spawn
+from tests.lab.relays import RelayPair, SavedMap, wait_until
+from tests.scale import synthetic
+from tests.scale.options import product_limits
+from tests.unit.stream.builder import StreamBuilder
+
+Report = dict[str, Any]
+
+_PATIENCE = 7200.0
+#: The longest that relays can be told to wait for each other.
+_STALL = 600
+#: Pages that are sent before the map is used.
+_FIRST = 256
+#: Of the memory that is there so much may be asked for.
+_MOST = 0.9
+#: Bytes that a relay takes for each page while it places a map, as its host reckons.
+PAGE_MEMORY = product_limits().page_memory
+
+
+def measure(directory: Path, shape: synthetic.Shape) -> Report:
+    """All that one pool gives; a side for which there is no room here says so in ``refused``."""
+    path, layout = directory / "map", directory / "mtree"
+    layout.write_text(synthetic.mtree(shape))
+    with contextlib.ExitStack() as stack:
+        ours, theirs = (stack.enter_context(each) for each in socket.socketpair())
+        agent = stack.enter_context(
+            _side(
+                "agent",
+                {
+                    "shape": dataclasses.asdict(shape),
+                    "descriptor": ours.fileno(),
+                    "directory": str(directory),
+                },
+                ours,
+            )
+        )
+        asked = stack.enter_context(
+            _side("host", {"descriptor": theirs.fileno(), "path": str(path)}, theirs)
+        )
+        fetched = _answer(asked)
+        made = _answer(agent)
+    result: Report = {
+        "pool_gib": shape.bytes / (1 << 30),
+        "guest_gib": shape.guest_bytes / (1 << 30),
+        "layout": shape.layout,
+        "agent": made,
+        "host": fetched,
+        "file_bytes": path.stat().st_size,
+    }
+    pages = fetched["pages"]
+    result["relays"] = _if_room(2 * pages, lambda: relays(directory, shape, path, layout))
+    result["lookup"] = _if_room(pages, lambda: _looked_up(path, layout, shape))
+    path.unlink()
+    return result
+
+
+def relays(directory: Path, shape: synthetic.Shape, path: Path, layout: Path) -> Report:
+    """What source and destination relay take when the map is handed over."""
+    volume, incoming = directory / "volume", directory / "incoming"
+    with open(volume, "wb") as file:
+        file.truncate(shape.volume_bytes)
+    sink = threading.Thread(target=_sink, args=(incoming,), daemon=True)
+    sink.start()
+    options = {
+        "buffer_map__max_pages": 1 << 32,
+        "relay__stall_timeout": _STALL,
+        # What is read does not matter here
+        "volume__bandwidth": 1,
+    }
+    pair_directory = directory / "relays"
+    try:
+        with RelayPair(
+            pair_directory, incoming, volumes={synthetic.VOLUME: volume}, **options
+        ) as pair:
+            began = time.monotonic()
+            pair.source.use_map(SavedMap(path, layout))
+            _until_map(pair, "offered")
+            offered = time.monotonic()
+            with socket.socket(socket.AF_UNIX) as qemu:
+                qemu.connect(str(pair.outgoing))
+                stream = StreamBuilder([("pc.ram", shape.guest_bytes)]).begin().part()
+                zeros = np.arange(_FIRST, dtype=np.uint64) * np.uint64(PAGE_SIZE)
+                qemu.sendall(stream.zeros(0, zeros).finish().data())
+                _until_map(pair, "taken")
+                taken = time.monotonic()
+                told = pair.source.progress() or {}
+                memory = {
+                    f"{relay.role}_{name}": value
+                    for relay in (pair.source, pair.destination)
+                    for name, value in _memory(relay.pid).items()
+                }
+    finally:
+        volume.unlink()
+    return {
+        "load_s": offered - began,
+        "hand_over_s": taken - offered,
+        "mapped_pages": told.get("mapped_pages"),
+        **memory,
+    }
+
+
+def _until_map(pair: RelayPair, state: str) -> None:
+    """Wait for what becomes of the map.
+
+    :raises RuntimeError: something else does.
+    """
+
+    def there() -> str | None:
+        told = (pair.source.progress() or {}).get("map")
+        return told if told in (state, "refused", "late") else None
+
+    found = wait_until(there, f"the map is {state}", _PATIENCE)
+    if found != state:
+        raise RuntimeError(f"the map is {found}\n{pair.last_words()}")
+
+
+def _sink(path: Path) -> None:
+    """The destination's QEMU: takes everything."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        peer, _ = listener.accept()
+        with peer:
+            while peer.recv(1 << 20):
+                pass
+
+
+def _memory(pid: int) -> Report:
+    """Peak and present resident memory of a process, MB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = dict(re.findall(r"(VmHWM|VmRSS):\s+(\d+) kB", status))
+    return {"peak_mb": int(found["VmHWM"]) / 976.5625, "held_mb": int(found["VmRSS"]) / 976.5625}
+
+
+def _looked_up(path: Path, layout: Path, shape: synthetic.Shape) -> Report:
+    order = {"path": str(path), "layout": str(layout), "guest_bytes": shape.guest_bytes}
+    with _side("lookup", order) as process:
+        return _answer(process)
+
+
+def _if_room(pages: int, run: Any) -> Report:
+    """What ``run`` finds, unless the machine has not the memory that a host would reckon."""
+    need, there = pages * PAGE_MEMORY, available_bytes()
+    if need > _MOST * there:
+        return {
+            "refused": f"{need >> 20} MiB are needed at {PAGE_MEMORY} bytes a page, there are"
+            f" {there >> 20}"
+        }
+    found: Report = run()
+    return found
+
+
+def available_bytes() -> int:
+    """Memory that a process could have."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    return int(found[1]) << 10
+
+
+@contextlib.contextmanager
+def _side(
+    role: str, order: Report, passed: socket.socket | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    process = spawn(
+        [sys.executable, "-m", "tests.scale.sides", role, json.dumps(order)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        pass_fds=() if passed is None else (passed.fileno(),),
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def _answer(process: subprocess.Popen[str]) -> Report:
+    """What a side says at its end, for which its standard input ends."""
+    output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(f"{process.args}: exit status {process.returncode}")
+    report: Report = json.loads(output)
+    return report

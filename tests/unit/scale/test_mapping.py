@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small map goes the whole way, each side in a process of its own."""
+
+from tests import base
+from tests.lab.processes import workspace
+from tests.scale import mapping, synthetic, tables
+
+
+class MappingTest(base.TestCase):
+    def test_all_sides_see_the_same_map(self) -> None:
+        shape = synthetic.Shape.of_gib(0.125, synthetic.SCATTERED)
+        with workspace() as directory:
+            row = mapping.measure(directory, shape)
+        pages = row["host"]["pages"]
+        self.assertEqual(4 * row["agent"]["frames"], pages)
+        self.assertEqual(pages, row["relays"]["mapped_pages"])
+        self.assertEqual(pages, row["lookup"]["entries"])
+        # A guest of which all but a quarter is the pool
+        self.assertAlmostEqual(0.75, row["lookup"]["hit_share"], 1)
+        self.assertLessEqual(row["host"]["held_bytes"], 8 * pages)
+        self.assertGreater(row["agent"]["wire_bytes"], row["host"]["chunk_bytes"])
+        self.assertIn("0.125  scattered", tables.render({"maps": [row]}))
+
+    def test_what_does_not_fit_is_refused(self) -> None:
+        pages = mapping.available_bytes()
+        told = mapping._if_room(pages, lambda: self.fail("it was tried"))
+        self.assertIn("MiB are needed", told["refused"])
