@@ -33,12 +33,14 @@ def write_report(
     machine: Mapping[str, Any],
     directory: Path,
     title: str = "Live migration of a database VM",
+    sections: Sequence[html.Section] = (),
 ) -> ReportFiles:
     """Write ``report.json``, ``report.html`` and the plots.
 
     :param runs: as in ``report.json``, with ``series`` where there are any; see ``runs``.
     :param machine: what is known of the machine: texts and numbers by name.
     :param directory: is made if there is none; files of an earlier report are replaced.
+    :param sections: what there is to say besides.
     :raises ReportError: a run is none, matplotlib is missing, or a file cannot be written.
     """
     valid = checked(runs)
@@ -50,7 +52,7 @@ def write_report(
         text = json.dumps(kept, indent=2, allow_nan=False) + "\n"
         directory.mkdir(parents=True, exist_ok=True)
         write_file(files.json, text.encode())
-        write_file(files.html, page(valid, machine, pictures, title).encode())
+        write_file(files.html, page(valid, machine, pictures, title, sections).encode())
         for path, picture in zip(pngs, pictures, strict=True):
             write_file(path, picture.png)
     except (TypeError, ValueError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from nova_dmigrate import exception
-from nova_dmigrate.report import write_report
+from nova_dmigrate.report import Section, write_report
 from tests import base
 from tests.unit.report.examples import make_run, three_runs
 
@@ -43,6 +43,13 @@ class WriteTest(base.TestCase):
             self.assertTrue(path.read_bytes().startswith(b"\x89PNG"))
         root = ElementTree.fromstring(files.html.read_text())
         self.assertEqual(2, len(list(root.iter("img"))))
+
+    def test_what_there_is_to_say_besides_is_in_the_page(self) -> None:
+        sections = [Section("Rows", ("aborted: ok",))]
+        files = write_report([], {}, self.directory, sections=sections)
+        root = ElementTree.fromstring(files.html.read_text())
+        self.assertIn("Rows", [each.text for each in root.iter("h2")])
+        self.assertIn("aborted: ok", [each.text for each in root.iter("li")])
 
     def test_report_json_is_what_others_rely_on(self) -> None:
         runs = three_runs()
