@@ -12,6 +12,7 @@ stream only, so a page mapped there names a block that the stream does not have.
 import dataclasses
 import itertools
 import re
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,28 +127,40 @@ class MemoryLayout:
 
     def _volume_blocks(self, volume: VolumeMap) -> list[BlockMap]:
         guest, block_number = volume.pages()
-        slices: dict[str, list[tuple[U32, U32]]] = {}
+        pieces: dict[str, list[tuple[slice, int]]] = {}
         for each in sorted(self.ranges, key=lambda each: each.offset):
             first = each.gpa // PAGE_SIZE
             behind = first + each.length // PAGE_SIZE
             # In u32, or NumPy would convert all of the map to compare.
             bounds = np.array([min(first, MAX_PAGES), min(behind, MAX_PAGES)], np.uint32)
-            start, end = np.searchsorted(guest, bounds)
+            start, end = np.searchsorted(guest, bounds).tolist()
             if start == end:
                 continue
             # Modulo 2**32: an offset may well be below its guest-physical address.
-            shift = np.uint32((each.offset // PAGE_SIZE - first) % 2**32)
-            piece = (guest[start:end] + shift, block_number[start:end])
-            slices.setdefault(each.block, []).append(piece)
+            shift = (each.offset // PAGE_SIZE - first) % 2**32
+            pieces.setdefault(each.block, []).append((slice(start, end), shift))
         return [
             BlockMap(
                 block,
                 volume.volume_id,
-                np.concatenate([piece[0] for piece in pieces]),
-                np.concatenate([piece[1] for piece in pieces]),
+                _gathered(guest, there),
+                _gathered(block_number, [(piece, 0) for piece, _ in there]),
             )
-            for block, pieces in slices.items()
+            for block, there in pieces.items()
         ]
+
+
+def _gathered(values: U32, pieces: Sequence[tuple[slice, int]]) -> U32:
+    """These pieces one behind the other, each with a number added modulo 2**32. No more is copied
+    than has to be: a map is large."""
+    if len(pieces) == 1 and not pieces[0][1]:
+        return values[pieces[0][0]]
+    gathered = np.empty(sum(piece.stop - piece.start for piece, _ in pieces), np.uint32)
+    behind = 0
+    for piece, shift in pieces:
+        begin, behind = behind, behind + piece.stop - piece.start
+        np.add(values[piece], np.uint32(shift), out=gathered[begin:behind])
+    return gathered
 
 
 def _parse_range(match: re.Match[str]) -> MemoryRange | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,9 @@ MAX_PAGES = 2**32 - 1
 
 FLAT_ENTRY_BYTES = 8
 RUN_ENTRY_BYTES = 12
+
+# Entries that are compared at a time: what that takes must not count beside the map
+_STRETCH = 1 << 18
 
 # The name comes from the guest and ends up in log lines and file names.
 _VOLUME_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}", re.ASCII)
@@ -109,15 +113,12 @@ class VolumeMap:
 
         :raises BufferMapError: if two entries share a guest page, or they are not sorted.
         """
-        step: Any = 1 if lengths is None else lengths[:-1]
-        follows = guest[:-1] + step  # the guest page behind each entry; fits, see MAX_PAGES
-        if bool((guest[1:] < follows).any()):
-            raise _error(volume_id, "two extents share a guest page")
-        first = np.ones(guest.size, np.bool_)
-        first[1:] = (guest[1:] != follows) | (block[1:] != block[:-1] + step)
+        first = _begins(volume_id, guest, block, lengths)
         runs = int(np.count_nonzero(first))
         pages = guest.size if lengths is None else int(lengths.sum(dtype=np.uint64))
         if runs * RUN_ENTRY_BYTES < pages * FLAT_ENTRY_BYTES:
+            if lengths is not None and runs == guest.size:
+                return cls(volume_id, size, guest, block, lengths)
             lengths = _run_lengths(first, lengths)
             return cls(volume_id, size, guest[first], block[first], lengths)
         # At most one and a half pages an entry: expanding is cheap even for hostile input.
@@ -220,9 +221,18 @@ def overlapping(volumes: tuple[VolumeMap, ...]) -> bool:
         return False
     # Start and end of each entry in one u64, so that one sort does. It finds the volumes sorted
     # already, and the stable sort merges such stretches in linear time.
-    spans = np.concatenate([_spans(volume) for volume in volumes])
+    spans = np.empty(sum(volume.guest_pages.size for volume in volumes), np.uint64)
+    behind = 0
+    for volume in volumes:
+        begin, behind = behind, behind + volume.guest_pages.size
+        spans[begin:behind] = volume.guest_pages
+        spans[begin:behind] <<= np.uint64(32)
+        spans[begin:behind] |= volume.behind
     spans.sort(kind="stable")
-    return bool(((spans[1:] >> np.uint64(32)) < (spans[:-1] & np.uint64(MAX_PAGES))).any())
+    return any(
+        bool(((after >> np.uint64(32)) < (one & np.uint64(MAX_PAGES))).any())
+        for one, after in _neighbours(spans)
+    )
 
 
 def block_count(size: int) -> int:
@@ -287,8 +297,25 @@ def _expand(guest: U32, block: U32, lengths: U32 | None) -> tuple[U32, U32]:
     )
 
 
-def _spans(volume: VolumeMap) -> U64:
-    """(first guest page << 32 | guest page behind the last) of each entry: u64 (n,)."""
-    spans = volume.guest_pages.astype(np.uint64) << np.uint64(32)
-    spans |= volume.behind
-    return spans
+def _begins(volume_id: str, guest: U32, block: U32, lengths: U32 | None) -> NDArray[np.bool_]:
+    """Which entries do not continue the one before them on both sides.
+
+    :raises BufferMapError: if two entries share a guest page, or they are not sorted.
+    """
+    first = np.ones(guest.size, np.bool_)
+    for start in range(0, guest.size - 1, _STRETCH):
+        one = slice(start, min(start + _STRETCH, guest.size - 1))
+        after = slice(one.start + 1, one.stop + 1)
+        step: Any = 1 if lengths is None else lengths[one]
+        follows = guest[one] + step  # the guest page behind each entry; fits, see MAX_PAGES
+        if bool((guest[after] < follows).any()):
+            raise _error(volume_id, "two extents share a guest page")
+        first[after] = (guest[after] != follows) | (block[after] != block[one] + step)
+    return first
+
+
+def _neighbours(values: U64) -> Iterator[tuple[U64, U64]]:
+    """Each value but the last, and the one behind it, in stretches."""
+    for start in range(0, values.size - 1, _STRETCH):
+        behind = min(start + _STRETCH, values.size - 1)
+        yield values[start:behind], values[start + 1 : behind + 1]

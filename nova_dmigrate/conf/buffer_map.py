@@ -26,7 +26,7 @@ OPTIONS: list[cfg.Opt] = [
 The most guest pages (4 KiB each) that one buffer map may hold. The default
 maps 256 GiB.
 
-While a map is placed it takes up to 64 bytes of memory per page at either host.
+A map takes up to 40 bytes of memory per page at either host.
 """,
     ),
     cfg.IntOpt(

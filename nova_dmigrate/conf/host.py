@@ -50,8 +50,8 @@ Memory, in MiB, that all relays of this host may take together; further ones
 wait in the queue. 0 means no limit.
 
 A relay counts with 128 MiB, its buffers (``[relay]/window_size`` at the source,
-twice ``[relay]/read_ahead`` at the destination), and for the buffer map 64 bytes
-for each 4 KiB of its guest's memory, which is a 64th of that;
+twice ``[relay]/read_ahead`` at the destination), and for the buffer map 40 bytes
+for each 4 KiB of its guest's memory, which is a hundredth of that;
 ``[buffer_map]/max_pages`` bounds it. Room for a source relay, of a guest as large
 as those that come, is always left free of destination relays. A guest for which
 there is never room migrates in the ordinary way.

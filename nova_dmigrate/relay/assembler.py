@@ -5,7 +5,8 @@ Used by one thread, which thereby owns all that decides what QEMU gets: the entr
 writer, and the order in which bytes go out.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import collections
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,7 +81,7 @@ class Assembler:
         self._deliver = deliver
         self._on_post_copy = on_post_copy
         self._layout: MemoryLayout | None = None
-        self._chunks: list[bytes] = []
+        self._chunks: collections.deque[bytes] = collections.deque()
         self._chunk_bytes = 0
         self._page_map: PageMap | None = None
         self._setup: RamSetup | None = None
@@ -164,12 +165,13 @@ class Assembler:
         try:
             if self._map_too_long:
                 raise exception.BufferMapError(reason=f"it has {self._chunk_bytes} bytes")
-            buffer_map = BufferMap.from_chunks(self._chunks, self._settings.map_limits)
+            chunks, self._chunks = self._chunks, collections.deque()
+            buffer_map = BufferMap.from_chunks(_taken(chunks), self._settings.map_limits)
             page_map = PageMap.place_map(self._setup.blocks, buffer_map, self._layout)
+            del buffer_map  # it is large, and so is what comes next
         except exception.BufferMapError as error:
             refused = str(error)
             LOG.warning("Instance %s migrates without a buffer map: %s", self._instance, error)
-        self._chunks = []
         self._layout = None
         self._answers.put(FrameType.MAP_TAKEN, refused.encode()[:1024])
         if page_map is not None and len(page_map):
@@ -179,7 +181,7 @@ class Assembler:
         self._page_map = page_map
         self.table = EntryTable(len(page_map))
         # What has been sent by now is newer than any block
-        sent = int(np.searchsorted(page_map.position, first))
+        sent = page_map.entries_before(first)
         self.table.settle_first(sent)
         if sent < len(page_map):
             self._start_prefetch(page_map)
@@ -407,6 +409,12 @@ class Assembler:
     def _emit(self, buffers: Sequence[Buffer]) -> None:
         if buffers:
             self._send(buffers)
+
+
+def _taken(chunks: collections.deque[bytes]) -> Iterator[bytes]:
+    """The chunks, each of which is gone when the next one is asked for."""
+    while chunks:
+        yield chunks.popleft()
 
 
 def _chosen(mask: Mask) -> Mask | slice:

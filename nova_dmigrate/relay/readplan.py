@@ -57,7 +57,7 @@ class ReadPlanner:
         self._ends = np.array(
             [volume.first + volume.blocks for volume in page_map.volumes], np.int64
         )
-        self._order = np.argsort(page_map.volume_position, kind="stable").astype(np.uint32)
+        self._order = _order(page_map.volume_position)
         self._claimed = np.zeros(len(page_map), np.bool_)
         self._cursor = 0
         self._lock = threading.Lock()
@@ -152,3 +152,13 @@ class ReadPlanner:
         entries = entries[:count]
         self._claimed[entries] = True
         return ReadPlan(volume, starts, lengths, entries, index[:count])
+
+
+def _order(volume_position: NDArray[np.uint32]) -> NDArray[np.uint32]:
+    """The entries, uint32 (n,), in the order of their blocks, those of one block in their own."""
+    # Sorting one array of pairs is several times as fast as sorting indices
+    pairs = volume_position.astype(np.uint64)
+    pairs <<= np.uint64(32)
+    pairs |= np.arange(len(pairs), dtype=np.uint32)
+    pairs.sort()
+    return pairs.astype(np.uint32)

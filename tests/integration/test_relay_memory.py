@@ -32,8 +32,8 @@ class MemoryTest(host_base.Hosts):
         memory = PAGES * PAGE_SIZE
         pair = self.pair(saved=large_map(self.place), guest_memory=memory).open()
         relays = (
-            ("source", self.one.relays(), 50 * PAGES),
-            ("destination", self.two.relays(), 40 * PAGES),
+            ("source", self.one.relays(), 15 * PAGES),
+            ("destination", self.two.relays(), 20 * PAGES),
         )
         migration = self.fake(pair)
         stream = StreamBuilder([("pc.ram", memory)]).begin()

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import stat
+from unittest import mock
 
 import hypothesis
 import numpy as np
 from hypothesis import strategies as st
 
 from nova_dmigrate import buffermap, exception
+from nova_dmigrate.buffermap import volume as volume_maps
 from tests import base
 from tests.unit.buffermap import maps
 
@@ -31,6 +33,18 @@ class BuildTest(base.TestCase):
             self.assertIsNone(expected)
         else:
             self.assertEqual(expected, maps.as_dict(built))
+
+    @maps.PROPERTY
+    @hypothesis.given(maps.ANY_VOLUMES, st.integers(1, 4))
+    def test_how_much_is_compared_at_a_time_does_not_matter(self, volumes, stretch):
+        expected = maps.model(volumes)
+        with mock.patch.object(volume_maps, "_STRETCH", stretch):
+            try:
+                built = maps.build(*volumes)
+            except exception.BufferMapError:
+                self.assertIsNone(expected)
+            else:
+                self.assertEqual(expected, maps.as_dict(built))
 
     @maps.PROPERTY
     @hypothesis.given(maps.disjoint_volumes())

@@ -42,7 +42,7 @@ class SettingsTest(TestCase):
         self.assertEqual(1024 * MIB, limits.memory)
         # With a relay's program
         self.assertEqual({"source": 228 * MIB, "destination": 228 * MIB}, limits.relay_memory)
-        self.assertEqual(228 * MIB + (64 << 20), limits.needs(Load("source", 4 << 30)))
+        self.assertEqual(228 * MIB + (40 << 20), limits.needs(Load("source", 4 << 30)))
         self.assertEqual((Rates(10 * MIB, 0), Rates(0, MIB / 2)), (limits.host, limits.relay))
 
     def test_memory_must_do_for_one_migration(self) -> None:

@@ -43,6 +43,25 @@ class PageMapTest(TestCase):
         self.assertEqual([3, 13], sorted(page_map.volume_position.tolist()))
         self.assertEqual([(0, 10), (10, 20)], [(v.first, v.blocks) for v in page_map.volumes])
 
+    def test_volumes_whose_pages_alternate_are_put_in_order(self) -> None:
+        pages = np.arange(256, 656)
+        random = np.random.default_rng(1)
+        owner, blocks = random.integers(0, 2, pages.size), random.permutation(pages.size)
+        page_map = build(
+            *(
+                (name, 400 * PAGE, pages[owner == number], blocks[owner == number])
+                for number, name in enumerate("ab")
+            )
+        )
+        self.assertEqual((1064 + np.arange(400)).tolist(), page_map.position.tolist())
+        self.assertEqual((blocks + 400 * owner).tolist(), page_map.volume_position.tolist())
+
+    def test_entries_before_a_position_are_counted(self) -> None:
+        page_map = build(("a", MIB, [256, 300], [7, 8]))
+        first = 1024 + 40
+        before = [page_map.entries_before(n) for n in (0, first, first + 1, 1 << 32, 1 << 63)]
+        self.assertEqual([0, 0, 1, 2, 2], before)
+
     def test_pages_outside_of_ram_are_dropped_and_counted(self) -> None:
         page_map = build(("a", MIB, [5, 256, 1000, 1 << 20], [0, 1, 2, 3]))
         self.assertEqual((1, 3), (len(page_map), page_map.dropped))
