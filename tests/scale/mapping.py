@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ _STALL = 600
 _FIRST = 256
 #: Of the memory that is there so much may be asked for.
 _MOST = 0.9
-#: Bytes that a relay takes for each page while it places a map, as its host reckons.
-PAGE_MEMORY = product_limits().page_memory
+#: Bytes that a relay takes for each page of a map, at most, as was measured.
+_NEEDS = {"source": 24, "destination": product_limits().page_memory}
 
 
 def measure(directory: Path, shape: synthetic.Shape) -> Report:
@@ -75,8 +75,12 @@ def measure(directory: Path, shape: synthetic.Shape) -> Report:
         "file_bytes": path.stat().st_size,
     }
     pages = fetched["pages"]
-    result["relays"] = _if_room(2 * pages, lambda: relays(directory, shape, path, layout))
-    result["lookup"] = _if_room(pages, lambda: _looked_up(path, layout, shape))
+    order = {"path": str(path), "layout": str(layout), "guest_bytes": shape.guest_bytes}
+    for role, need in _NEEDS.items():
+        result[role] = _if_room(pages * need, lambda role=role: _alone(role, order))
+    result["relays"] = _if_room(
+        pages * sum(_NEEDS.values()), lambda: relays(directory, shape, path, layout)
+    )
     path.unlink()
     return result
 
@@ -159,22 +163,18 @@ def _memory(pid: int) -> Report:
     return {"peak_mb": int(found["VmHWM"]) / 976.5625, "held_mb": int(found["VmRSS"]) / 976.5625}
 
 
-def _looked_up(path: Path, layout: Path, shape: synthetic.Shape) -> Report:
-    order = {"path": str(path), "layout": str(layout), "guest_bytes": shape.guest_bytes}
-    with _side("lookup", order) as process:
+def _alone(role: str, order: Report) -> Report:
+    """What one relay does with the map, without all the rest."""
+    with _side(role, order) as process:
         return _answer(process)
 
 
-def _if_room(pages: int, run: Any) -> Report:
-    """What ``run`` finds, unless the machine has not the memory that a host would reckon."""
-    need, there = pages * PAGE_MEMORY, available_bytes()
-    if need > _MOST * there:
-        return {
-            "refused": f"{need >> 20} MiB are needed at {PAGE_MEMORY} bytes a page, there are"
-            f" {there >> 20}"
-        }
-    found: Report = run()
-    return found
+def _if_room(need: int, run: Callable[[], Report]) -> Report:
+    """What ``run`` finds, unless the machine has not ``need`` bytes of memory."""
+    there = int(available_bytes() * _MOST)
+    if need > there:
+        return {"refused": f"{need >> 20} MiB are needed, there are {there >> 20}"}
+    return run()
 
 
 def available_bytes() -> int:

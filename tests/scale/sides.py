@@ -31,7 +31,10 @@ from nova_dmigrate.agent import (
 )
 from nova_dmigrate.buffermap import PAGE_SIZE, BufferMap, MapLimits
 from nova_dmigrate.memory_layout import MemoryLayout
+from nova_dmigrate.relay.digest import DIGEST_SIZE
+from nova_dmigrate.relay.entries import EntryTable
 from nova_dmigrate.relay.pagemap import PageMap
+from nova_dmigrate.relay.readplan import ReadPlanner
 from nova_dmigrate.rpc import lines, messages
 from nova_dmigrate.rpc.channel import ChannelServer, ChannelTransport
 from nova_dmigrate.rpc.client import AgentClient, ClientSettings
@@ -47,6 +50,8 @@ _PATIENCE = 7200.0
 #: Pages that are looked up at once: 1 MiB of the stream.
 _BATCH = 256
 _MOST_LOOKUPS = 1 << 22
+#: As the options have it: gaps that are read through, and one read, in blocks.
+_MERGE_GAP, _READ_BLOCKS = 16, 256
 
 
 class ServerMap:
@@ -171,41 +176,73 @@ def host(descriptor: int, path: Path) -> Report:
     }
 
 
-def lookup(path: Path, layout: Path, guest_bytes: int) -> Report:
-    """Load and place the map as the source relay does, and look pages up in it as they come in
-    the stream."""
-    empty = peak_mb()
-    began = time.monotonic()
+def source(path: Path, layout: Path, guest_bytes: int) -> Report:
+    """Load, serialise and place the map as the source relay does, and look pages up in it as they
+    come in the stream."""
+    program, began = peak_mb(), time.monotonic()
     loaded = BufferMap.load(path, LIMITS)
-    read = time.monotonic()
-    load_peak = peak_mb()
-    placed = PageMap.build(
-        [RamBlock("pc.ram", guest_bytes)],
-        loaded,
-        MemoryLayout.from_mtree(layout.read_text()),
-    )
+    read, load_peak = time.monotonic(), peak_mb()
+    chunks = tuple(loaded.to_chunks())
+    serialised = time.monotonic()
+    placed = _placed(loaded, layout, guest_bytes)
     ready = time.monotonic()
-    del loaded
-    total = guest_bytes // PAGE_SIZE
-    step = max(1, total // _MOST_LOOKUPS)
-    hits, looked = 0, 0
-    began_looking = time.monotonic()
-    for first in range(0, total - _BATCH, _BATCH * step):
-        offsets = np.arange(first, first + _BATCH, dtype=np.uint64) * np.uint64(PAGE_SIZE)
-        hits += int(np.count_nonzero(placed.entries(placed.positions(0, offsets)) >= 0))
-        looked += _BATCH
-    seconds = time.monotonic() - began_looking
+    del loaded, chunks
+    looked, hits, seconds = _look_up(placed)
     return {
         "load_s": read - began,
-        "place_s": ready - read,
+        "serialise_s": serialised - read,
+        "place_s": ready - serialised,
         "entries": len(placed),
         "held_bytes": placed.position.nbytes + placed.volume_position.nbytes,
         "lookups_per_s": looked / seconds,
         "hit_share": hits / looked,
-        "program_mb": empty,
+        "program_mb": program,
         "load_peak_mb": load_peak,
         "peak_mb": peak_mb(),
     }
+
+
+def destination(path: Path, layout: Path, guest_bytes: int) -> Report:
+    """Load and place the map, and see every page of it through to its end as the destination relay
+    does: read first, referred to later, with the right digest."""
+    program, began = peak_mb(), time.monotonic()
+    placed = _placed(BufferMap.load(path, LIMITS), layout, guest_bytes)
+    table = EntryTable(len(placed))
+    planner = ReadPlanner(placed, table, merge_gap=_MERGE_GAP, read_size=_READ_BLOCKS)
+    ready = time.monotonic()
+    digests = np.zeros((_READ_BLOCKS, DIGEST_SIZE), np.uint8)
+    plans = 0
+    while (plan := planner.next()) is not None:
+        plans += 1
+        entries = plan.entries
+        table.blocks(entries, digests[: len(entries)])
+        table.references(entries, entries.astype(np.uint32), digests[: len(entries)])
+    seconds = time.monotonic() - ready
+    return {
+        "ready_s": ready - began,
+        "entries": len(placed),
+        "hits": table.hits,
+        "pages_per_read": len(placed) / max(1, plans),
+        "resolved_per_s": len(placed) / seconds,
+        "program_mb": program,
+        "peak_mb": peak_mb(),
+    }
+
+
+def _placed(loaded: BufferMap, layout: Path, guest_bytes: int) -> PageMap:
+    memory = MemoryLayout.from_mtree(layout.read_text())
+    return PageMap.build([RamBlock("pc.ram", guest_bytes)], loaded, memory)
+
+
+def _look_up(placed: PageMap) -> tuple[int, int, float]:
+    """Look batches up all over memory: how many pages, how many of them are mapped, seconds."""
+    step = max(1, placed.total_pages // _MOST_LOOKUPS)
+    hits, looked, began = 0, 0, time.monotonic()
+    for first in range(0, placed.total_pages - _BATCH, _BATCH * step):
+        offsets = np.arange(first, first + _BATCH, dtype=np.uint64) * np.uint64(PAGE_SIZE)
+        hits += int(np.count_nonzero(placed.entries(placed.positions(0, offsets)) >= 0))
+        looked += _BATCH
+    return looked, hits, time.monotonic() - began
 
 
 def peak_mb() -> float:
@@ -227,7 +264,8 @@ def main() -> None:
     elif role == "host":
         report = host(order["descriptor"], Path(order["path"]))
     else:
-        report = lookup(Path(order["path"]), Path(order["layout"]), order["guest_bytes"])
+        relay = source if role == "source" else destination
+        report = relay(Path(order["path"]), Path(order["layout"]), order["guest_bytes"])
     print(json.dumps(report))
 
 

@@ -27,6 +27,20 @@ _MAPS = (
     ("held", "held B/page"),
     ("peak", "peak B/page"),
 )
+_ALONE = (
+    ("pool_gib", "pool GiB"),
+    ("layout", "memory"),
+    ("load_s", "load s"),
+    ("serialise_s", "serialise s"),
+    ("place_s", "place s"),
+    ("lookups", "lookups/s"),
+    ("source", "source MB"),
+    ("source_page", "B/page"),
+    ("resolved", "resolved/s"),
+    ("destination", "destination MB"),
+    ("destination_page", "B/page"),
+    ("refused", "refused"),
+)
 _RELAYS = (
     ("pool_gib", "pool GiB"),
     ("layout", "memory"),
@@ -36,8 +50,6 @@ _RELAYS = (
     ("source_page", "B/page"),
     ("destination", "destination MB"),
     ("destination_page", "B/page"),
-    ("place_s", "place s"),
-    ("lookups", "lookups/s"),
     ("refused", "refused"),
 )
 _MESSAGES = (
@@ -72,7 +84,8 @@ def render(results: Mapping[str, Any]) -> str:
 def _tables(results: Mapping[str, Any]) -> Iterator[str]:
     if "maps" in results:
         yield _titled("Maps: made and fetched", map(_made, results["maps"]), _MAPS)
-        yield _titled("Maps: in the relays", map(_relayed, results["maps"]), _RELAYS)
+        yield _titled("Maps: held and looked up", map(_alone, results["maps"]), _ALONE)
+        yield _titled("Maps: handed over by the relays", map(_relayed, results["maps"]), _RELAYS)
     if "messages" in results:
         rows = [{"request": name, **row} for name, row in results["messages"].items()]
         yield _titled("Requests at the broker, with their answers", map(_short, rows), _MESSAGES)
@@ -102,28 +115,44 @@ def _made(row: Row) -> Row:
             "agent": agent["peak_mb"],
             "host": host["peak_mb"],
             "held": host["held_bytes"] / pages,
-            "peak": (host["fetch_peak_mb"] - host["program_mb"]) * 1e6 / pages,
+            "peak": _page_bytes(host["fetch_peak_mb"] - host["program_mb"], pages),
         }
     )
 
 
+def _alone(row: Row) -> Row:
+    pages = row["host"]["pages"]
+    found: dict[str, Any] = {"pool_gib": row["pool_gib"], "layout": row["layout"]}
+    source, destination = row["source"], row["destination"]
+    refused = [each["refused"] for each in (source, destination) if "refused" in each]
+    found["refused"] = "; ".join(refused)
+    if "refused" not in source:
+        found |= {key: source[key] for key in ("load_s", "serialise_s", "place_s")}
+        found["lookups"] = source["lookups_per_s"]
+    if "refused" not in destination:
+        found["resolved"] = destination["resolved_per_s"]
+    for role in ("source", "destination"):
+        if "refused" not in row[role]:
+            found[role] = row[role]["peak_mb"]
+            found[f"{role}_page"] = _page_bytes(found[role] - row[role]["program_mb"], pages)
+    return _short(found)
+
+
 def _relayed(row: Row) -> Row:
-    pages, relays, lookup = row["host"]["pages"], row["relays"], row["lookup"]
-    refused = [each["refused"] for each in (relays, lookup) if "refused" in each]
-    found: dict[str, Any] = {
-        "pool_gib": row["pool_gib"],
-        "layout": row["layout"],
-        "place_s": lookup.get("place_s", ""),
-        "lookups": lookup.get("lookups_per_s", ""),
-        "refused": "; ".join(refused),
-    }
-    if "refused" not in relays:
+    pages, relays = row["host"]["pages"], row["relays"]
+    found: dict[str, Any] = {"pool_gib": row["pool_gib"], "layout": row["layout"]}
+    if "refused" in relays:
+        found["refused"] = relays["refused"]
+    else:
         found |= {"load_s": relays["load_s"], "hand_over_s": relays["hand_over_s"]}
         for role in ("source", "destination"):
-            peak = relays[f"{role}_peak_mb"]
-            found[role] = peak
-            found[f"{role}_page"] = (peak - row["host"]["program_mb"]) * 1e6 / pages
+            found[role] = relays[f"{role}_peak_mb"]
+            found[f"{role}_page"] = _page_bytes(found[role] - row["host"]["program_mb"], pages)
     return _short(found)
+
+
+def _page_bytes(megabytes: float, pages: int) -> float:
+    return megabytes * 1e6 / pages
 
 
 def _evacuated(row: Row) -> Row:

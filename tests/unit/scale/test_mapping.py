@@ -14,14 +14,14 @@ class MappingTest(base.TestCase):
         pages = row["host"]["pages"]
         self.assertEqual(4 * row["agent"]["frames"], pages)
         self.assertEqual(pages, row["relays"]["mapped_pages"])
-        self.assertEqual(pages, row["lookup"]["entries"])
+        self.assertEqual(pages, row["source"]["entries"])
+        self.assertEqual(pages, row["destination"]["hits"])
         # A guest of which all but a quarter is the pool
-        self.assertAlmostEqual(0.75, row["lookup"]["hit_share"], 1)
+        self.assertAlmostEqual(0.75, row["source"]["hit_share"], 1)
         self.assertLessEqual(row["host"]["held_bytes"], 8 * pages)
         self.assertGreater(row["agent"]["wire_bytes"], row["host"]["chunk_bytes"])
         self.assertIn("0.125  scattered", tables.render({"maps": [row]}))
 
     def test_what_does_not_fit_is_refused(self) -> None:
-        pages = mapping.available_bytes()
-        told = mapping._if_room(pages, lambda: self.fail("it was tried"))
+        told = mapping._if_room(mapping.available_bytes(), lambda: self.fail("it was tried"))
         self.assertIn("MiB are needed", told["refused"])
