@@ -40,41 +40,31 @@ _STALL = 600
 _FIRST = 256
 #: Of the memory that is there so much may be asked for.
 _MOST = 0.9
+#: Bytes that the agent takes for each frame, and the orchestration for each page, at most, as was
+#: measured.
+_FRAME_NEEDS = 40
+_FETCH_NEEDS = {synthetic.HUGE: 5, synthetic.SCATTERED: 22}
 #: Bytes that a relay takes for each page of a map, at most, as was measured.
-_NEEDS = {"source": 24, "destination": product_limits().page_memory}
+_NEEDS = {"source": 23, "destination": product_limits().page_memory}
 
 
 def measure(directory: Path, shape: synthetic.Shape) -> Report:
-    """All that one pool gives; a side for which there is no room here says so in ``refused``."""
-    path, layout = directory / "map", directory / "mtree"
-    layout.write_text(synthetic.mtree(shape))
-    with contextlib.ExitStack() as stack:
-        ours, theirs = (stack.enter_context(each) for each in socket.socketpair())
-        agent = stack.enter_context(
-            _side(
-                "agent",
-                {
-                    "shape": dataclasses.asdict(shape),
-                    "descriptor": ours.fileno(),
-                    "directory": str(directory),
-                },
-                ours,
-            )
-        )
-        asked = stack.enter_context(
-            _side("host", {"descriptor": theirs.fileno(), "path": str(path)}, theirs)
-        )
-        fetched = _answer(asked)
-        made = _answer(agent)
-    result: Report = {
+    """All that one pool gives; what there is no room for here says so in ``refused``."""
+    pages = shape.frames * synthetic.PER_FRAME
+    need = max(shape.frames * _FRAME_NEEDS, pages * _FETCH_NEEDS[shape.layout])
+    return {
         "pool_gib": shape.bytes / (1 << 30),
         "guest_gib": shape.guest_bytes / (1 << 30),
         "layout": shape.layout,
-        "agent": made,
-        "host": fetched,
-        "file_bytes": path.stat().st_size,
+        **_if_room(need, lambda: _measured(directory, shape)),
     }
-    pages = fetched["pages"]
+
+
+def _measured(directory: Path, shape: synthetic.Shape) -> Report:
+    path, layout = directory / "map", directory / "mtree"
+    layout.write_text(synthetic.mtree(shape))
+    result = {**_fetched(directory, shape, path), "file_bytes": path.stat().st_size}
+    pages = result["host"]["pages"]
     order = {"path": str(path), "layout": str(layout), "guest_bytes": shape.guest_bytes}
     for role, need in _NEEDS.items():
         result[role] = _if_room(pages * need, lambda role=role: _alone(role, order))
@@ -83,6 +73,18 @@ def measure(directory: Path, shape: synthetic.Shape) -> Report:
     )
     path.unlink()
     return result
+
+
+def _fetched(directory: Path, shape: synthetic.Shape, path: Path) -> Report:
+    """What the agent takes to make the map, and the orchestration to fetch it and write it."""
+    made = {"shape": dataclasses.asdict(shape), "directory": str(directory)}
+    with contextlib.ExitStack() as stack:
+        ours, theirs = (stack.enter_context(each) for each in socket.socketpair())
+        agent = stack.enter_context(_side("agent", {**made, "descriptor": ours.fileno()}, ours))
+        asked = {"descriptor": theirs.fileno(), "path": str(path)}
+        host = stack.enter_context(_side("host", asked, theirs))
+        fetched = _answer(host)
+        return {"agent": _answer(agent), "host": fetched}
 
 
 def relays(directory: Path, shape: synthetic.Shape, path: Path, layout: Path) -> Report:

@@ -26,6 +26,7 @@ _MAPS = (
     ("host", "host MB"),
     ("held", "held B/page"),
     ("peak", "peak B/page"),
+    ("refused", "refused"),
 )
 _ALONE = (
     ("pool_gib", "pool GiB"),
@@ -84,8 +85,9 @@ def render(results: Mapping[str, Any]) -> str:
 def _tables(results: Mapping[str, Any]) -> Iterator[str]:
     if "maps" in results:
         yield _titled("Maps: made and fetched", map(_made, results["maps"]), _MAPS)
-        yield _titled("Maps: held and looked up", map(_alone, results["maps"]), _ALONE)
-        yield _titled("Maps: handed over by the relays", map(_relayed, results["maps"]), _RELAYS)
+        rows = [row for row in results["maps"] if "refused" not in row]
+        yield _titled("Maps: held and looked up", map(_alone, rows), _ALONE)
+        yield _titled("Maps: handed over by the relays", map(_relayed, rows), _RELAYS)
     if "messages" in results:
         rows = [{"request": name, **row} for name, row in results["messages"].items()]
         yield _titled("Requests at the broker, with their answers", map(_short, rows), _MESSAGES)
@@ -99,6 +101,8 @@ def _titled(title: str, rows: Any, columns: Sequence[tuple[str, str]]) -> str:
 
 
 def _made(row: Row) -> Row:
+    if "refused" in row:
+        return row
     agent, host = row["agent"], row["host"]
     pages = host["pages"]
     return _short(

@@ -23,5 +23,9 @@ class MappingTest(base.TestCase):
         self.assertIn("0.125  scattered", tables.render({"maps": [row]}))
 
     def test_what_does_not_fit_is_refused(self) -> None:
-        told = mapping._if_room(mapping.available_bytes(), lambda: self.fail("it was tried"))
-        self.assertIn("MiB are needed", told["refused"])
+        shape = synthetic.Shape.of_gib(1 << 30)
+        with workspace() as directory:
+            row = mapping.measure(directory, shape)
+            self.assertEqual([], list(directory.iterdir()))
+        self.assertIn("MiB are needed", row["refused"])
+        self.assertIn("MiB are needed", tables.render({"maps": [row]}))
