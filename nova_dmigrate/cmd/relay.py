@@ -11,6 +11,7 @@ kernel as soon as before, when memory runs out.
 Exit status: 0 delivered, 1 failed, 2 wrong configuration or session, 3 cancelled.
 """
 
+import dataclasses
 import json
 import os
 import signal
@@ -116,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
             config.set_override("use_stderr", True)
         log.setup(config, "nova-dmigrate")
         session = parse_session(_read_session(config.session), defaults_from(config))
-        settings = settings_from(config)
+        settings = _with_place(settings_from(config), session)
         _make_directories(session)
     except (cfg.Error, exception.ConfigurationError, OSError) as error:
         print(f"nova-dmigrate-relay: {error}", file=sys.stderr)
@@ -130,6 +131,18 @@ def _read_session(name: str) -> str:
         return sys.stdin.read(_SESSION_LIMIT)
     with Path(name).open() as file:
         return file.read(_SESSION_LIMIT)
+
+
+def _with_place(
+    settings: RelaySettings, session: SourceSession | DestinationSession
+) -> RelaySettings:
+    """Readers of volumes make files where the relay has its socket: there it may."""
+    if session.control_socket is None:
+        return settings
+    access = dataclasses.replace(
+        settings.volume_access, runtime_directory=session.control_socket.parent
+    )
+    return dataclasses.replace(settings, volume_access=access)
 
 
 def _make_directories(session: SourceSession | DestinationSession) -> None:

@@ -79,8 +79,9 @@ broken volume from costing its time-out again and again.
         min=1,
         max=30,
         help="""
-Seconds after which network storage (Ceph) that has not answered counts as
-failed: a read then is an error, and a volume that is being opened is not read.
+Seconds after which network storage (Ceph), or a qemu-storage-daemon that reads
+an image, and has not answered, counts as failed: a read then is an error, and a
+volume that is being opened is not read.
 """,
     ),
     cfg.StrOpt(

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of this host a requester may have opened: volumes, maps, sockets and ports of guests."""
 
+import contextlib
+import dataclasses
 import fnmatch
 import os
 import stat
@@ -8,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nova_dmigrate import exception
-from nova_dmigrate.volumes import RbdLocation
+from nova_dmigrate.volumes import ImageLocation, RbdLocation, image_layers
 
 
 def volume_location(location: str, allowed: Sequence[str]) -> str:
@@ -25,6 +27,24 @@ def volume_location(location: str, allowed: Sequence[str]) -> str:
             reason=f"volumes at {location} are not read on this host", code="volume-not-allowed"
         )
     return real
+
+
+def image(location: str, allowed: Sequence[str]) -> str:
+    """The location of an image, where that really lies, if it and its backing files may be read.
+
+    :param allowed: as for `volume_location`.
+    :raises RequestRefused: it, or one of them, may not.
+    """
+    try:
+        given = ImageLocation.parse(location)
+    except ValueError as error:
+        raise exception.RequestRefused(reason=str(error), code="volume-not-allowed") from error
+    real = dataclasses.replace(given, path=volume_location(given.path, allowed))
+    # What cannot be opened is the relay's matter: that costs the volume, not the migration
+    with contextlib.suppress(OSError, ValueError):
+        for layer in image_layers.layers(real):
+            volume_location(layer.path, allowed)
+    return str(real)
 
 
 def rbd_image(location: str, allowed: Sequence[str]) -> None:

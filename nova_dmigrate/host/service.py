@@ -112,6 +112,8 @@ class HostService:
             location = volume.location
             if volume.driver in _PATH_DRIVERS:
                 location = permissions.volume_location(location, self._settings.volume_directories)
+            elif volume.driver == "nbd":
+                location = permissions.image(location, self._settings.volume_directories)
             elif volume.driver == "rbd":
                 permissions.rbd_image(location, self._settings.rbd_images)
             volumes.append(

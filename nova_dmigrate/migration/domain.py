@@ -32,6 +32,7 @@ class Disk:
     :ivar format: of the image, as ``raw``.
     :ivar location: path, RbdLocation as text, or the name of another network disk.
     :ivar direct: whether what the guest has written is on the volume, not in this host's cache.
+    :ivar encrypted: by QEMU, so that the volume is not what the guest sees of it.
     """
 
     target: str
@@ -42,6 +43,7 @@ class Disk:
     location: str
     direct: bool
     read_only: bool
+    encrypted: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,8 @@ def _disk(element: ElementTree.Element) -> Disk:
         location=location,
         direct=cache in _DIRECT,
         read_only=element.find("readonly") is not None,
+        # libvirt has taken it at both places
+        encrypted=any(element.find(f"{at}encryption") is not None for at in ("", "source/")),
     )
 
 

@@ -14,7 +14,7 @@ from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.request import AgentTransport, MigrationRequest, Mode
 from nova_dmigrate.rpc.channel import PORT_NAME
 from nova_dmigrate.rpc.host_messages import HostState
-from nova_dmigrate.volumes import VolumeSpec
+from nova_dmigrate.volumes import ImageLocation, VolumeSpec
 
 #: libvirt from which on the migration's URI may be unix:PATH.
 _UNIX_SOCKETS = 6_008_000
@@ -22,6 +22,8 @@ _UNIX_SOCKETS = 6_008_000
 OLDEST_QEMU = 7_002_000
 #: Kinds of disks in the XML, or protocols of network disks, and the driver that reads them.
 _DRIVERS = {"block": "block", "file": "block", "rbd": "rbd"}
+#: Formats of devices and files that are not raw, and the driver that reads them.
+_FORMAT_DRIVERS = {"qcow2": "nbd"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,28 +72,42 @@ def volumes_of(
         there = Elsewhere(disk.location)
         if elsewhere is not None:
             there = elsewhere.get(disk.serial, _NOT_THERE)
-        obstacle = _unreadable(disk, drivers) or there.obstacle
-        if obstacle:
+        # Of what others have connected it is not told in what format they have it
+        driver = _driver(disk, raw_only=elsewhere is not None)
+        obstacle = _unreadable(disk, driver, drivers) or there.obstacle
+        if driver is None or obstacle:
             missing.append(f"{disk.target} {obstacle}")
         else:
-            driver = _DRIVERS[disk.protocol or disk.kind]
-            found.append(VolumeSpec(disk.serial, driver, there.location))
+            location = there.location
+            if driver == "nbd":
+                location = str(ImageLocation(disk.format, location))
+            found.append(VolumeSpec(disk.serial, driver, location))
     if not found:
         raise because(Reason.NO_VOLUMES, domain.name, disks="; ".join(missing) or "there are none")
     return tuple(found)
 
 
-def _unreadable(disk: Disk, drivers: Sequence[str]) -> str | None:
+def _driver(disk: Disk, raw_only: bool) -> str | None:
+    """Name of the driver for a disk; None if there is none."""
+    kind = disk.protocol or disk.kind
+    if disk.format == "raw" or kind not in _DRIVERS:
+        return _DRIVERS.get(kind)
+    return None if raw_only or disk.protocol else _FORMAT_DRIVERS.get(disk.format)
+
+
+def _unreadable(disk: Disk, driver: str | None, drivers: Sequence[str]) -> str | None:
     """Why a disk is not read at the destination; None if it is."""
-    driver = _DRIVERS.get(disk.protocol or disk.kind)
     if driver is None or driver not in drivers:
-        return f"is a {disk.protocol or disk.kind} disk, for which there is no driver"
+        kind = f"{disk.protocol or disk.kind} disk"
+        if disk.format != "raw":
+            kind += f" of format {disk.format}"
+        return f"is a {kind}, for which there is no driver"
     if not disk.serial:
         return "has no serial, by which guest and host could name it alike"
-    if disk.format != "raw":
-        return f"has format {disk.format}, not raw"
     if not disk.direct:
         return "is cached by its host (cache must be none or directsync)"
+    if disk.encrypted:
+        return "is encrypted by QEMU, with a key that relays are not given"
     return None
 
 

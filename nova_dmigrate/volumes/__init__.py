@@ -4,7 +4,7 @@
 from collections.abc import Callable
 
 from nova_dmigrate import exception
-from nova_dmigrate.volumes import rbd
+from nova_dmigrate.volumes import nbd, rbd
 from nova_dmigrate.volumes.base import (
     BLOCK_SIZE,
     VolumeAccess,
@@ -13,6 +13,8 @@ from nova_dmigrate.volumes.base import (
     aligned_buffer,
 )
 from nova_dmigrate.volumes.block import BlockReader
+from nova_dmigrate.volumes.image_location import ImageLocation
+from nova_dmigrate.volumes.nbd import NbdReader
 from nova_dmigrate.volumes.rbd import RbdReader
 from nova_dmigrate.volumes.rbd_location import RbdLocation
 
@@ -20,6 +22,8 @@ __all__ = [
     "BLOCK_SIZE",
     "DRIVERS",
     "BlockReader",
+    "ImageLocation",
+    "NbdReader",
     "RbdLocation",
     "RbdReader",
     "VolumeAccess",
@@ -32,13 +36,15 @@ __all__ = [
 
 DRIVERS: dict[str, Callable[[VolumeSpec, VolumeAccess], VolumeReader]] = {
     "block": lambda spec, _: BlockReader(spec),
+    "nbd": NbdReader,
     "rbd": RbdReader,
 }
+_USABLE: dict[str, Callable[[], bool]] = {"nbd": nbd.usable, "rbd": rbd.usable}
 
 
 def usable_drivers() -> tuple[str, ...]:
-    """Those of which this host has the libraries."""
-    return tuple(sorted(name for name in DRIVERS if name != "rbd" or rbd.usable()))
+    """Those for which this host has what they need."""
+    return tuple(sorted(name for name in DRIVERS if name not in _USABLE or _USABLE[name]()))
 
 
 def open_volume(spec: VolumeSpec, access: VolumeAccess) -> VolumeReader:

@@ -9,6 +9,7 @@ import abc
 import dataclasses
 import mmap
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 from nova_dmigrate import exception
@@ -36,12 +37,14 @@ class VolumeAccess:
     :ivar timeout: seconds after which storage that does not answer has failed.
     :ivar rbd_user, rbd_configuration, rbd_keyring: this host's account with Ceph; empty for what
         the volume's location says.
+    :ivar runtime_directory: where short-lived files can be made; None for the system's place.
     """
 
     timeout: float = 5.0
     rbd_user: str = ""
     rbd_configuration: str = ""
     rbd_keyring: str = ""
+    runtime_directory: Path | None = None
 
 
 class VolumeReader(abc.ABC):

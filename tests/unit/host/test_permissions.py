@@ -11,6 +11,7 @@ from nova_dmigrate import exception
 from nova_dmigrate.conf import host
 from nova_dmigrate.host import permissions
 from tests import base
+from tests.unit.volumes import qcow2
 from tests.unit.volumes.loop import LoopDevice
 
 
@@ -47,6 +48,22 @@ class PermissionsTest(base.TestCase):
             self.assert_refused(
                 "volume-not-allowed", permissions.volume_location, str(path), entries
             )
+
+    def test_an_image_lies_where_it_may_with_all_its_backing_files(self) -> None:
+        inside, below = self.allowed / "image", self.allowed / "below"
+        entries = (str(self.allowed),)
+        below.write_bytes(qcow2.header())
+        inside.write_bytes(qcow2.header("below", "qcow2"))
+        (self.here / "link").symlink_to(inside)
+        for path in (inside, self.here / "link"):
+            self.assertEqual(f"qcow2:{inside}", permissions.image(f"qcow2:{path}", entries))
+        # What is no image is found out by who opens it
+        for found in (f"luks:{self.allowed}/none", f"qcow2:{self.allowed}/none"):
+            self.assertEqual(found, permissions.image(found, entries))
+        (self.here / "secret").write_bytes(bytes(4096))
+        below.write_bytes(qcow2.header("../secret"))
+        for location in (f"qcow2:{inside}", f"raw:{self.here}/secret", "qcow2:image", "/dev/vdb"):
+            self.assert_refused("volume-not-allowed", permissions.image, location, entries)
 
     def test_rbd_images_are_allowed_by_their_names(self) -> None:
         (entries,) = (each.default for each in host.PERMISSIONS if each.name == "rbd_images")

@@ -18,6 +18,7 @@ DISK = """
   <target dev='{target}' bus='{bus}'/>
   {serial}
 </disk>"""
+LUKS = f"<encryption format='luks'><secret type='passphrase' uuid='{VOLUME}'/></encryption>"
 CHANNEL = """
 <channel type='unix'>
   <source mode='bind' path='/var/lib/libvirt/qemu/channel/target/dmigrate'/>
@@ -144,6 +145,17 @@ class PreflightTest(base.TestCase):
             (volume,) = preflight.volumes_of(found, ["block", "rbd"])
             self.assertEqual(("rbd", location), (volume.driver, volume.location))
 
+    def test_qcow2_images_are_read_by_nbd(self):
+        source = "<source file='/images/db.qcow2'/>"
+        found = domain(disk("file", "qcow2", source=source), disk(format="qcow2", bus="scsi"))
+        self.assertEqual(
+            [("nbd", "qcow2:/images/db.qcow2"), ("nbd", "qcow2:/dev/sdc")],
+            [
+                (each.driver, each.location)
+                for each in preflight.volumes_of(found, ["block", "nbd"])
+            ],
+        )
+
     def test_disks_that_it_may_not_read_are_named_with_the_reason(self):
         for sentence, strange in (
             ("no serial", disk(serial="")),
@@ -151,6 +163,9 @@ class PreflightTest(base.TestCase):
             ("cached", disk(cache="cache='writeback'")),
             ("cached", disk(cache="")),  # QEMU's default is a cache of the host's
             ("rbd disk", disk("network", source="<source protocol='rbd' name='volumes/1'/>")),
+            ("qcow2, for which there is no driver", disk(format="qcow2")),
+            ("encrypted", disk().replace("</disk>", f"{LUKS}</disk>")),
+            ("encrypted", disk(source=f"<source dev='/dev/sdc'>{LUKS}</source>")),
             ("nbd disk", disk("network", source="<source protocol='nbd' name='1'/>")),
         ):
             error = self.assertRaises(

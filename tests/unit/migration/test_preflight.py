@@ -42,6 +42,12 @@ class ElsewhereTest(base.TestCase):
         self.assertEqual("no-volumes", error.kwargs["code"])
         self.assertIn("vdc is no volume that the destination has connected", str(error))
 
+    def test_of_a_format_that_the_destination_does_not_tell_nothing_is_read(self):
+        image = domain(disk(format="qcow2"))
+        there = {"one": Elsewhere("/dev/there")}
+        error = self.assertRaises(exception.FallBack, volumes_of, image, ["block", "nbd"], there)
+        self.assertIn("vdb is a block disk of format qcow2", str(error))
+
     def test_what_stands_in_the_way_there_is_told(self):
         error = self.assertRaises(
             exception.FallBack,

@@ -29,7 +29,7 @@ class WithoutModulesTest(base.TestCase):
         self.assertIn("install the packages python3-rados and python3-rbd", str(error))
 
     def test_the_driver_is_not_offered(self):
-        self.assertEqual(("block",), volumes.usable_drivers())
+        self.assertNotIn("rbd", volumes.usable_drivers())
 
 
 class OpenTest(base.TestCase):
@@ -38,7 +38,7 @@ class OpenTest(base.TestCase):
         base.require(ceph.missing_modules())
 
     def test_the_driver_is_offered(self):
-        self.assertEqual(("block", "rbd"), volumes.usable_drivers())
+        self.assertIn("rbd", volumes.usable_drivers())
 
     def test_a_location_that_makes_no_sense_is_refused(self):
         error = self.assertRaises(exception.VolumeOpenError, open_rbd, "/dev/vdb?x=y")

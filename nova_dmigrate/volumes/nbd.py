@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reader of images in formats of QEMU's: a qemu-storage-daemon opens them, NBD brings them.
+
+``qcow2``
+    with its backing files, encrypted or not (LUKS within the image). The guest's QEMU changes the
+    tables of where clusters lie while they are read here: they are read in small parts, each just
+    before its use. What is found by one that has changed meanwhile is wrong: never used, as digests
+    decide, but a miss. Two things are read once: the topmost table, one entry of which stands for
+    512 MiB in the usual case, and how long the file is. So where the guest writes for the first
+    time after the image was opened, that is a miss if the file has grown for it; where it had
+    written before, as databases do, it is seen at once.
+``luks``
+    raw and encrypted by QEMU. Its header stays as it is: whatever the guest has written is seen.
+``raw``
+    a file or a device, which the driver ``block`` reads with less in between.
+
+The image is opened read-only and past the host's page cache. No lock of it is taken, so that a QEMU
+finds none that it did not expect, whether it is there already or comes later.
+"""
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+
+from oslo_log import log as logging
+
+from nova_dmigrate import exception
+from nova_dmigrate.volumes import base, image_layers
+from nova_dmigrate.volumes.image_location import ImageLocation
+from nova_dmigrate.volumes.nbd_connection import ConnectionFailed, NbdConnection
+from nova_dmigrate.volumes.storage_daemon import EXPORT, PROGRAM, StorageDaemon
+
+LOG = logging.getLogger(__name__)
+
+#: Opening an image takes so many times the time limit at most: to find out whether a passphrase is
+#: the right one takes seconds by design.
+_OPENING = 3
+#: Seconds in which a daemon that cannot open the image has said so.
+_LAST_WORDS = 1.0
+
+
+def usable() -> bool:
+    """Whether this host has what it takes."""
+    return shutil.which(PROGRAM) is not None
+
+
+class NbdReader(base.VolumeReader):
+    """The image at ``spec.location``, an :class:`ImageLocation` as text; ``spec.secret`` is the
+    passphrase of LUKS.
+
+    A read takes ``access.timeout`` at most until its first data come, and from one piece to the
+    next; opening takes three times that. Reads of many threads have a connection each, and go on
+    at the same time.
+
+    :raises VolumeOpenError: there is no qemu-storage-daemon, or it cannot open the image.
+    """
+
+    def __init__(self, spec: base.VolumeSpec, access: base.VolumeAccess) -> None:
+        self.volume_id = spec.volume_id
+        self._timeout = access.timeout
+        self._state = threading.Lock()
+        self._idle: list[NbdConnection] = []
+        self._reading = 0
+        self._closed = False
+        try:
+            image = image_layers.blockdev(ImageLocation.parse(spec.location), bool(spec.secret))
+            keys = {image_layers.KEY: spec.secret} if spec.secret else {}
+            self._daemon = StorageDaemon(image, keys, access.runtime_directory)
+        except (OSError, ValueError) as error:
+            raise self._open_error(f"{spec.location} cannot be opened: {_reason(error)}") from error
+        try:
+            with self._connect(_OPENING * self._timeout) as connection:
+                self.size = connection.size
+        except ConnectionFailed as error:
+            # One that does not come up has said why, if it was not for the time limit
+            said = self._daemon.said if self._daemon.ended(_LAST_WORDS) else ""
+            self._give_back()
+            raise self._open_error(f"{spec.location} is not opened: {said or error}") from error
+
+    def read_into(self, offset: int, buffer: memoryview) -> None:
+        (error,) = self.read_ranges([(offset, buffer)])
+        if error is not None:
+            raise error
+
+    def read_ranges(
+        self, ranges: Sequence[tuple[int, memoryview]]
+    ) -> list[exception.VolumeError | None]:
+        results: list[exception.VolumeError | None] = [self._refusal(*each) for each in ranges]
+        good = [number for number, refused in enumerate(results) if refused is None]
+        if good:
+            wanted = [(ranges[each][0], ranges[each][1].cast("B")) for each in good]
+            for number, error in zip(good, self._read(wanted), strict=True):
+                results[number] = error
+        return results
+
+    def close(self) -> None:
+        with self._state:
+            if self._closed:
+                return
+            self._closed = True
+            unused = not self._reading
+        if unused:
+            self._give_back()
+
+    # Reading
+
+    def _refusal(self, offset: int, buffer: memoryview) -> exception.VolumeError | None:
+        try:
+            self.check_range(offset, buffer.nbytes)
+        except exception.VolumeBoundsError as error:
+            return error
+        return None
+
+    def _read(
+        self, ranges: Sequence[tuple[int, memoryview]]
+    ) -> Sequence[exception.VolumeError | None]:
+        """:param ranges: inside the volume, with buffers of one dimension."""
+        try:
+            with self._connection() as connection:
+                numbers = connection.read(ranges)
+        except ConnectionFailed as error:
+            # Which of them it is cannot be told. None is tried again: each may take as long.
+            return [self._read_error(offset, str(error)) for offset, _ in ranges]
+        except exception.VolumeReadError as error:
+            return [error] * len(ranges)
+        return [
+            self._read_error(offset, os.strerror(number)) if number else None
+            for number, (offset, _) in zip(numbers, ranges, strict=True)
+        ]
+
+    @contextlib.contextmanager
+    def _connection(self) -> Iterator[NbdConnection]:
+        """One that nobody else uses meanwhile. One that fails is not used again.
+
+        :raises ConnectionFailed: there is none to be had.
+        :raises VolumeReadError: the reader was closed.
+        """
+        with self._state:
+            if self._closed:
+                raise exception.VolumeReadError(
+                    volume=self.volume_id, reason="its reader was closed"
+                )
+            self._reading += 1
+            connection = self._idle.pop() if self._idle else None
+        try:
+            if connection is None:
+                connection = self._connect(self._timeout)
+            yield connection
+            with self._state:
+                self._idle.append(connection)
+        except ConnectionFailed as error:
+            if connection is not None:
+                connection.close()
+            raise ConnectionFailed(self._why(error)) from error
+        finally:
+            self._end_read()
+
+    def _connect(self, timeout: float) -> NbdConnection:
+        return NbdConnection(self._daemon.address, EXPORT, timeout)
+
+    def _end_read(self) -> None:
+        with self._state:
+            self._reading -= 1
+            last = self._closed and not self._reading
+        if last:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        for connection in self._idle:
+            connection.close()
+        if not self._daemon.stop(self._timeout):
+            LOG.warning("Volume %s: its %s cannot be ended yet", self.volume_id, PROGRAM)
+
+    # Errors
+
+    def _why(self, error: ConnectionFailed) -> str:
+        if not self._daemon.ended(0):
+            return str(error)
+        return f"its {PROGRAM} has ended: {self._daemon.said or 'it was killed'}"
+
+    def _open_error(self, reason: str) -> exception.VolumeOpenError:
+        return exception.VolumeOpenError(volume=self.volume_id, reason=reason)
+
+    def _read_error(self, offset: int, reason: str) -> exception.VolumeReadError:
+        return exception.VolumeReadError(
+            volume=self.volume_id, reason=f"reading at byte {offset}: {reason}"
+        )
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)

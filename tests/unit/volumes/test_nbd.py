@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be said of the reader without a daemon; the rest is in the integration suite."""
+
+import os
+import shutil
+import threading
+from unittest import mock
+
+from nova_dmigrate import exception, volumes
+from tests import base
+
+
+class WithoutDaemonTest(base.TestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.programs = self.make_directory()
+        patch = mock.patch.dict(os.environ, PATH=str(self.programs))
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.image = self.make_directory() / "image"
+        self.image.write_bytes(bytes(8192))
+
+    def refusal(self, location):
+        access = volumes.VolumeAccess(timeout=20, runtime_directory=self.make_directory())
+        spec = volumes.VolumeSpec("vol", "nbd", location)
+        error = self.assertRaises(exception.VolumeOpenError, volumes.open_volume, spec, access)
+        self.assertNotIn("storage-daemon", [each.name for each in threading.enumerate()])
+        self.assertEqual([], os.listdir(access.runtime_directory))
+        return str(error)
+
+    def test_the_driver_is_offered_only_where_its_program_is(self):
+        self.assertNotIn("nbd", volumes.usable_drivers())
+        program = self.programs / "qemu-storage-daemon"
+        program.touch(0o755)
+        self.assertIn("nbd", volumes.usable_drivers())
+
+    def test_a_program_that_is_missing_is_named(self):
+        self.assertIn(
+            f"Volume vol: raw:{self.image} cannot be opened: setpriv: No such file",
+            self.refusal(f"raw:{self.image}"),
+        )
+        (self.programs / "setpriv").symlink_to(shutil.which("setpriv", path="/usr/bin:/bin"))
+        self.assertIn("failed to execute qemu-storage-daemon", self.refusal(f"raw:{self.image}"))
+
+    def test_a_location_that_makes_no_sense_is_refused(self):
+        for location, sentence in (
+            ("/dev/vdb", "does not begin with a format"),
+            ("qcow2:image", "no absolute path"),
+            (f"qcow2:{self.image}", f"{self.image} is no qcow2 image"),
+            (f"raw:{self.image}-2", f"{self.image}-2: No such file or directory"),
+        ):
+            self.assertIn(sentence, self.refusal(location))
