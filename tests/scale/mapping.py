@@ -44,8 +44,9 @@ _MOST = 0.9
 #: measured.
 _FRAME_NEEDS = 40
 _FETCH_NEEDS = {synthetic.HUGE: 5, synthetic.SCATTERED: 22}
-#: Bytes that a relay takes for each page of a map, at most, as was measured.
-_NEEDS = {"source": 23, "destination": product_limits().page_memory}
+#: And the relays for each page, the destination's as its host reckons.
+_SOURCE_NEEDS = {synthetic.HUGE: 21, synthetic.SCATTERED: 23}
+_DESTINATION_NEEDS = product_limits().page_memory
 
 
 def measure(directory: Path, shape: synthetic.Shape) -> Report:
@@ -66,10 +67,11 @@ def _measured(directory: Path, shape: synthetic.Shape) -> Report:
     result = {**_fetched(directory, shape, path), "file_bytes": path.stat().st_size}
     pages = result["host"]["pages"]
     order = {"path": str(path), "layout": str(layout), "guest_bytes": shape.guest_bytes}
-    for role, need in _NEEDS.items():
+    needs = {"source": _SOURCE_NEEDS[shape.layout], "destination": _DESTINATION_NEEDS}
+    for role, need in needs.items():
         result[role] = _if_room(pages * need, lambda role=role: _alone(role, order))
     result["relays"] = _if_room(
-        pages * sum(_NEEDS.values()), lambda: relays(directory, shape, path, layout)
+        pages * sum(needs.values()), lambda: relays(directory, shape, path, layout)
     )
     path.unlink()
     return result

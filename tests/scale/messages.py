@@ -227,7 +227,12 @@ def _cost(
 
 def _busy(rabbit: Broker) -> float:
     """Seconds that the broker has kept a processor busy."""
-    return sum(map(cpu_seconds, rabbit.emulators))
+    seconds = 0.0
+    for pid in rabbit.emulators:
+        # The script that starts it has children of its own, which end
+        with contextlib.suppress(OSError):
+            seconds += cpu_seconds(pid)
+    return seconds
 
 
 def _passed(counters: tuple[Counter, Counter]) -> tuple[int, int]:

@@ -107,7 +107,7 @@ def _made(row: Row) -> Row:
     pages = host["pages"]
     return _short(
         {
-            "pool_gib": row["pool_gib"],
+            "pool_gib": f"{row['pool_gib']:g}",
             "layout": row["layout"],
             "pages": pages,
             "build": agent["search_cpu_s"],
@@ -126,7 +126,7 @@ def _made(row: Row) -> Row:
 
 def _alone(row: Row) -> Row:
     pages = row["host"]["pages"]
-    found: dict[str, Any] = {"pool_gib": row["pool_gib"], "layout": row["layout"]}
+    found: dict[str, Any] = {"pool_gib": f"{row['pool_gib']:g}", "layout": row["layout"]}
     source, destination = row["source"], row["destination"]
     refused = [each["refused"] for each in (source, destination) if "refused" in each]
     found["refused"] = "; ".join(refused)
@@ -144,7 +144,7 @@ def _alone(row: Row) -> Row:
 
 def _relayed(row: Row) -> Row:
     pages, relays = row["host"]["pages"], row["relays"]
-    found: dict[str, Any] = {"pool_gib": row["pool_gib"], "layout": row["layout"]}
+    found: dict[str, Any] = {"pool_gib": f"{row['pool_gib']:g}", "layout": row["layout"]}
     if "refused" in relays:
         found["refused"] = relays["refused"]
     else:
