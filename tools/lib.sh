@@ -9,4 +9,16 @@ VENV=${NDM_VENV:-$ROOT/.venv}
 STATE=${NDM_STATE:-$ROOT/.make}
 mkdir -p "$STATE"
 
+# Ceph's Python modules are no packages of PyPI. Debian's are linked into a virtual environment, those
+# two alone; their names say for which Python they are, so that another one does not take them.
+link_ceph_modules() {
+    local site module file
+    site=$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
+    for module in rados rbd; do
+        for file in /usr/lib/python3/dist-packages/"$module".cpython-*.so; do
+            if [ -e "$file" ]; then ln -sf "$file" "$site/"; fi
+        done
+    done
+}
+
 say() { printf '\n=== %s\n' "$*"; }

@@ -20,12 +20,5 @@ say "Virtual environment: $VENV"
 "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m venv --clear "$VENV"
 "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
     "${requirements[@]/#/--requirement=}" --editable .
-# Ceph's Python modules are no packages of PyPI. Debian's are linked, those two alone; their names
-# say for which Python they are, so that another one does not take them
-site=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
-for module in rados rbd; do
-    for file in /usr/lib/python3/dist-packages/"$module".cpython-*.so; do
-        if [ -e "$file" ]; then ln -sf "$file" "$site/"; fi
-    done
-done
+link_ceph_modules "$VENV"
 echo "$key" >"$stamp"

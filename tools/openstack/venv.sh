@@ -24,6 +24,7 @@ say "Virtual environment of the OpenStack lab: $venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
     --requirement "$here/requirements.txt" --constraint "$here/constraints.txt" \
     --editable ".[nova,host,report]"
+link_ceph_modules "$venv"
 # An installation puts the driver where Nova looks for it; an editable one leaves it in this tree
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
 ln -sfn "$ROOT/nova/virt/dmigrate" "$site/nova/virt/dmigrate"
