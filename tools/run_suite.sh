@@ -8,6 +8,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 suite=$1
 shift
 workers=()
+run=() # what prints the results, if not stestr
 case $suite in
 unit)
     config=.stestr.conf
@@ -42,6 +43,14 @@ guests)
     test_timeout=300
     suite_timeout=1500
     ;;
+openstack)
+    # The scenario tests, in a cloud that a program of the lab's brings up and removes
+    tools/openstack/venv.sh
+    VENV=$ROOT/.make/openstack-34
+    run=(python -W ignore -m tests.lab.openstack.scenario)
+    test_timeout=600
+    suite_timeout=1500
+    ;;
 *)
     echo "No such suite: $suite" >&2
     exit 2
@@ -51,12 +60,14 @@ export OS_TEST_TIMEOUT=${OS_TEST_TIMEOUT:-$test_timeout} # seconds; see tests/ba
 export PYTHONFAULTHANDLER=1
 export PATH=$VENV/bin:$PATH # stestr starts its workers as "python"
 
-mkdir -p "$STATE/stestr-$suite"
+if [ "${#run[@]}" -eq 0 ]; then
+    mkdir -p "$STATE/stestr-$suite"
+    run=(stestr --config "$config" --repo-url "$STATE/stestr-$suite" run --subunit
+        --concurrency "${CONCURRENCY:-$concurrency}" "${workers[@]}" "$@")
+fi
 
 # The last resort against a hang that even a test's own timeout does not end
-timeout --kill-after=30 "${SUITE_TIMEOUT:-$suite_timeout}" \
-    stestr --config "$config" --repo-url "$STATE/stestr-$suite" \
-    run --subunit --concurrency "${CONCURRENCY:-$concurrency}" "${workers[@]}" "$@" |
+timeout --kill-after=30 "${SUITE_TIMEOUT:-$suite_timeout}" "${run[@]}" |
     tee "$STATE/$suite.subunit" |
     python -c 'import subunit.test_results, stestr.subunit_trace as t; t.main()' \
         --no-failure-debug --fails

@@ -7,8 +7,8 @@ with Ceph() as ceph:
     ceph.add_client("reader", osd="profile rbd-read-only pool=volumes")
     location = f"volumes/volume-1?id=reader&conf={ceph.configuration}"
 
-The daemons are plain processes, without ceph-volume and without systemd. There is no manager:
-nothing that images need asks for one.
+The daemons are plain processes, without ceph-volume and without systemd. There is no manager unless
+one is asked for: nothing that images need does, but who reckons how much room a pool has.
 """
 
 import contextlib
@@ -32,6 +32,14 @@ _PATIENCE = 240
 #: Bytes of the OSD's device, a sparse file; RocksDB takes its share of them.
 _STORE_BYTES = 4 << 30
 _PLACEMENT_GROUPS = 8
+#: Of the manager: what it does of its own accord, which takes time and makes pools.
+_IDLE_MODULES = (
+    *("balancer", "crash", "devicehealth", "orchestrator", "pg_autoscaler", "progress"),
+    *("rbd_support", "restful", "status", "telemetry", "volumes", "iostat", "nfs"),
+)
+_LOOPBACK = "127.0.0.1"
+#: Of monitors, where nobody else has it; clients that are told no kind of address know it.
+_MONITOR_PORT = 3300
 
 
 def missing() -> str | None:
@@ -60,12 +68,16 @@ class Ceph:
     :ivar start_seconds: from nothing to an OSD that serves.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = _LOOPBACK, manager: bool = False) -> None:
+        """:param address: of this machine, for all daemons; its own if it is not the loopback's.
+        :param manager: whether there shall be one.
+        """
         self.directory = processes.make_workspace()
         self.configuration = self.directory / "ceph.conf"
         self.start_seconds = 0.0
-        (port,) = free_ports(1)
-        self.monitor = f"v2:127.0.0.1:{port}"
+        self._address, self._manager = address, manager
+        (port,) = free_ports(1) if address == _LOOPBACK else (_MONITOR_PORT,)
+        self.monitor = f"v2:{address}:{port}"
         self._fsid, self._osd_uuid = str(uuid.uuid4()), str(uuid.uuid4())
         self._daemons: dict[str, subprocess.Popen[Any]] = {}
         self._admin: Any = None
@@ -79,6 +91,8 @@ class Ceph:
             self._make_osd()
             self._connect_admin()
             self.command("osd new", uuid=self._osd_uuid, id=0)
+            if self._manager:
+                self._start_manager()
             self.start_osd()
         except BaseException as error:
             error.add_note(self.last_words())
@@ -157,6 +171,16 @@ class Ceph:
     def keyring(self, client: str) -> Path:
         return self.directory / f"ceph.client.{client}.keyring"
 
+    def key(self, client: str) -> str:
+        """What is in it, in base64."""
+        name = f"client.{client}"
+        return _run(["ceph-authtool", self.keyring(client), "--print-key", "--name", name]).strip()
+
+    def room(self, pool: str) -> int | None:
+        """Bytes that a pool can still take, as the manager has reckoned; None if it has not yet."""
+        pools = {each["name"]: each["stats"] for each in json.loads(self.command("df"))["pools"]}
+        return pools[pool]["max_avail"] or None if pool in pools else None
+
     def create_image(self, pool: str, name: str, size: int, namespace: str = "") -> None:
         import rbd
 
@@ -234,8 +258,8 @@ admin socket =
 log file =
 log to stderr = true
 err to stderr = true
-public addr = 127.0.0.1
-cluster addr = 127.0.0.1
+public addr = {self._address}
+cluster addr = {self._address}
 ms bind msgr1 = false
 ms bind ipv6 = false
 osd pool default size = 1
@@ -257,6 +281,10 @@ osd objectstore = bluestore
 bluestore block create = true
 bluestore block size = {_STORE_BYTES}
 osd memory target = 939524096
+
+[mgr]
+mgr data = {here}/mgr
+mgr disabled modules = {",".join(_IDLE_MODULES)}
 """)
 
     def _make_monitor(self) -> None:
@@ -276,6 +304,12 @@ osd memory target = 939524096
         (self.directory / "osd").mkdir()
         _run([*self._argv("osd", "0"), "--mkfs", "--osd-uuid", self._osd_uuid,
               "--monmap", self._monmap])  # fmt: skip
+
+    def _start_manager(self) -> None:
+        (self.directory / "mgr").mkdir()
+        capabilities = {"mon": "allow profile mgr", "osd": "allow *"}
+        self.command("auth import", self._make_keyring("mgr.a", capabilities).read_bytes())
+        self._start("mgr", "a")
 
     def _make_keyring(self, name: str, capabilities: Mapping[str, str]) -> Path:
         path = self.directory / f"ceph.{name}.keyring"

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nova_dmigrate.report import format_table, write_report
+from nova_dmigrate.report import Section, format_table, write_report
 from tests.lab.demo.machine import machine
 from tests.lab.demo.measure import Run, measure
 from tests.lab.demo.stage import Content, Shape, Stage, WorkingGuest
@@ -78,12 +78,13 @@ class Comparison:
         self.runs[:] = [*(self.runs[place] for place in kept), run]
         self.details[:] = [*(self.details[place] for place in kept), more]
 
-    def write(self, directory: Path) -> None:
+    def write(self, directory: Path, sections: Sequence[Section] = ()) -> None:
         """Print the table and write the report.
 
+        :param sections: what the report has to say besides.
         :raises ReportError: it cannot be written.
         """
-        files = write_report(self.runs, self.machine, directory)
+        files = write_report(self.runs, self.machine, directory, sections=sections)
         (directory / "details.json").write_text(json.dumps(self.details, indent=2) + "\n")
         (directory / _KEPT).write_text(json.dumps(dataclasses.asdict(self)))
         print(format_table(self.runs), flush=True)

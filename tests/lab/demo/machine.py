@@ -21,15 +21,22 @@ def machine(stage: Stage) -> dict[str, Any]:
 def machine_of(guest: DatabaseGuest, shape: Shape) -> dict[str, Any]:
     """The same of one guest, and without what belongs to migrations."""
     return {
+        **bare_machine(),
+        "guest": f"{shape.ram_mb} MiB of RAM, {guest.spec.smp} emulated processor",
+        "server": f"{shape.release.flavour} {guest.sql('SELECT VERSION()').strip()}",
+        "pool_mib": shape.pool_mb,
+    }
+
+
+def bare_machine() -> dict[str, Any]:
+    """The same without any guest."""
+    return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "kernel": platform.release(),
         "qemu": _version("qemu-system-x86_64", "--version"),
         "libvirt": _version("libvirtd", "--version"),
-        "guest": f"{shape.ram_mb} MiB of RAM, {guest.spec.smp} emulated processor",
-        "server": f"{shape.release.flavour} {guest.sql('SELECT VERSION()').strip()}",
-        "pool_mib": shape.pool_mb,
     }
 
 

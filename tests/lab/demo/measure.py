@@ -17,9 +17,10 @@ from nova_dmigrate import exception
 from nova_dmigrate.migration.summary import COMPLETED, MigrationSummary
 from nova_dmigrate.migration.summary import DMIGRATE as THROUGH_RELAYS
 from nova_dmigrate.report.history import run_of
-from tests.lab.demo.load import SYSBENCH_LOADS
+from tests.lab.demo.load import SYSBENCH_LOADS, Load
 from tests.lab.demo.stage import Content, Stage, WorkingGuest
 from tests.lab.domains import FLAGS
+from tests.lab.hosts import HostPair
 
 Run = dict[str, Any]
 
@@ -73,7 +74,7 @@ def measure(
     ]
     _wait_for_backlog(stage)
     time.sleep(CALM)
-    with _network_series(stage) as network:
+    with network_series(stage.hosts.link) as network:
         begin = time.monotonic()
         with ThreadPoolExecutor(len(guests) if at_once else 1) as pool:
             given_up = [threading.Event() for _ in guests]
@@ -121,7 +122,7 @@ def measure(
         "recover_90_s": recovered,
         "lost_commits": sum(each.lost for each in entries),
         "series": {
-            **_load_series(guests, begin, end),
+            **load_series([guest.load for guest in guests], begin, end),
             "network": network,
             "downtime": [worst.begin - begin, worst.end - begin],
         },
@@ -215,7 +216,7 @@ def _through_relays(
 def _patience(stage: Stage) -> float:
     """Seconds after which a migration will never end."""
     ram_bytes = sum(guest.domain.spec.ram_bytes for guest in stage.guests)
-    return 120 + 6 * ram_bytes / (stage.shape.network * 1e6)
+    return 120 + 4 * ram_bytes / (stage.shape.network * 1e6)
 
 
 def _switched(outcome: _Outcome) -> float:
@@ -247,16 +248,16 @@ def _wait_for_recovery(
 
 
 @contextlib.contextmanager
-def _network_series(stage: Stage) -> Iterator[list[list[float]]]:
+def network_series(link: HostPair) -> Iterator[list[list[float]]]:
     """[seconds, bytes over the migration network in both directions], several times a second."""
     points: list[list[float]] = []
     ended = threading.Event()
-    first, begin = sum(stage.hosts.link.counters()), time.monotonic()
+    first, begin = sum(link.counters()), time.monotonic()
 
     def record() -> None:
         while True:
             last = ended.wait(0.25)
-            sent = sum(stage.hosts.link.counters()) - first
+            sent = sum(link.counters()) - first
             points.append([time.monotonic() - begin, float(sent)])
             if last:
                 return
@@ -270,13 +271,13 @@ def _network_series(stage: Stage) -> Iterator[list[list[float]]]:
         thread.join()
 
 
-def _load_series(guests: Sequence[WorkingGuest], begin: float, end: float) -> dict[str, Any]:
-    """Throughput of all guests together, and the worst latency, by the second."""
+def load_series(loads: Sequence[Load], begin: float, end: float) -> dict[str, Any]:
+    """Throughput of all loads together, and the worst latency, by the second."""
     seconds = np.arange(-CALM, end - begin + RECOVERY_PATIENCE)
     tps, latency = np.zeros(len(seconds)), np.zeros(len(seconds))
     until = len(seconds)
-    for guest in guests:
-        reports = guest.load.reports()
+    for load in loads:
+        reports = load.reports()
         times = reports[:, 0] - begin - 0.5
         tps += np.interp(seconds, times, reports[:, 1])
         latency = np.maximum(latency, np.interp(seconds, times, reports[:, 2]))

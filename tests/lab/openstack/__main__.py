@@ -1,37 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A database server in a whole OpenStack, live-migrated by Nova: as ever, and through the relays.
+"""A database server in a whole OpenStack, live-migrated by Nova as ever and through the relays, on
+Ceph.
 
-Brings up a cloud with two compute hosts, moves a tiny server there and back, then a database
-server under load twice in each way. NETWORK (MB/s), RAM, POOL (MiB), RATE and LOAD choose its
-shape. Writes openstack-report/.
+NETWORK (MB/s), RAM, POOL (MiB), RATE and LOAD choose the server's shape, ONLY=part,... rows by
+parts of their names. Prints the table of the migrations, and what became of each row; writes
+openstack-report/.
 
-Exit status: 0 all migrations completed, those through the relays had pages from the volume, and
-the database is whole; 1 not so.
+Exit status: 0 all is as each row says that it must be; 1 not so; 2 wrong settings.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
 import sys
-import time
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
-from nova_dmigrate.report import format_table
+from nova_dmigrate.report import Section
+from tests.lab.demo.compare import Comparison, say
+from tests.lab.demo.machine import bare_machine
+from tests.lab.openstack.ceph_storage import CephStorage
 from tests.lab.openstack.cloud import OpenStack
-from tests.lab.openstack.demo import POLICIES, Run, Shape, WorkingServer
-from tests.lab.openstack.guest import DatabaseServer, tiny
-from tests.lab.openstack.sql import table_errors, wait_until_filled
+from tests.lab.openstack.guest import RELEASE
+from tests.lab.openstack.rows import ROWS, Result, Row, carry_out, check
+from tests.lab.openstack.scene import Scene
+from tests.lab.openstack.working import Shape
 from tests.lab.processes import workspace
 
 REPORT = Path("openstack-report")
-_began = time.monotonic()
-
-
-def say(text: str) -> None:
-    """Tell what goes on."""
-    print(f"[{time.monotonic() - _began:5.0f} s] {text}", file=sys.stderr, flush=True)
+_KINDS = (CephStorage,)
 
 
 def shape_from_environment() -> Shape:
@@ -47,45 +46,32 @@ def shape_from_environment() -> Shape:
     )
 
 
-def move_tiny(cloud: OpenStack) -> None:
-    """Move a server that does nothing to the other host and back.
+def chosen_rows() -> list[Row]:
+    """Those that ONLY names; all if it names none."""
+    parts = [part for part in os.environ.get("ONLY", "").split(",") if part]
+    return [row for row in ROWS if not parts or any(part in row.name for part in parts)]
 
-    :raises CloudError: it does not get there.
+
+def play(rows: Sequence[Row], shape: Shape, comparison: Comparison) -> Iterator[Result]:
+    """Carry out rows in a cloud; what became of each, and of the data.
+
+    :param comparison: is given the runs.
     """
-    server = tiny(cloud, "tiny")
-    for _ in range(2):
-        begin = time.monotonic()
-        cloud.client.live_migrate(server)
-        say(f"{server.name} is on {cloud.client.host_of(server)}: {time.monotonic() - begin:.1f} s")
-    cloud.client.delete_server(server)
-
-
-def move_database(cloud: OpenStack, shape: Shape, runs: list[Run]) -> bool:
-    """Move a database server there and back in each way; whether its database is whole then.
-
-    :raises CloudError: it does not get there.
-    """
-    with contextlib.ExitStack() as ends:
-        say(f"Creating a server of {shape.ram_mb} MiB with a buffer pool of {shape.pool_mb} MiB")
-        database = DatabaseServer(cloud, "db", ram_mb=shape.ram_mb, pool_mb=shape.pool_mb,
-                                  load=shape.load).create()  # fmt: skip
-        ends.callback(lambda: (cloud.directory / "logs/console.log").write_text(database.console()))
-        wait_until_filled(database.sql_server)
-        say("Its database has filled its pool; load, ledger and probe begin")
-        cloud.hosts.shape(shape.network)
-        working = WorkingServer(cloud, database, shape, cloud.directory, ends)
-        for mode in POLICIES:
-            for _ in range(2):
-                run, event = working.migrate(mode)
-                runs.append(run)
-                say(f"{mode}: {run['total_s']:.1f} s {event}")
-        working.stop_clients()
-        say("Checking the database")
-        entries, wrong = working.ledger.check(), table_errors(working.server)
-        for line in wrong:
-            say(f"CHECK TABLE: {line}")
-        say(f"{entries.acknowledged} commits: {entries.lost} lost, {entries.wrong} rows wrong")
-        return entries.ok and not wrong
+    kinds = [kind for kind in _KINDS if any(row.storage == kind.name for row in rows)]
+    with workspace() as directory:
+        try:
+            with OpenStack(directory, kinds, say) as cloud:
+                say(" ".join(f"{name}: {took:.0f} s;" for name, took in cloud.seconds.items()))
+                for storage in dict.fromkeys(row.storage for row in rows):
+                    own = [row for row in rows if row.storage == storage]
+                    with Scene(cloud, storage, shape, say) as scene:
+                        try:
+                            yield from (carry_out(row, scene) for row in own)
+                            yield check(scene)
+                        finally:
+                            comparison.runs += scene.runs
+        finally:
+            _keep_logs(directory / "logs")
 
 
 def _keep_logs(logs: Path) -> None:
@@ -97,26 +83,32 @@ def _keep_logs(logs: Path) -> None:
 def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
+    rows, shape = chosen_rows(), shape_from_environment()
+    if not rows:
+        print(f"ONLY names none of: {', '.join(row.name for row in ROWS)}", file=sys.stderr)
+        return 2
     REPORT.mkdir(exist_ok=True)
-    runs: list[Run] = []
-    whole = False
-    with workspace() as directory:
-        try:
-            with OpenStack(directory, say=say) as cloud:
-                say(" ".join(f"{name}: {took:.0f} s;" for name, took in cloud.seconds.items()))
-                move_tiny(cloud)
-                whole = move_database(cloud, shape_from_environment(), runs)
-        except KeyboardInterrupt:
-            say("Interrupted; all of it has been removed")
-            return 1
-        finally:
-            _keep_logs(directory / "logs")
-    for run in runs:
-        run["check_ok"] = whole
-    (REPORT / "runs.json").write_text(json.dumps(runs, indent=2) + "\n")
-    print(format_table(runs), flush=True)
-    from_volume = all(run["pages_referenced"] for run in runs if run["mode"] == "dmigrate")
-    return 0 if whole and from_volume else 1
+    machine = {
+        **bare_machine(),
+        "guest": f"{shape.ram_mb} MiB of RAM, 1 emulated processor",
+        "server": f"{RELEASE.flavour} {'.'.join(map(str, RELEASE.version))}",
+        "pool_mib": shape.pool_mb,
+        "nova": version("nova"),
+    }
+    comparison, results = Comparison(machine=machine), list[Result]()
+    ended = False
+    with contextlib.suppress(KeyboardInterrupt):
+        for result in play(rows, shape, comparison):
+            results.append(result)
+            say(str(result))
+        ended = True
+    if not ended:
+        say("Interrupted; all of it has been removed")
+    comparison.details[:] = [result.to_dict() for result in results]
+    lines = tuple(map(str, results))
+    comparison.write(REPORT, [Section("What must be true, and what was", lines)])
+    print("\n".join(lines), flush=True)
+    return 0 if ended and not any(result.wrong for result in results) else 1
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cinder: volumes, on the cloud's storage."""
+"""Cinder: volumes, on all storages of the cloud."""
+
+from collections.abc import Sequence
 
 from tests.lab.openstack.site import Site
-from tests.lab.openstack.storage import BACKEND, Storage
+from tests.lab.openstack.storage import Storage
 from tests.lab.openstack.venv import VENV, program
 
 DATABASES = ("cinder",)
@@ -10,8 +12,11 @@ _NAME = "cinder"
 _FILE = f"{_NAME}/cinder.conf"
 
 
-def configure(site: Site, storage: Storage) -> None:
-    """Write its configuration."""
+def configure(site: Site, storages: Sequence[Storage]) -> None:
+    """Write its configuration.
+
+    :param storages: that of volumes of which nothing is said comes first.
+    """
     here = site.directory / _NAME
     (here / "state").mkdir(parents=True)
     site.configure(
@@ -24,14 +29,14 @@ def configure(site: Site, storage: Storage) -> None:
                 "glance_api_servers": site.url("glance"),
                 "my_ip": "127.0.0.1",
                 "host": "storage",
-                "enabled_backends": BACKEND,
-                "default_volume_type": "__DEFAULT__",
+                "enabled_backends": [each.name for each in storages],
+                "default_volume_type": storages[0].name,
                 "service_down_time": 600,
             },
             "database": {"connection": site.database.url(_NAME)},
             "coordination": {"backend_url": f"file://{here}/state"},
         },
-        storage.cinder_options(),
+        *(each.cinder_options() for each in storages),
         site.checks_tokens(),
     )
 
@@ -47,12 +52,12 @@ def make_schema(site: Site) -> None:
     )
 
 
-def start(site: Site, storage: Storage) -> None:
+def start(site: Site, storages: Sequence[Storage]) -> None:
     """Start its API, scheduler and volume service."""
     file = str(site.directory / _FILE)
     site.start_api(_NAME, "cinder.wsgi.api", {}, f"--config-file {file}")
     site.services.start("cinder-scheduler", [program("cinder-scheduler"), "--config-file", file])
-    script = f'{storage.cinder_setup()} && exec "$@"'
+    script = " && ".join([*(each.cinder_setup() for each in storages), 'exec "$@"'])
     volume = [program("cinder-volume"), "--config-file", file]
     site.services.start(
         "cinder-volume", ["unshare", "--mount", "--", "sh", "-c", script, "sh", *volume]

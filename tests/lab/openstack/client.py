@@ -12,7 +12,8 @@ from tests.lab.openstack.site import ADMIN, REGION, Site
 
 #: Of Nova's API: shows the details of events.
 _MICROVERSION = "2.90"
-_OVER = ("completed", "failed", "error", "cancelled", "done")
+COMPLETED = "completed"
+_OVER = (COMPLETED, "failed", "error", "cancelled", "done")
 
 
 class CloudError(Exception):
@@ -55,7 +56,7 @@ class Client:
             known = {each.name for each in self.sdk.compute.hypervisors()}
             return found.issuperset(names) and known.issuperset(names)
 
-        self._wait(up, "the compute hosts are up")
+        self.wait(up, "the compute hosts are up")
 
     def wait_for_server(self, server: Any, status: str) -> Any:
         """:raises CloudError: a server does not come to have a status."""
@@ -77,26 +78,16 @@ class Client:
         name: str = self.sdk.compute.get_server(server.id).compute_host
         return name
 
-    def live_migrate(self, server: Any, to: str | None = None) -> Any:
-        """Live-migrate a server, and wait for the end; the migration as Nova has it.
+    def live_migrate(self, server: Any, to: str | None = None) -> None:
+        """Live-migrate a server, and wait for the end.
 
         :param to: the name of a host; Nova's choice if None.
         :raises CloudError: it has not ended as ``completed``.
         """
-        known = {each.uuid for each in self._migrations(server)}
-        self.sdk.compute.live_migrate_server(server.id, host=to, block_migration="auto")
-        found: list[Any] = []
-
-        def over() -> bool:
-            found[:] = [each for each in self._migrations(server) if each.uuid not in known]
-            return bool(found) and found[0].status in _OVER
-
-        self._wait(over, f"the migration of {server.name} is over", 0.5)
-        self.wait_for_server(server, "ACTIVE")
-        if found[0].status != "completed":
+        status = Order(self, server, to).wait()
+        if status != COMPLETED:
             events = "; ".join(self.events(server))
-            raise CloudError(f"the migration is {found[0].status}: {events}")
-        return found[0]
+            raise CloudError(f"the migration is {status}: {events}")
 
     def events(self, server: Any, action: str = "live-migration") -> list[str]:
         """Of the last action of a kind: each event, its result and what it tells."""
@@ -109,13 +100,63 @@ class Client:
                 ]
         return []
 
-    def _migrations(self, server: Any) -> list[Any]:
+    def migrations(self, server: Any) -> list[Any]:
+        """Of a server, as Nova has them."""
         return list(self.sdk.compute.migrations(server_id=server.id))
 
     @staticmethod
-    def _wait(condition: Callable[[], bool], what: str, interval: float = 1.0) -> None:
+    def wait(condition: Callable[[], bool], what: str, interval: float = 1.0) -> None:
+        """Wait until something is so.
+
+        :raises CloudError: it is not in time.
+        """
         deadline = time.monotonic() + PATIENCE
         while not condition():
             if time.monotonic() > deadline:
                 raise CloudError(f"not so after {PATIENCE:.0f} s: {what}")
             time.sleep(interval)
+
+
+class Order:
+    """A live migration that has been ordered.
+
+    ``source``: the host that the server is on.
+    """
+
+    def __init__(self, client: Client, server: Any, to: str | None = None) -> None:
+        """:param to: the name of a host; Nova's choice if None."""
+        self.source = client.host_of(server)
+        self._client, self._server = client, server
+        self._known = {each.uuid for each in client.migrations(server)}
+        client.sdk.compute.live_migrate_server(server.id, host=to, block_migration="auto")
+
+    def over(self) -> bool:
+        """Whether it has ended, however."""
+        migration = self._migration()
+        return migration is not None and migration.status in _OVER
+
+    def wait(self) -> str:
+        """Wait for the end; Nova's word for how it has ended. The server is active then.
+
+        :raises CloudError: it does not end, or its server does not run.
+        """
+        client, server = self._client, self._server
+        client.wait(self.over, f"the migration of {server.name} is over", 0.5)
+        status: str = self._migration().status
+        if status != COMPLETED:
+            # Nova 34 takes servers for broken whose migration was aborted, with any driver
+            client.wait(lambda: self._settled() != "", f"{server.name} is settled")
+            if self._settled() == "ERROR":
+                client.sdk.compute.reset_server_state(server.id, "active")
+        client.wait_for_server(server, "ACTIVE")
+        return status
+
+    def _migration(self) -> Any:
+        """As Nova has it; None before it does."""
+        new = [x for x in self._client.migrations(self._server) if x.uuid not in self._known]
+        return new[0] if new else None
+
+    def _settled(self) -> str:
+        """The server's status; nothing while Nova is at work on it."""
+        now = self._client.sdk.compute.get_server(self._server.id)
+        return "" if now.task_state else str(now.status)

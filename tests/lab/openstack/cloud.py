@@ -3,7 +3,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -22,10 +22,11 @@ from tests.lab.openstack import (
     schemas,
     seed,
 )
+from tests.lab.openstack.ceph_storage import CephStorage
 from tests.lab.openstack.client import Client
 from tests.lab.openstack.computes import Compute
 from tests.lab.openstack.site import MESSAGING, Site
-from tests.lab.openstack.storage import SharedDirectory, Storage
+from tests.lab.openstack.storage import Kind, Storage
 from tests.lab.openstack.way_in import open_broker
 
 
@@ -34,6 +35,7 @@ class OpenStack:
 
     :ivar client: its administrator.
     :ivar hosts: the two of libvirt; ``computes`` are the same to Nova, by name.
+    :ivar storages: by the names of their volume types.
     :ivar guests: the network of its servers, and of their clients.
     :ivar network: the same to Neutron.
     :ivar seconds: that each step of its start took.
@@ -45,17 +47,18 @@ class OpenStack:
     def __init__(
         self,
         directory: Path,
-        storage: Storage | None = None,
+        kinds: Sequence[Kind] = (CephStorage,),
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         """:param directory: an empty one, for all files; not beneath /run.
-        :param storage: of volumes; a shared directory if None.
+        :param kinds: of storage; volumes of which nothing is said are on the first one.
         :param say: is told what goes on.
         """
         self.directory = directory
-        self.storage = storage or SharedDirectory(directory / "storage")
+        self.storages: dict[str, Storage] = {}
         self.seconds: dict[str, float] = {}
         self.computes: dict[str, Compute] = {}
+        self._kinds = kinds
         self._say = say
         self._ends = contextlib.ExitStack()
 
@@ -85,6 +88,10 @@ class OpenStack:
             for host in (self.hosts.a, self.hosts.b):
                 exact_emulator.install(host)
             self.guests = enter(GuestNetwork(self.hosts))
+        with step("storage"):
+            for kind in self._kinds:
+                self.storages[kind.name] = enter(kind(self.directory, self.hosts))
+            storages = list(self.storages.values())
         with step("broker and database"), ThreadPoolExecutor(1) as pool:
             self.broker = enter(Broker([]))
             self.site = site = Site.plan(self.directory, self.broker)
@@ -93,7 +100,7 @@ class OpenStack:
             admitted = pool.submit(self._admit_services)
             for part in (keystone, placement, glance, neutron, nova):
                 part.configure(site)
-            cinder.configure(site, self.storage)
+            cinder.configure(site, storages)
             schemas.start_database(site, (keystone, placement, glance, neutron, cinder, nova))
             admitted.result()
         with step("Keystone"):
@@ -107,12 +114,13 @@ class OpenStack:
         with step("APIs"):
             for part in (placement, glance, neutron, nova):
                 part.start(site)
-            cinder.start(site, self.storage)
+            cinder.start(site, storages)
             for name in site.ports:
                 site.wait_for_api(name)
+            seed.volume_types(self.client, list(self.storages))
         with step("computes"):
             for host in (self.hosts.a, self.hosts.b):
-                self.computes[host.name] = compute = Compute(site, self.storage, host)
+                self.computes[host.name] = compute = Compute(site, storages, host)
                 compute.start()
             self.network = seed.network(self.client)
             self.client.wait_for_computes(list(self.computes), site.services.check_all_alive)

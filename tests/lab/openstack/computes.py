@@ -4,6 +4,7 @@ the way from there to the control plane.
 """
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.lab.libvirt_host import LibvirtHost
@@ -24,11 +25,11 @@ class Compute:
     ``name``: as Nova and the host services know it.
     """
 
-    def __init__(self, site: Site, storage: Storage, host: LibvirtHost) -> None:
+    def __init__(self, site: Site, storages: Sequence[Storage], host: LibvirtHost) -> None:
         self.name = host.name
         self.host = host
         self._site = site
-        self._storage = storage
+        self._storages = storages
         self._directory = site.directory / host.name
 
     def start(self) -> None:
@@ -41,22 +42,26 @@ class Compute:
             host.forward(port)
         taps.start(services, host)
         self._share_instances()
-        self._storage.prepare_host(host)
+        for storage in self._storages:
+            storage.prepare_host(host)
         for each in (_RUN, self._history):
             host.run(["mkdir", "-p", str(each)])
         dmigrate = self._configure_dmigrate()
-        services.start(
-            self.host_service, [program("nova-dmigrate-host"), "--config-file", str(dmigrate)], host
-        )
+        self.start_host_service()
         file = self._site.configure(
             f"{self.name}/nova.conf",
             nova.asks_others(self._site),
             self._nova_options(dmigrate),
-            self._storage.nova_options(host),
+            *(each.nova_options() for each in self._storages),
         )
         services.start(
             self.nova_compute, [program("nova-compute"), "--config-file", str(file)], host
         )
+
+    def start_host_service(self) -> None:
+        """Start DMigrate's host service; it may not be reached yet."""
+        argv = [program("nova-dmigrate-host"), "--config-file", str(self._dmigrate)]
+        self._site.services.start(self.host_service, argv, self.host)
 
     @property
     def nova_compute(self) -> str:
@@ -67,6 +72,11 @@ class Compute:
     def host_service(self) -> str:
         """The service's name, and that of its log."""
         return f"nova-dmigrate-host-{self.name}"
+
+    @property
+    def _dmigrate(self) -> Path:
+        """The configuration of DMigrate."""
+        return self._directory / "nova-dmigrate.conf"
 
     @property
     def _history(self) -> Path:
@@ -130,7 +140,7 @@ class Compute:
         # Agents' virtual hosts are named by their instances
         agents, _, _ = broker.services_url().rpartition("/")
         return write(
-            self._directory / "nova-dmigrate.conf",
+            self._dmigrate,
             {
                 "DEFAULT": {"transport_url": broker.services_url()},
                 "host": {
@@ -148,4 +158,5 @@ class Compute:
                     **_PATIENCE,
                 },
             },
+            *(each.dmigrate_options() for each in self._storages),
         )

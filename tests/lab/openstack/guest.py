@@ -9,20 +9,19 @@ agent's: it is asked over the network of the servers, on which the broker listen
 
 import contextlib
 import dataclasses
-import secrets
 from pathlib import Path
 from typing import Any
 
-from nova_dmigrate.rpc import isolation
 from tests.lab import image
-from tests.lab.broker import HOST_USER
 from tests.lab.database_image import MARIADB, DatabaseImage, database_image, make_initramfs
 from tests.lab.demo.clients import Server
 from tests.lab.demo.volume import create_volume
 from tests.lab.guest import KERNEL_ARGUMENTS
 from tests.lab.guest_network import CLIENTS_ADDRESS, guest_address
 from tests.lab.openstack import seed
+from tests.lab.openstack.account import AgentAccount
 from tests.lab.openstack.cloud import OpenStack
+from tests.lab.openstack.service import PATIENCE
 
 _SCRIPTS = Path(__file__).with_name("guest_scripts")
 #: The agent speaks with the broker, for which it needs more than for a port.
@@ -36,11 +35,8 @@ while true; do /bin/busybox sleep 1000; done
 """
 
 
-def tiny(cloud: OpenStack, name: str) -> Any:
-    """A server that does nothing, and its memory hardly anything.
-
-    :raises CloudError: it does not start.
-    """
+def tiny_image(cloud: OpenStack, name: str) -> Any:
+    """The image of a server that does nothing; no agent is in it."""
     made = database_image(RELEASE)
     initramfs = image.cpio(
         [
@@ -53,21 +49,13 @@ def tiny(cloud: OpenStack, name: str) -> Any:
     disk = cloud.directory / "tiny.raw"
     with open(disk, "wb") as file:
         file.truncate(16 << 20)
-    uploaded = _upload(cloud, name, made, initramfs, disk, "raw", KERNEL_ARGUMENTS)
-    flavor = seed.flavor(cloud.client, name, 128, 0)
-    ordered = cloud.client.sdk.compute.create_server(
-        name=name,
-        flavor_id=flavor.id,
-        image_id=uploaded.id,
-        networks=[{"port": _port(cloud, name, guest_address(99)).id}],
-    )
-    return cloud.client.wait_for_server(ordered, "ACTIVE")
+    return _upload(cloud, name, made, initramfs, disk, "raw", KERNEL_ARGUMENTS)
 
 
 class DatabaseServer:
     """A server of Nova's with a database on a volume of Cinder's, and the agent.
 
-    ``address``: of the database. ``server``: as Nova has it.
+    ``address``: of the database. ``account``: of the agent. ``server``: as Nova has it.
     """
 
     server: Any
@@ -80,18 +68,21 @@ class DatabaseServer:
         ram_mb: int = 1024,
         pool_mb: int = 512,
         load: str = "oltp_read_write",
+        storage: str | None = None,
         **specs: str,
     ) -> None:
         """:param number: of its address.
         :param load: whose tables it has.
+        :param storage: that its volume is on, by name; the cloud's first one if None.
         :param specs: extra specs of its flavor, with ``__`` for the colon.
         """
         self.address = guest_address(number)
         self._cloud = cloud
         self._name = name
         self._ram_mb, self._pool_mb, self._load = ram_mb, pool_mb, load
+        self._storage = storage or next(iter(cloud.storages))
         self._specs = specs
-        self._password = secrets.token_hex(16)
+        self.account = AgentAccount(cloud.broker)
 
     def create(self) -> "DatabaseServer":
         """Make it, its image and its volume; the database may still be starting.
@@ -103,31 +94,10 @@ class DatabaseServer:
         uploaded = _upload(
             self._cloud, self._name, made, self._initramfs(made), root, "qcow2", self._arguments()
         )
-        volume = self._volume()
+        volume = self._filled_volume()
         flavor = seed.flavor(self._cloud.client, self._name, self._ram_mb, 3, **self._specs)
-        ordered = self._cloud.client.sdk.compute.create_server(
-            name=self._name,
-            flavor_id=flavor.id,
-            image_id=uploaded.id,
-            networks=[{"port": _port(self._cloud, self._name, self.address).id}],
-            block_device_mapping=[
-                {
-                    "uuid": uploaded.id,
-                    "source_type": "image",
-                    "destination_type": "local",
-                    "boot_index": 0,
-                    "delete_on_termination": True,
-                },
-                {
-                    "uuid": volume.id,
-                    "source_type": "volume",
-                    "destination_type": "volume",
-                    "boot_index": -1,
-                },
-            ],
-        )
-        for command in isolation.commands(ordered.id, self._password, HOST_USER):
-            self._cloud.broker.control(*command)
+        ordered = _order(self._cloud, self._name, flavor, uploaded, volume, self.address)
+        self.account.make(ordered.id)
         self.server = self._cloud.client.wait_for_server(ordered, "ACTIVE")
         return self
 
@@ -143,13 +113,12 @@ class DatabaseServer:
             return str(output["output"])
         return ""
 
-    def _volume(self) -> Any:
+    def _filled_volume(self) -> Any:
         content = self._cloud.directory / f"{self._name}-volume.raw"
         create_volume(RELEASE, self._load, self._pool_mb, content)
-        sdk = self._cloud.client.sdk.block_storage
-        volume = sdk.create_volume(name=self._name, size=-(-content.stat().st_size >> 30) or 1)
-        volume = sdk.wait_for_status(volume, "available", ["error"], interval=1, wait=600)
-        self._cloud.storage.fill(volume.id, content)
+        size = -(-content.stat().st_size >> 30)
+        volume = _volume(self._cloud, self._name, size, self._storage)
+        self._cloud.storages[self._storage].fill(volume.id, content)
         content.unlink()
         return volume
 
@@ -172,11 +141,8 @@ class DatabaseServer:
         return path.read_bytes() + own
 
     def _agent_configuration(self) -> str:
-        name = isolation.guest_user("00000000-0000-0000-0000-000000000000")
-        name = name.replace("00000000-0000-0000-0000-000000000000", "@INSTANCE@")
-        where = f"{name}:{self._password}@{CLIENTS_ADDRESS}:{self._cloud.broker.port}"
         return (
-            f"[DEFAULT]\ntransport_url = rabbit://{where}/{name}\n"
+            f"[DEFAULT]\ntransport_url = {self.account.url(CLIENTS_ADDRESS, '@INSTANCE@')}\n"
             "[agent]\ntransport = broker\nstate_directory = /run/nova-dmigrate-agent\n"
             "sql_password_file = /run/payload/password\n"
         )
@@ -219,6 +185,40 @@ def _upload(
         ramdisk_id=ramdisk.id,
         os_command_line=arguments,
         hw_rng_model="virtio",
+    )
+
+
+def _volume(cloud: OpenStack, name: str, size_gb: int, storage: str) -> Any:
+    sdk = cloud.client.sdk.block_storage
+    volume = sdk.create_volume(name=name, size=size_gb, volume_type=storage)
+    return sdk.wait_for_status(volume, "available", ["error"], interval=1, wait=PATIENCE)
+
+
+def _order(
+    cloud: OpenStack, name: str, flavor: Any, uploaded: Any, volume: Any, address: str
+) -> Any:
+    """Order a server, whose disks are a copy of an image and a volume."""
+    disks = [
+        {
+            "uuid": uploaded.id,
+            "source_type": "image",
+            "destination_type": "local",
+            "boot_index": 0,
+            "delete_on_termination": True,
+        },
+        {
+            "uuid": volume.id,
+            "source_type": "volume",
+            "destination_type": "volume",
+            "boot_index": -1,
+        },
+    ]
+    return cloud.client.sdk.compute.create_server(
+        name=name,
+        flavor_id=flavor.id,
+        image_id=uploaded.id,
+        networks=[{"port": _port(cloud, name, address).id}],
+        block_device_mapping=disks,
     )
 
 

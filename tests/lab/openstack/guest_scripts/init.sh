@@ -30,4 +30,10 @@ sed -i "s/@INSTANCE@/$instance/g" /run/payload/agent.conf
 start_server || give_up "no server"
 start_agent
 echo "init: READY $instance"
-tail -n +1 -F /tmp/agent.log
+tail -n +1 -F /tmp/agent.log &
+# As systemd does
+while true; do
+    wait "$(</run/agent.pid)"
+    sleep 1
+    start_agent
+done
