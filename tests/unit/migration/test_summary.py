@@ -20,7 +20,8 @@ class IdTest(base.TestCase):
         moments = [begin + datetime.timedelta(seconds=second) for second in range(100)]
         ids = [summary.new_id(moment) for moment in moments]
         self.assertEqual(sorted(ids), ids)
-        self.assertEqual(1000, len({summary.new_id(begin) for _ in range(1000)}))
+        # With 24 bits of chance a few hundred in one second would meet now and then
+        self.assertEqual(20, len({summary.new_id(begin) for _ in range(20)}))
         self.assertTrue(all(map(summary.is_id, ids)))
 
     def test_an_id_is_in_utc(self) -> None:
