@@ -54,6 +54,7 @@ class LibvirtGuest:
             self._connection = self._open()
         except libvirt.libvirtError as error:
             raise self._error(f"libvirt at {connect} cannot be reached", error) from error
+        self._handle: Any = None
         try:
             self._handle = self._look_up(name)
             if not self._domain.isActive():
@@ -79,10 +80,9 @@ class LibvirtGuest:
 
     def close(self) -> None:
         """Give the connection back."""
-        try:
-            self._connection.close()
-        except libvirt.libvirtError as error:
-            LOG.debug("Closing the connection to libvirt: %s", error)
+        # libvirt keeps a connection as long as there is a handle from it
+        self._handle = None
+        _close(self._connection)
 
     @property
     def runs_here(self) -> bool:
@@ -174,12 +174,12 @@ class LibvirtGuest:
         if not self._connection.isAlive():
             connection = self._open()
             try:
-                self._handle = connection.lookupByUUIDString(self.facts.uuid)
+                handle = connection.lookupByUUIDString(self.facts.uuid)
             except libvirt.libvirtError:
-                connection.close()
+                _close(connection)
                 raise
             self.close()
-            self._connection = connection
+            self._connection, self._handle = connection, handle
         return self._handle
 
     def _open(self) -> Any:
@@ -271,6 +271,13 @@ class RunningMigration:
             LOG.exception("Domain %s: the migration cannot be begun", self._uuid)
             self._error = f"{type(error).__name__}: {error}"
         self.ended = time.monotonic()
+
+
+def _close(connection: Any) -> None:
+    try:
+        connection.close()
+    except libvirt.libvirtError as error:
+        LOG.debug("Closing the connection to libvirt: %s", error)
 
 
 def _job(stats: dict[str, Any]) -> Job:

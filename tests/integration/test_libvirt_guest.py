@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The domain of a migration, as long as it is looked at and no longer."""
+
+import contextlib
+import os
+from pathlib import Path
+
+from nova_dmigrate.migration.libvirt_guest import LibvirtGuest
+from tests import base
+from tests.lab import GuestSpec, create_disk, workspace
+from tests.lab.domains import Domain
+from tests.lab.libvirt_hosts import LibvirtHosts
+from tests.lab.relays import wait_until
+
+
+def _sockets() -> set[str]:
+    """Of this process."""
+    names = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
+    return {name for name in names if name.startswith("socket:")}
+
+
+class TestLibvirtGuest(base.TestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        lab = contextlib.ExitStack()
+        self.addCleanup(lab.close)
+        directory = lab.enter_context(workspace())
+        hosts = lab.enter_context(LibvirtHosts(directory))
+        spec = GuestSpec(create_disk(directory / "disk.raw", 16), ram_mb=128, fill_mb=16)
+        self.domain = lab.enter_context(Domain(hosts, spec)).start(hosts.a)
+        self.host = hosts.a
+
+    def look(self) -> LibvirtGuest:
+        return LibvirtGuest(self.host.uri, self.domain.name)
+
+    def test_one_that_is_closed_keeps_no_connection(self) -> None:
+        self.look().close()
+        before = _sockets()
+        guest = self.look()
+        self.assertTrue(guest.runs_here)
+        self.assertEqual(1, len(_sockets() - before))
+        guest.close()  # but something may refer to it for long
+        wait_until(lambda: _sockets() <= before, "the connection is closed")
+
+    def test_one_whose_libvirtd_was_restarted_is_seen_again(self) -> None:
+        self.look().close()
+        before = _sockets()
+        guest = self.look()
+        self.host.kill_libvirtd()
+        self.host.start_libvirtd()
+        wait_until(lambda: guest.job() is None and guest.runs_here, "the domain is seen")
+        guest.close()
+        wait_until(lambda: _sockets() <= before, "both connections are closed")
