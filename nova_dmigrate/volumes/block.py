@@ -17,6 +17,7 @@ from oslo_log import log as logging
 
 from nova_dmigrate import exception
 from nova_dmigrate.volumes import base
+from nova_dmigrate.volumes.uses import Uses
 
 LOG = logging.getLogger(__name__)
 
@@ -35,9 +36,7 @@ class BlockReader(base.VolumeReader):
     def __init__(self, spec: base.VolumeSpec) -> None:
         self.volume_id = spec.volume_id
         self._path = spec.location
-        self._state = threading.Lock()
-        self._reading = 0
-        self._closed = False
+        self._uses = Uses(self.volume_id, self._give_back)
         self._local = threading.local()
         self._fd, self.direct = self._open()
         try:
@@ -67,13 +66,10 @@ class BlockReader(base.VolumeReader):
         return results
 
     def close(self) -> None:
-        with self._state:
-            if self._closed:
-                return
-            self._closed = True
-            idle = not self._reading
-        if idle:
-            os.close(self._fd)
+        self._uses.close()
+
+    def _give_back(self) -> None:
+        os.close(self._fd)
 
     def _open(self) -> tuple[int, bool]:
         """(descriptor, whether it does direct I/O)."""
@@ -129,23 +125,11 @@ class BlockReader(base.VolumeReader):
 
         Closing it under a read would let the read go to whatever file gets its number next.
         """
-        with self._state:
-            if self._closed:
-                raise exception.VolumeReadError(
-                    volume=self.volume_id, reason="its reader was closed"
-                )
-            self._reading += 1
+        self._uses.begin()
         try:
             yield self._fd
         finally:
-            self._end_read()
-
-    def _end_read(self) -> None:
-        with self._state:
-            self._reading -= 1
-            last = self._closed and not self._reading
-        if last:
-            os.close(self._fd)
+            self._uses.end()
 
     def _try_read_all(
         self, offset: int, buffers: Sequence[memoryview]

@@ -18,10 +18,10 @@ The image is opened read-only and past the host's page cache. No lock of it is t
 finds none that it did not expect, whether it is there already or comes later.
 """
 
+import collections
 import contextlib
 import os
 import shutil
-import threading
 from collections.abc import Iterator, Sequence
 
 from oslo_log import log as logging
@@ -31,6 +31,7 @@ from nova_dmigrate.volumes import base, image_layers
 from nova_dmigrate.volumes.image_location import ImageLocation
 from nova_dmigrate.volumes.nbd_connection import ConnectionFailed, NbdConnection
 from nova_dmigrate.volumes.storage_daemon import EXPORT, PROGRAM, StorageDaemon
+from nova_dmigrate.volumes.uses import Uses
 
 LOG = logging.getLogger(__name__)
 
@@ -60,10 +61,9 @@ class NbdReader(base.VolumeReader):
     def __init__(self, spec: base.VolumeSpec, access: base.VolumeAccess) -> None:
         self.volume_id = spec.volume_id
         self._timeout = access.timeout
-        self._state = threading.Lock()
-        self._idle: list[NbdConnection] = []
-        self._reading = 0
-        self._closed = False
+        self._uses = Uses(self.volume_id, self._give_back)
+        #: Connections that nobody reads by; its methods are atomic.
+        self._idle: collections.deque[NbdConnection] = collections.deque()
         try:
             image = image_layers.blockdev(ImageLocation.parse(spec.location), bool(spec.secret))
             keys = {image_layers.KEY: spec.secret} if spec.secret else {}
@@ -96,13 +96,7 @@ class NbdReader(base.VolumeReader):
         return results
 
     def close(self) -> None:
-        with self._state:
-            if self._closed:
-                return
-            self._closed = True
-            unused = not self._reading
-        if unused:
-            self._give_back()
+        self._uses.close()
 
     # Reading
 
@@ -137,35 +131,24 @@ class NbdReader(base.VolumeReader):
         :raises ConnectionFailed: there is none to be had.
         :raises VolumeReadError: the reader was closed.
         """
-        with self._state:
-            if self._closed:
-                raise exception.VolumeReadError(
-                    volume=self.volume_id, reason="its reader was closed"
-                )
-            self._reading += 1
-            connection = self._idle.pop() if self._idle else None
+        self._uses.begin()
+        connection = None
         try:
+            with contextlib.suppress(IndexError):
+                connection = self._idle.pop()
             if connection is None:
                 connection = self._connect(self._timeout)
             yield connection
-            with self._state:
-                self._idle.append(connection)
+            self._idle.append(connection)
         except ConnectionFailed as error:
             if connection is not None:
                 connection.close()
             raise ConnectionFailed(self._why(error)) from error
         finally:
-            self._end_read()
+            self._uses.end()
 
     def _connect(self, timeout: float) -> NbdConnection:
         return NbdConnection(self._daemon.address, EXPORT, timeout)
-
-    def _end_read(self) -> None:
-        with self._state:
-            self._reading -= 1
-            last = self._closed and not self._reading
-        if last:
-            self._give_back()
 
     def _give_back(self) -> None:
         for connection in self._idle:

@@ -26,6 +26,7 @@ from oslo_log import log as logging
 from nova_dmigrate import exception
 from nova_dmigrate.volumes import base
 from nova_dmigrate.volumes.rbd_location import RbdLocation
+from nova_dmigrate.volumes.uses import Uses
 
 LOG = logging.getLogger(__name__)
 
@@ -54,9 +55,7 @@ class RbdReader(base.VolumeReader):
     def __init__(self, spec: base.VolumeSpec, access: base.VolumeAccess) -> None:
         self.volume_id = spec.volume_id
         self._timeout = access.timeout
-        self._state = threading.Lock()
-        self._reading = 0
-        self._closed = False
+        self._uses = Uses(self.volume_id, self._give_back)
         self._closers: list[Callable[[], None]] = []
         try:
             place = RbdLocation.parse(spec.location)
@@ -90,13 +89,7 @@ class RbdReader(base.VolumeReader):
         return results
 
     def close(self) -> None:
-        with self._state:
-            if self._closed:
-                return
-            self._closed = True
-            idle = not self._reading
-        if idle:
-            self._give_back()
+        self._uses.close()
 
     # Opening and closing
 
@@ -168,24 +161,19 @@ class RbdReader(base.VolumeReader):
 
     def _begin(self, offset: int, buffer: memoryview) -> "_Read":
         self.check_range(offset, buffer.nbytes)
-        with self._state:
-            if self._closed:
-                raise exception.VolumeReadError(
-                    volume=self.volume_id, reason="its reader was closed"
-                )
-            self._reading += 1
+        self._uses.begin()
         read = _Read(offset, buffer)
         try:
             self._image.aio_read(offset, buffer.nbytes, read.answer)
         except Exception as error:
-            self._end_read()
+            self._uses.end()
             raise self._read_error(read, _reason(error)) from error
         return read
 
     def _finish(self, read: "_Read") -> None:
         """Wait for a read, and fill its buffer."""
         answered = read.wait(self._timeout * _LAST_RESORT)
-        self._end_read()
+        self._uses.end()
         if not answered or read.status == -errno.ETIMEDOUT:
             raise _NoAnswer(
                 volume=self.volume_id,
@@ -196,13 +184,6 @@ class RbdReader(base.VolumeReader):
         if len(read.data) != read.buffer.nbytes:
             raise self._read_error(read, "the volume ends there")
         read.buffer.cast("B")[:] = read.data
-
-    def _end_read(self) -> None:
-        with self._state:
-            self._reading -= 1
-            last = self._closed and not self._reading
-        if last:
-            self._give_back()
 
     def _try_begin(self, offset: int, buffer: memoryview) -> "_Read | exception.VolumeError":
         try:

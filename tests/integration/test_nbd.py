@@ -429,7 +429,7 @@ class FailureTest(NbdTestCase):
         os.kill(daemon, signal.SIGSTOP)
         thread = threading.Thread(target=lambda: results.extend(self.blocks(reader)))
         thread.start()
-        wait_until(lambda: reader._reading, "the read is under way")
+        wait_until(lambda: reader._uses.reading, "the read is under way")
         reader.close()
         self.assertTrue(is_running(daemon))
         thread.join(60)

@@ -321,7 +321,7 @@ class RbdTest(base.TestCase):
         with self.ceph.frozen("osd", "mon"):
             thread = threading.Thread(target=lambda: results.extend(self.reads(reader, 1)))
             thread.start()
-            wait_until(lambda: reader._reading, "the read is under way")
+            wait_until(lambda: reader._uses.reading, "the read is under way")
             begun = time.monotonic()
             reader.close()
             self.assertLess(time.monotonic() - begun, 30)
