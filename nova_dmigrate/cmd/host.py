@@ -11,8 +11,6 @@ Exit status: 0 stopped, 2 wrong configuration.
 import functools
 import logging
 import os
-import queue
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -21,6 +19,7 @@ from oslo_config import cfg
 from oslo_log import log
 
 from nova_dmigrate import conf, exception, version
+from nova_dmigrate.cmd.signals import Signals
 from nova_dmigrate.host import qemu_account
 from nova_dmigrate.host.capacity import Limits, Load, Rates, shortage
 from nova_dmigrate.host.presence import Presence
@@ -177,10 +176,7 @@ def _serve(
     # Relays do without oslo.messaging, and so does whoever reads this module's settings
     from nova_dmigrate.rpc import broker, calm
 
-    # Of the ways to tell another thread, this one is safe in a signal's handler
-    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.put(number))
+    signals = Signals()
     broker.set_defaults(config, threads=_THREADS)
     # At DEBUG they tell of every byte
     for chatty in ("amqp", "oslo.messaging", "oslo_messaging"):
@@ -191,10 +187,10 @@ def _serve(
     server.start()
     presence.start()
     LOG.info("%s %s for host %s", PROGRAM, version.version_string(), name)
-    signals.get()
+    signals.wait()
     LOG.info("Stopping: %d relays run", sessions.running)
     sessions.drain()
-    if not sessions.wait_until_idle(config.host.drain_timeout, lambda: not signals.empty()):
+    if not sessions.wait_until_idle(config.host.drain_timeout, signals.pending):
         LOG.warning("%d relays go on without this service", sessions.running)
     presence.stop()
     server.stop()

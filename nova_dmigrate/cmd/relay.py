@@ -13,8 +13,6 @@ Exit status: 0 delivered, 1 failed, 2 wrong configuration or session, 3 cancelle
 
 import dataclasses
 import json
-import os
-import signal
 import sys
 import threading
 from pathlib import Path
@@ -24,6 +22,7 @@ from oslo_config import cfg
 from oslo_log import log
 
 from nova_dmigrate import conf, exception, version
+from nova_dmigrate.cmd.signals import Signals
 from nova_dmigrate.relay.destination import DestinationRelay
 from nova_dmigrate.relay.oom import Expendability
 from nova_dmigrate.relay.session import (
@@ -172,20 +171,14 @@ def _run(session: SourceSession | DestinationSession, settings: RelaySettings) -
         _tell({"event": "end", "state": "failed", "reason": str(error)})
         return _EXIT["failed"]
 
-    reader, writer = os.pipe()
+    signals = Signals()
 
     def cancel_when_told() -> None:
-        while os.read(reader, 1):
+        while True:
+            signals.wait()
             relay.cancel()
 
-    def on_signal(number: int, frame: object) -> None:
-        # No more than this: the main thread, which runs the handler, may hold what cancelling
-        # needs, or what starting a thread for that does.
-        os.write(writer, b"!")
-
     threading.Thread(target=cancel_when_told, name="cancel", daemon=True).start()
-    signal.signal(signal.SIGTERM, on_signal)
-    signal.signal(signal.SIGINT, on_signal)
     _tell(ready)
     summary = relay.run()
     _tell({"event": "end", "state": summary["state"], "reason": summary["reason"]})

@@ -2,6 +2,7 @@
 """nova-dmigrate-relay as a process: what it is told, what it tells, how it ends."""
 
 import contextlib
+import ctypes
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +24,7 @@ from nova_dmigrate.relay.session import RelaySettings
 from nova_dmigrate.volumes import VolumeAccess
 from tests.base import TestCase
 from tests.unit.relay.guest import FakeGuest, received_memory
+from tests.unit.relay.wire.support import wait_for
 
 LONG = 60.0
 TOKEN = "0123456789abcdef" * 4
@@ -248,6 +251,25 @@ class ProcessTest(RelayTestCase):
             else:
                 self.assertEqual(("failed", 1), (states["source"], statuses["source"]))
             self.assert_nothing_left()
+
+    def test_a_signal_counts_whichever_thread_takes_it(self) -> None:
+        """The main thread waits for the others then, and does not come back to Python."""
+        destination = self.start(self.session("destination"))
+        self.event(destination)
+        threads = Path(f"/proc/{destination.pid}/task")
+        wait_for(lambda: len(list(threads.iterdir())) > 1)
+        main = threads / str(destination.pid) / "status"
+        before = ""
+        while (status := main.read_text()) != before:  # its count of context switches is in it
+            before = status
+            time.sleep(0.3)
+        other = max(int(thread.name) for thread in threads.iterdir())
+        self.assertNotEqual(destination.pid, other)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.tgkill(destination.pid, other, signal.SIGTERM):
+            self.fail(os.strerror(ctypes.get_errno()))
+        self.assertEqual("cancelled", self.event(destination)["state"])
+        self.assertEqual(3, destination.wait(LONG))
 
     def test_a_destination_that_waits_for_its_source_ends_with_a_signal(self) -> None:
         destination = self.start(self.session("destination"))
