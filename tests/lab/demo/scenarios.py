@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many loads, sizes and troubles, each with all ways to migrate; writes scenarios-report/.
 
-Chosen by environment variables: ONLY (parts of scenarios' names, with commas between them), MODES
+Chosen by environment variables: ONLY (scenarios' names or, where there is none of that name, parts
+of names; with commas between them), MODES
 (pre-copy, auto-converge, post-copy, multifd-zstd, dmigrate; likewise), NETWORK and VOLUME in MB/s,
 DB (mysql, mariadb), RAM (MiB of a guest; several guests have half of it), RATE (transactions a
 second that sysbench asks for), POOLS (shares of RAM), COMPRESSION (yes, no: whether relays may),
@@ -104,11 +105,13 @@ def _chosen(usual: Shape, environment: Mapping[str, str]) -> list[Scenario]:
         pools.append(shape_from({"POOL": share, "RAM": str(usual.ram_mb)}).pool)
     deadline = number_from(environment, "DEADLINE", _usual_deadline(usual), 0, 86400)
     found = list(scenarios(usual, pools, deadline))
-    parts = _parts(environment.get("ONLY", ""))
-    for part in parts:
-        if not any(part in each.name for each in found):
-            names = ", ".join(dict.fromkeys(each.name for each in found))
-            raise WrongSetting(f"ONLY: {part!r} is in none of {names}")
+    names = dict.fromkeys(each.name for each in found)
+    wanted = set()
+    for part in _parts(environment.get("ONLY", "")):
+        of_part = {part} if part in names else {name for name in names if part in name}
+        if not of_part:
+            raise WrongSetting(f"ONLY: {part!r} is in none of {', '.join(names)}")
+        wanted |= of_part
     modes = _parts(environment.get("MODES", ""))
     for mode in modes:
         if mode not in MODES:
@@ -118,7 +121,7 @@ def _chosen(usual: Shape, environment: Mapping[str, str]) -> list[Scenario]:
             each, modes=tuple(mode for mode in each.modes if not modes or mode in modes)
         )
         for each in found
-        if not parts or any(part in each.name for part in parts)
+        if not wanted or each.name in wanted
     ]
 
 
