@@ -4,7 +4,7 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from nova_dmigrate.report.runs import DMIGRATE, Run
+from nova_dmigrate.report.runs import Run, fell_back
 
 #: What stands where nothing was measured.
 NOTHING = "-"
@@ -38,13 +38,9 @@ def _flag(key: str) -> Callable[[Run], str]:
     return lambda run: words[run[key]]
 
 
-def note(run: Run) -> str:
-    """What is not as it was meant to be; empty if all is."""
-    if not run["completed"]:
-        return "not completed"
-    if run["fallback_reason"] is not None:
-        return f"ordinary: {run['fallback_reason']}" if run["mode"] == DMIGRATE else ""
-    return ""
+def _note(run: Run) -> str:
+    notes = ["" if run["completed"] else "not completed", fell_back(run)]
+    return ", ".join(filter(None, notes)) or NOTHING
 
 
 _ALL = (
@@ -98,7 +94,7 @@ _ALL = (
         _number("lost_commits", ".0f"),
     ),
     Column(("check",), "CHECK TABLE EXTENDED and the rows' checksums.", _flag("check_ok")),
-    Column(("note",), "What was not as it was meant to be.", lambda run: note(run) or NOTHING),
+    Column(("note",), "Whether it was not completed, and why volumes were not used.", _note),
 )
 
 

@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nova_dmigrate.report.runs import DMIGRATE, PRE_COPY, Group, Run, checked, grouped
+from nova_dmigrate.report.runs import DMIGRATE, PRE_COPY, Group, Run, checked, fell_back, grouped
 
 GAINS, LOSSES = "What DMigrate gains", "Where DMigrate does not win"
 #: Within this share two times or throughputs count as equal: runs differ by as much on their own.
@@ -80,7 +80,7 @@ def _losses(run: Run, group: Group, others: Sequence[Run]) -> list[str]:
         losses.append(f"not completed, where {' and '.join(done)} did" if done else "not completed")
         return losses
     if run["fallback_reason"] is not None:
-        losses.append(f"it was the ordinary migration ({run['fallback_reason']})")
+        losses.append(f"it went {fell_back(run)}")
     for other in others:
         if not other["completed"] or not _known(other, run, "total_s"):
             continue

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from nova_dmigrate.report.columns import Column, columns_of, note
+from nova_dmigrate.report.columns import Column, columns_of
 from nova_dmigrate.report.comparison import GAINS, LOSSES, Comparison
 from nova_dmigrate.report.picture import Picture
 from nova_dmigrate.report.runs import DMIGRATE, Group, Run, grouped
@@ -97,10 +97,17 @@ def _table(runs: Sequence[Run]) -> Iterable[str]:
 def _rows(group: Group, columns: Sequence[Column]) -> Iterable[str]:
     for name, run in zip(group.names(), group.runs, strict=True):
         classes = ["dmigrate"] if run["mode"] == DMIGRATE else []
-        if note(run) or run["lost_commits"] or run["check_ok"] is False:
+        if _in_trouble(run):
             classes.append("trouble")
         cells = "".join(f"<td>{_text(column.text(run))}</td>" for column in columns)
         yield f'<tr class="{" ".join(classes)}"><td>{_text(name)}</td>{cells}</tr>'
+
+
+def _in_trouble(run: Run) -> bool:
+    # It is no trouble of an ordinary migration that it has not used volumes
+    without = run["mode"] == DMIGRATE and run["fallback_reason"] is not None
+    damaged = bool(run["lost_commits"]) or run["check_ok"] is False
+    return without or damaged or not run["completed"]
 
 
 def _figure(picture: Picture) -> str:

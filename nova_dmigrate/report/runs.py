@@ -112,6 +112,15 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     ]
 
 
+def fell_back(run: Run) -> str:
+    """Why the volumes were not used, through the relays or without them; empty if they were."""
+    if run["fallback_reason"] is None:
+        return ""
+    # Of several guests that are one run, some may have used theirs
+    how = "partly without volumes" if run.get("pages_referenced") else "without volumes"
+    return f"{how}: {run['fallback_reason']}"
+
+
 def without_series(run: Run) -> Run:
     """What ``report.json`` has of a checked run."""
     return {name: run[name] for name in _FIELDS}

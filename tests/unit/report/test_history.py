@@ -5,7 +5,7 @@ import dataclasses
 from xml.etree import ElementTree
 
 from nova_dmigrate.migration.summary import MigrationSummary
-from nova_dmigrate.report import history, runs
+from nova_dmigrate.report import format_table, history, runs
 from tests import base
 from tests.unit.migration.summaries import MIB, ORDINARY, RELAYED, series
 
@@ -40,6 +40,16 @@ class HistoryReportTest(base.TestCase):
         self.assertEqual("ordinary", other["mode"])
         self.assertIsNone(other["misses"])
         self.assertEqual({"network": [], "volume": []}, other["series"])
+
+    def test_relays_without_volumes_are_not_the_ordinary_migration(self) -> None:
+        late = dataclasses.replace(
+            FULL, fallback_reason="late-map", volume_bytes=0, pages_referenced=0
+        )
+        told = format_table([history.run_of(late), history.run_of(ORDINARY)]).splitlines()
+        self.assertTrue(told[-2].startswith("ordinary "))
+        self.assertTrue(told[-2].endswith("without volumes: agent-unreachable"))
+        self.assertTrue(told[-1].startswith("dmigrate "))
+        self.assertTrue(told[-1].endswith("without volumes: late-map"))
 
     def test_series_begin_when_the_relays_do_and_the_downtime_ends_with_the_bytes(self) -> None:
         made = history.run_of(FULL)["series"]
@@ -87,6 +97,7 @@ class HistoryReportTest(base.TestCase):
         text = "".join(root.itertext())
         self.assertIn(FULL.sentence(), text)
         self.assertIn(ORDINARY.sentence(), text)
+        self.assertIn("without volumes: agent-unreachable", text)
         self.assertIn("mapping 2.0 s", text)
         for panel in ("throughput by path", "database throughput", "queries", "latency"):
             self.assertIn(panel, text)

@@ -74,6 +74,23 @@ class PageTest(base.TestCase):
         image = next(root.iter("img"))
         self.assertEqual("What it shows", image.get("alt"))
 
+    def test_a_run_that_was_not_as_it_should_be_stands_out(self) -> None:
+        no_room = {"fallback_reason": "no-room"}
+        for run, wanted in (
+            (make_run(), "dmigrate"),
+            (make_run(**no_room), "dmigrate trouble"),
+            (make_run(check_ok=None), "dmigrate"),
+            (make_run(check_ok=False), "dmigrate trouble"),
+            (make_run("pre-copy", lost_commits=1), "trouble"),
+            (make_run("pre-copy", completed=False), "trouble"),
+            # Whoever asks for an ordinary migration gets a reason, too
+            (make_run("ordinary", **no_room), ""),
+        ):
+            with self.subTest(wanted):
+                page = html.page("one", checked([run]), {}, compare([]), [])
+                *_, row = ElementTree.fromstring(page).iter("tr")
+                self.assertEqual(wanted, row.get("class"))
+
     def test_sections_without_lines_are_left_out(self) -> None:
         page = html.page("empty", [], {}, compare([]), [])
         titles = [element.text for element in ElementTree.fromstring(page).iter("h2")]

@@ -44,13 +44,32 @@ class TableTest(base.TestCase):
         text = format_table(
             [
                 make_run("pre-copy", completed=False),
-                make_run(fallback_reason="agent-unreachable", check_ok=False, lost_commits=7),
+                make_run(
+                    fallback_reason="agent-unreachable",
+                    pages_referenced=0,
+                    check_ok=False,
+                    lost_commits=7,
+                ),
             ]
         )
         self.assertIn("not completed", text)
         self.assertTrue(
-            self.row(text, "dmigrate").endswith("7 FAILED ordinary: agent-unreachable"), text
+            self.row(text, "dmigrate").endswith("7 FAILED without volumes: agent-unreachable"), text
         )
+
+    def test_why_volumes_were_not_used_is_told_of_any_mode(self) -> None:
+        for mode, pages, completed, wanted in (
+            ("dmigrate", 0, True, "without volumes: no-room"),
+            ("dmigrate", 7, True, "partly without volumes: no-room"),
+            ("dmigrate", None, False, "not completed, without volumes: no-room"),
+            ("ordinary", None, True, "without volumes: no-room"),
+        ):
+            with self.subTest(f"{mode}, {pages}, {completed}"):
+                run = {"scenario": "x", "mode": mode, "completed": completed}
+                text = format_table(
+                    [{**run, "fallback_reason": "no-room", "pages_referenced": pages}]
+                )
+                self.assertEqual(f"{mode} {wanted}", self.row(text, mode))
 
     def test_no_runs_make_an_empty_table(self) -> None:
         self.assertEqual("mode", format_table([]).strip())
