@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nova_dmigrate.report import Section, format_table, write_report
+from nova_dmigrate.report import Section, format_comparison, format_table, write_report
+from nova_dmigrate.report.runs import fell_back
 from tests.lab.demo.machine import machine
 from tests.lab.demo.measure import Run, measure
 from tests.lab.demo.stage import Content, Shape, Stage, WorkingGuest
@@ -79,7 +80,7 @@ class Comparison:
         self.details[:] = [*(self.details[place] for place in kept), more]
 
     def write(self, directory: Path, sections: Sequence[Section] = ()) -> None:
-        """Print the table and write the report.
+        """Print the table and what it says of DMigrate, and write the report.
 
         :param sections: what the report has to say besides.
         :raises ReportError: it cannot be written.
@@ -91,6 +92,9 @@ class Comparison:
         for more in self.details:
             if "deadline_s" in more:
                 print(f"{more['scenario']}, {more['mode']}: {_eviction(more)}", flush=True)
+        said = format_comparison(self.runs)
+        if said:
+            print(f"\n{said}", flush=True)
         say(f"The report is {files.html}")
 
 
@@ -173,8 +177,5 @@ def _sentence(run: Run, more: dict[str, Any]) -> str:
     if not run["completed"]:
         errors = "; ".join(str(guest["error"]) for guest in more["guests"] if guest["error"])
         return f"Not completed after {run['total_s']:.1f} s: {errors}{eviction}"
-    why = f", as an ordinary one: {run['fallback_reason']}" if run["fallback_reason"] else ""
-    return (
-        f"Completed in {run['total_s']:.1f} s{why}; {run['downtime_ms']:.0f} ms without an answer"
-        f"{eviction}"
-    )
+    how = " ".join(filter(None, (f"Completed in {run['total_s']:.1f} s", fell_back(run))))
+    return f"{how}; {run['downtime_ms']:.0f} ms without an answer{eviction}"
