@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What whoever calls `make demo` has chosen, in environment variables."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 
@@ -23,27 +24,45 @@ def shape_from(environment: Mapping[str, str]) -> Shape:
     :raises WrongSetting: one of them makes no sense.
     """
     usual = Shape(MYSQL)
-    shape = Shape(
-        _RELEASES[choice_from(environment, "DB", "mysql", _RELEASES)],
+    release = _RELEASES[choice_from(environment, "DB", "mysql", _RELEASES)]
+    pool = number_from(environment, "POOL", usual.pool, 0.05, 0.8)
+    return Shape(
+        release,
         network=number_from(environment, "NETWORK", usual.network, 1, 10_000),
         volume=number_from(environment, "VOLUME", usual.volume, 1, 10_000),
-        pool=number_from(environment, "POOL", usual.pool, 0.05, 0.8),
+        pool=pool,
         load=choice_from(environment, "LOAD", usual.load, LOADS),
         rate=number_from(environment, "RATE", usual.rate, 0, 1e6),
-        ram_mb=int(number_from(environment, "RAM", usual.ram_mb, 512, os_memory_mb() // 3)),
+        ram_mb=_ram_from(environment, usual.ram_mb, release, pool),
         compression=choice_from(environment, "COMPRESSION", "yes", ("yes", "no")) == "yes",
     )
-    needed = shape.pool_mb + _OTHER_MB[shape.release.flavour]
-    if needed > shape.ram_mb:
+
+
+def _ram_from(environment: Mapping[str, str], usual: int, release: Release, pool: float) -> int:
+    """MiB of a guest, in which a pool of that share has room.
+
+    :raises WrongSetting: the variable makes no sense, or the machine is too small.
+    """
+    least = max(_LEAST_MB, math.ceil(_OTHER_MB[release.flavour] / (1 - pool)))
+    has = os_memory_mb()
+    most = has // _MACHINE_SHARE
+    if least > most:
         raise WrongSetting(
-            f"RAM={shape.ram_mb} is too small for POOL={shape.pool:g}: a pool of {shape.pool_mb}"
-            f" MiB and all else take {needed} MiB"
+            f"POOL={pool:g} needs RAM={least} at least, and a machine with {_MACHINE_SHARE} times"
+            f" as much: this one has {has} MiB"
         )
-    return shape
+    why = (
+        f"with less a pool of POOL={pool:g} has no room beside all else, and with more two hosts"
+        f" have no room for it on this machine, which has {has} MiB"
+    )
+    return int(number_from(environment, "RAM", usual, least, most, why))
 
 
-#: What server, agent and kernel need beside the pool.
+#: MiB of the smallest guest; what server, agent and kernel need beside the pool; what part of the
+#: machine a guest may have: while it migrates, its memory is at both hosts.
+_LEAST_MB = 512
 _OTHER_MB = {"mysql": 480, "mariadb": 260}
+_MACHINE_SHARE = 3
 
 
 def available_release(wanted: Release, say: Callable[[str], None]) -> Release:
@@ -68,10 +87,16 @@ def os_memory_mb() -> int:
 
 
 def number_from(
-    environment: Mapping[str, str], name: str, usual: float, least: float, most: float
+    environment: Mapping[str, str],
+    name: str,
+    usual: float,
+    least: float,
+    most: float,
+    why: str = "",
 ) -> float:
     """The number that a variable has, or the usual one.
 
+    :param why: it has to be between those, for whoever reads the error.
     :raises WrongSetting: it is no number, or not between ``least`` and ``most``.
     """
     text = environment.get(name) or str(usual)
@@ -80,7 +105,8 @@ def number_from(
     except ValueError:
         raise WrongSetting(f"{name}={text} is no number") from None
     if not least <= value <= most:
-        raise WrongSetting(f"{name}={text} is not between {least:g} and {most:g}")
+        reason = f": {why}" if why else ""
+        raise WrongSetting(f"{name}={text} is not between {least:g} and {most:g}{reason}")
     return value
 
 
