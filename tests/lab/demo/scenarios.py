@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many loads, sizes and troubles, each with all ways to migrate; writes scenarios-report/.
 
-Chosen by environment variables: ONLY (scenarios' names or, where there is none of that name, parts
-of names; with commas between them), MODES
-(pre-copy, auto-converge, post-copy, multifd-zstd, dmigrate; likewise), NETWORK and VOLUME in MB/s,
+Chosen by environment variables: ONLY (scenarios: a whole name chooses that one, what is none is
+split at its commas, and what then is none either chooses all whose names have it as a part; several
+choices have semicolons between them), MODES (pre-copy, auto-converge, post-copy, multifd-zstd,
+dmigrate; with commas between them), NETWORK and VOLUME in MB/s,
 DB (mysql, mariadb), RAM (MiB of a guest; several guests have half of it), RATE (transactions a
 second that sysbench asks for), POOLS (shares of RAM), COMPRESSION (yes, no: whether relays may),
 DEADLINE (seconds within which an evicted host should be empty; by default what the network needs
@@ -102,16 +103,12 @@ def _chosen(usual: Shape, environment: Mapping[str, str]) -> list[Scenario]:
     """:raises WrongSetting: a variable names what there is not."""
     pools = []
     for share in _parts(environment.get("POOLS") or _POOLS):
-        pools.append(shape_from({"POOL": share, "RAM": str(usual.ram_mb)}).pool)
+        setting = {"POOL": share, "RAM": str(usual.ram_mb), "DB": usual.release.flavour}
+        pools.append(shape_from(setting).pool)
     deadline = number_from(environment, "DEADLINE", _usual_deadline(usual), 0, 86400)
     found = list(scenarios(usual, pools, deadline))
     names = dict.fromkeys(each.name for each in found)
-    wanted = set()
-    for part in _parts(environment.get("ONLY", "")):
-        of_part = {part} if part in names else {name for name in names if part in name}
-        if not of_part:
-            raise WrongSetting(f"ONLY: {part!r} is in none of {', '.join(names)}")
-        wanted |= of_part
+    wanted = _named(environment.get("ONLY", ""), list(names))
     modes = _parts(environment.get("MODES", ""))
     for mode in modes:
         if mode not in MODES:
@@ -125,8 +122,24 @@ def _chosen(usual: Shape, environment: Mapping[str, str]) -> list[Scenario]:
     ]
 
 
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _named(text: str, names: Sequence[str]) -> set[str]:
+    """Names that ONLY chooses; none of them if it is empty.
+
+    :raises WrongSetting: something in it chooses none.
+    """
+    wanted = set()
+    for choice in _parts(text, ";"):
+        # Names have commas, too
+        for part in [choice] if choice in names else _parts(choice):
+            of_part = {part} if part in names else {name for name in names if part in name}
+            if not of_part:
+                raise WrongSetting(f"ONLY: {part!r} is in none of {'; '.join(names)}")
+            wanted |= of_part
+    return wanted
+
+
+def _parts(text: str, separator: str = ",") -> list[str]:
+    return [part.strip() for part in text.split(separator) if part.strip()]
 
 
 def main() -> int:
