@@ -28,7 +28,7 @@ from tests.lab import database_image
 from tests.lab.demo.clients import ClientError
 from tests.lab.demo.compare import Comparison, Scenario, compare, say
 from tests.lab.demo.load import SYSBENCH_LOADS
-from tests.lab.demo.measure import DMIGRATE, MODES, POST_COPY, PRE_COPY
+from tests.lab.demo.measure import MODES, POST_COPY
 from tests.lab.demo.remote_volume import shared_link
 from tests.lab.demo.settings import (
     WrongSetting,
@@ -85,8 +85,8 @@ def _in_trouble(usual: Shape) -> Iterator[Scenario]:
     modes = tuple(mode for mode in MODES if mode != POST_COPY)
     yield Scenario("storage fails midway", usual, modes, trouble=failing_volume)
     # What the volume brings, the network has to carry: there is no bandwidth of its own
-    same, modes = dataclasses.replace(usual, volume=0), (PRE_COPY, POST_COPY, DMIGRATE)
-    yield Scenario("storage on the same link", same, modes, trouble=shared_link)
+    same = dataclasses.replace(usual, volume=0)
+    yield Scenario("storage on the same link", same, MODES, trouble=shared_link)
 
 
 def _half(usual: Shape) -> Shape:
