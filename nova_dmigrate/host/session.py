@@ -26,7 +26,7 @@ from nova_dmigrate.host.relays import (
 from nova_dmigrate.host.store import Record, Store
 from nova_dmigrate.host.totals import Totals
 from nova_dmigrate.retention import Retention
-from nova_dmigrate.rpc.host_messages import FINAL, MAX_PROGRESS, SessionState
+from nova_dmigrate.rpc.host_messages import FINAL, MAX_PROGRESS, NO_ROOM, SessionState
 
 LOG = logging.getLogger(__name__)
 
@@ -256,7 +256,7 @@ class Session:
             if lapsed:
                 self.finish("cancelled", "nobody has asked for it any more")
             elif now > self._queue_end:
-                self.finish("failed", f"no room in time: {record.message}")
+                self.finish("failed", f"{NO_ROOM}: {record.message}")
         elif self.active and lapsed:
             if self._carries or self._kept():
                 self.hold(now)

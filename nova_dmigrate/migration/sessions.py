@@ -167,12 +167,13 @@ class RelaySessions:
             host = self._open.pop()
             try:
                 state = host.close_session(self._common["session_id"])
+                # Whether or not the host has its summary
+                self._note(state)
                 summary = host.summary(self._common["session_id"])
             except exception.HostError as error:
                 # What the host still has goes with its lease
                 LOG.warning("Instance %s: %s", self._instance, error)
                 continue
-            self._note(state)
             if state.state not in host_messages.FINAL:
                 LOG.warning(
                     "Instance %s: the %s relay of host %s goes on, %s: %s",
@@ -200,10 +201,9 @@ class RelaySessions:
             except exception.HostError:
                 self._open.remove(host)
                 raise
-            queued = state.state == "queued"
             state = self._past("queued", host, state, self._terms.patience, waiting)
         # At the end of the same time the host itself gives up what is queued
-        if queued and state.state in ("queued", "failed"):
+        if state.state == "queued" or state.message.startswith(host_messages.NO_ROOM):
             raise because(
                 Reason.NO_ROOM, self._instance, host=host.host, detail=state.message or "all busy"
             )

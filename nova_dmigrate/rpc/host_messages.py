@@ -35,6 +35,8 @@ STATES = ("queued", "starting", "running", "delivered", "failed", "cancelled")
 FINAL = frozenset(STATES[3:])
 #: Code of a refusal that another attempt may not get: a relay that runs has not answered yet.
 RELAY_BUSY = "relay-busy"
+#: How the message of a session begins that was in the queue for all its time.
+NO_ROOM = "no room in time"
 
 MAX_VOLUMES = 64
 MAX_PROGRESS = 64 << 10  # characters of JSON

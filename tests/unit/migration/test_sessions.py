@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The relays of a migration as its caller sees them."""
+
+from pathlib import Path
+
+from nova_dmigrate import exception
+from nova_dmigrate.migration.sessions import RelaySessions, Terms
+from nova_dmigrate.rpc import host_messages
+from tests import base
+from tests.unit.migration.scripted import Host
+
+LOST = exception.HostUnreachable(host="one", reason="no answer in time")
+
+
+class RelaySessionsTest(base.TestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.source, self.destination = Host("one", "source"), Host("two", "destination")
+        self.sessions = RelaySessions(
+            "m",
+            "i",
+            self.source.client(),
+            self.destination.client(),
+            Path("/run/q"),
+            guest_memory=0,
+            lease=60.0,
+            terms=Terms(None, None, None, 0, 0, patience=60.0),
+        )
+        self.addCleanup(self.sessions.close)
+
+    def open(self) -> None:
+        self.sessions.order_destination((), waiting=lambda: None)
+        self.sessions.open(None, connected=False, waiting=lambda: None)
+
+    def test_a_failure_is_known_though_there_is_no_summary_of_it(self) -> None:
+        self.open()
+        self.source.changes.update(state="failed", message="the relay was killed")
+        self.source.answers["summary"] = LOST
+        self.assertEqual({"destination"}, set(self.sessions.close()))
+        self.assertEqual("source relay: the relay was killed", self.sessions.failure)
+
+    def in_vain(self, message: str) -> exception.FallBack:
+        """A relay that is queued, and then not to be had."""
+        state = self.destination.answers["renew"]
+        self.destination.changes.update(state="queued", queue_position=1)
+
+        def fail(**arguments: object) -> object:
+            self.destination.changes.update(state="failed", queue_position=0, message=message)
+            return state(**arguments)
+
+        self.destination.answers["renew"] = fail
+        return self.assertRaises(exception.FallBack, self.open)
+
+    def test_who_waited_for_all_the_time_had_no_room(self) -> None:
+        reason = self.in_vain(f"{host_messages.NO_ROOM}: 4 destination relays run")
+        self.assertEqual("no-room", reason.kwargs["code"])
+        self.assertIn("4 destination relays run", str(reason))
+
+    def test_a_relay_that_cannot_be_started_has_failed_though_it_was_queued(self) -> None:
+        reason = self.in_vain("the relay cannot be started: no such file")
+        self.assertEqual("relay-failed", reason.kwargs["code"])
+        self.assertIn("relay of host two: failed the relay cannot be started", str(reason))
