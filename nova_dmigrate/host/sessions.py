@@ -224,10 +224,12 @@ class Sessions:
         :raises RequestRefused: there is no such session.
         """
         session = self._find(session_id)
-        session.end()
         with self._lock:
+            # First: it may be its turn at any moment, and there would be a relay to end
             if session.queued:
                 session.finish("cancelled", "the session was closed")
+        session.end()
+        with self._lock:
             session.look()
             state = self._told(session)
             self._forget(session)
