@@ -20,11 +20,14 @@ import libvirt_qemu  # type: ignore[import-untyped]
 from nova_dmigrate import exception
 from nova_dmigrate.migration.domain import Domain, parse_domain
 from nova_dmigrate.migration.job import Job
+from nova_dmigrate.migration.waiting import Waiting, answer_within
 
 LOG = logging.getLogger(__name__)
 
 _KEEPALIVE_SECONDS, _KEEPALIVE_COUNT = 5, 3
 _OPEN_PATIENCE = 10.0  # seconds
+#: Seconds for QEMU's downtime limit, without which one can do.
+_LIMIT_PATIENCE = 5.0
 _MIB = 1 << 20
 #: Why a domain is paused whose guest runs at the destination.
 _RUNS_ELSEWHERE = (
@@ -118,12 +121,16 @@ class LibvirtGuest:
             LOG.info("%s: libvirt does not tell its version: %s", self.facts.name, error)
             return 0
 
-    @property
-    def max_downtime_ms(self) -> int:
-        """QEMU's downtime limit, in milliseconds; its usual one if libvirt does not tell."""
+    def max_downtime(self, waiting: Waiting) -> int:
+        """QEMU's downtime limit, in milliseconds; its usual one if it does not tell in time.
+
+        :param waiting: as in `answer_of`.
+        """
         try:
-            return int(self._domain.migrateGetMaxDowntime())
-        except libvirt.libvirtError as error:
+            return answer_within(
+                _LIMIT_PATIENCE, lambda: int(self._domain.migrateGetMaxDowntime()), waiting
+            )
+        except (libvirt.libvirtError, TimeoutError) as error:
             LOG.info("%s: the downtime limit is not told: %s", self.facts.name, error)
             return _USUAL_DOWNTIME_MS
 

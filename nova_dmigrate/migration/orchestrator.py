@@ -123,7 +123,7 @@ class Migration:
             settings,
             terms_of(request, settings, source, destination),
             source.socket_directory,
-            self._downtime_limit() or guest.max_downtime_ms,
+            self._downtime_limit() or guest.max_downtime(lambda: self._enter("checking")),
             enter=self._enter,
             map_first=request.mode is Mode.REQUIRED,
         )

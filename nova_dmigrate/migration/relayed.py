@@ -22,7 +22,7 @@ from nova_dmigrate.migration.guest_map import GuestMapFetch
 from nova_dmigrate.migration.prepared_database import PreparedDatabase
 from nova_dmigrate.migration.sessions import RelaySessions, Terms
 from nova_dmigrate.migration.settings import OrchestrationSettings
-from nova_dmigrate.migration.waiting import Question, answer_of
+from nova_dmigrate.migration.waiting import Question, answer_of, answer_within
 from nova_dmigrate.retention import Retention
 from nova_dmigrate.rpc.client import AgentClient
 from nova_dmigrate.rpc.host_client import HostClient
@@ -34,6 +34,8 @@ _HELD = 1
 #: A source relay that tells nothing for so many seconds does not hold the switchover back any more.
 _SILENCE = 15.0
 _POLL = 0.2
+#: Seconds for the answer of QEMU's monitor. There is none where QEMU hangs, as with its storage.
+_MONITOR_PATIENCE = 10.0
 #: A source relay reads its files when it is given them.
 _READ_LONG_AGO = Retention(days=1)
 
@@ -299,9 +301,13 @@ class RelayedMigration:
         except exception.AgentRefused as error:
             raise because(Reason.AGENT_REFUSED, self._instance, error=error) from error
         try:
-            self._layout.write_text(self._guest.layout())
-        except exception.MigrationError as error:
+            layout = answer_within(
+                _MONITOR_PATIENCE, self._guest.layout, lambda: self._enter("checking")
+            )
+        except (exception.MigrationError, TimeoutError) as error:
             raise because(Reason.MEMORY_LAYOUT, self._instance, error=error) from error
+        try:
+            self._layout.write_text(layout)
         except OSError as error:
             raise because(Reason.NO_STATE, self._instance, error=error) from error
 

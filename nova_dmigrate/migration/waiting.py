@@ -2,6 +2,7 @@
 """Questions whose answer may take its time, asked so that whoever waits can still give up."""
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent import futures
 from typing import Generic, TypeVar
@@ -22,6 +23,21 @@ def answer_of(ask: Callable[[], _T], waiting: Waiting) -> _T:
     while not futures.wait((answer,), _POLL).done:
         waiting()
     return answer.result()
+
+
+def answer_within(seconds: float, ask: Callable[[], _T], waiting: Waiting) -> _T:
+    """The same, within so many seconds; ``ask`` may be something that never comes to its end.
+
+    :raises TimeoutError: there is no answer by then.
+    """
+    end = time.monotonic() + seconds
+
+    def still_waiting() -> None:
+        waiting()
+        if time.monotonic() > end:
+            raise TimeoutError(f"there is no answer within {seconds:g} s")
+
+    return answer_of(ask, still_waiting)
 
 
 class Question(Generic[_T]):
