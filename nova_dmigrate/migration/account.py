@@ -59,6 +59,9 @@ class Account:
     def note_relays(self, relayed: RelayedMigration) -> None:
         """It has been left: what its relays have told, and the database meanwhile."""
         self._relays, self.relay_failure = relayed.reports, relayed.failure
+        if self._without_volumes is not None:
+            # Perhaps nothing was heard any more when they came into use
+            self._without_volumes = relayed.without_volumes()
         self._database = relayed.database_samples
 
     def summary(

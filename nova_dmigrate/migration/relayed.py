@@ -220,12 +220,16 @@ class RelayedMigration:
         return self._told
 
     def without_volumes(self) -> exception.FallBack | None:
-        """Why the volumes were of no use; None if they were."""
+        """Why the volumes were of no use; None if they were.
+
+        Until it has been left, that is by what the source relay has told last.
+        """
         assert self._mapping is not None
         if self._mapping.failure is not None:
             return self._mapping.failure
-        state = self._told.get("map")
-        if state == "taken" and self._told.get("mapped_pages"):
+        told = {**self._told, **self.reports.get("source", {})}
+        state = told.get("map")
+        if state == "taken" and told.get("mapped_pages"):
             return None
         refused = self._given is False or state in ("refused", "taken")
         return because(Reason.MAP_REFUSED if refused else Reason.LATE_MAP, self._instance)
@@ -349,7 +353,11 @@ class RelayedMigration:
         return bool(told.get("bulk_resolved") or told.get("pass_through"))
 
     def _let_go(self, database: PreparedDatabase) -> None:
-        """An agent that has gone with its guest is not asked at the source any more."""
+        """An agent that has gone with its guest is not asked at the source any more, and no map is
+        wanted from it.
+        """
+        assert self._mapping is not None
+        self._mapping.abandon()
         if not self._guest.runs_here():
             database.let_go()
             self._database.moved()

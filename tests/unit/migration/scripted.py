@@ -58,8 +58,11 @@ class Host:
         return {"result": {**state, **self.changes}}
 
 
-def agent() -> AgentClient:
-    """One with a map of 1 MiB of its guest's memory, which knows nothing of a database."""
+def agent(**other: Any) -> AgentClient:
+    """One with a map of 1 MiB of its guest's memory, which knows nothing of a database.
+
+    :param other: answers, by method.
+    """
     step = np.array([0], np.uint64)
     extents = VolumeExtents("v", 1 << 30, step + np.uint64(16 * MIB), step, step + np.uint64(MIB))
     chunks = list(BufferMap.build([extents]).to_chunks())
@@ -77,4 +80,4 @@ def agent() -> AgentClient:
         "map_chunk": chunk,
         "map_end": {"result": {}},
     }
-    return AgentClient("i", Scripted(**answers))
+    return AgentClient("i", Scripted(**{**answers, **other}))
