@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from nova_dmigrate import exception
 from nova_dmigrate.findings import Finding
 from nova_dmigrate.migration.database_series import DatabaseSample
-from nova_dmigrate.migration.job import Job
+from nova_dmigrate.migration.job import Job, JobSeries
 from nova_dmigrate.migration.relayed import RelayedMigration, Report
 from nova_dmigrate.migration.summary import DMIGRATE, ORDINARY, MigrationSummary, Row
 
@@ -35,6 +35,7 @@ class Account:
         self._without_volumes: exception.FallBack | None = None
         self._relays: dict[str, Report] = {}
         self._database: tuple[DatabaseSample, ...] = ()
+        self._jobs = JobSeries()
         self.phases = Phases()
         self.relay_failure: str | None = None
 
@@ -63,6 +64,10 @@ class Account:
             # Perhaps nothing was heard any more when they came into use
             self._without_volumes = relayed.without_volumes()
         self._database = relayed.database_samples
+
+    def note_job(self, job: Job) -> None:
+        """How far the ordinary migration is."""
+        self._jobs.note(self.phases.elapsed, job)
 
     def summary(
         self, state: str, error: str | None, fallback: exception.FallBack | None, job: Job
@@ -100,7 +105,7 @@ class Account:
             phases=self.phases.seconds(),
             findings=self._findings,
             libvirt=job.statistics,
-            series={} if fallback is not None else self._series(),
+            series=self._series() if fallback is None else {"libvirt": tuple(self._jobs.rows)},
         )
 
     def _series(self) -> dict[str, tuple[Row, ...]]:

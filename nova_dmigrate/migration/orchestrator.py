@@ -167,6 +167,8 @@ class Migration:
         while not self._over(running):
             if not limited and self._job is not None and limit is not None:
                 limited = self._guest.set_max_downtime(limit)
+            if self._job is not None:
+                self._account.note_job(self._job)
             self._report({}, limit if limited else None)
         self._phases.enter("ended")
         return running.error

@@ -74,7 +74,8 @@ class MigrationSummary:
     :ivar findings: what was found on the way.
     :ivar series: rows of the ``source`` and the ``destination`` relay, oldest first, and of the
         ``database``, whose ``t`` counts from the request, with cumulative ``commits`` and
-        ``queries``, and ``latency_ms``.
+        ``queries``, and ``latency_ms``. Of an ordinary one those of ``libvirt`` alone, whose ``t``
+        counts so as well, with cumulative ``wire_bytes``.
     :ivar libvirt: libvirt's statistics of the job, by its own names.
     """
 

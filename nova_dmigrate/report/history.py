@@ -64,14 +64,16 @@ def section_of(summary: MigrationSummary) -> Section:
 
 
 def _series(summary: MigrationSummary) -> dict[str, Any]:
-    rows = summary.series.get("source") or ()
-    begin = _began(summary, rows)
+    relayed = summary.mode == DMIGRATE
+    rows = summary.series.get("source" if relayed else "libvirt") or ()
+    begin = _began(summary, rows) if relayed else 0.0
     series: dict[str, Any] = {
         "network": list(_points(rows, "wire_bytes", begin)),
         "volume": list(_points(rows, "volume_bytes", begin)),
     }
     series |= _database_series(summary.series.get("database") or ())
-    end = _last_growth(series["network"])
+    # libvirt is asked too seldom to tell when the last byte came
+    end = _last_growth(series["network"]) if relayed else None
     if end is not None and summary.state == COMPLETED and summary.downtime_ms is not None:
         # The end of QEMU's stream is sent while the guest stands still; nothing comes after it
         series["downtime"] = [end - summary.downtime_ms / 1000, end]

@@ -354,8 +354,9 @@ class Relaying:
             relayed.follow(None if job is None else guest.set_max_downtime)
             if relayed.converging and phases.current == "migrating":
                 phases.enter("converging")
-        elif self._put_back is not None and job is not None:
-            if guest.set_max_downtime(self._put_back):
+        elif job is not None:
+            self._account.note_job(job)
+            if self._put_back is not None and guest.set_max_downtime(self._put_back):
                 self._put_back = None
 
     # The end
