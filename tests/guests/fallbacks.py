@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All reasons for the ordinary migration, and how each of them is brought about.
+"""All reasons not to use the volumes, or the relays, and how each of them is brought about.
 
 with CASES["no-room"].provoke(place) as options:
     services.migrate(..., mode=CASES["no-room"].mode, **options)
@@ -89,6 +89,9 @@ class Place:
 
 
 Options = dict[str, Any]
+_ORDINARY = ("completed", "ordinary")
+#: Through the relays, and all of it by the network.
+_RELAYED = ("completed", "dmigrate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +103,13 @@ class Case:
     """
 
     provoke: Callable[[Place], AbstractContextManager[Options]]
-    mode: Mode = Mode.REQUIRED
-    way: tuple[str, str] | None = None
+    mode: Mode = Mode.AUTO
+    way: tuple[str, str] | None = _ORDINARY
+
+
+def _refused(provoke: Callable[[Place], AbstractContextManager[Options]]) -> Case:
+    """The way in which it is brought about leaves no way for an ordinary migration either."""
+    return Case(provoke, Mode.REQUIRED, None)
 
 
 # What is asked for, and the domain
@@ -301,13 +309,13 @@ def _map_out_of_reach(place: Place) -> Iterator[Options]:
 
 #: By code.
 CASES: Mapping[str, Case] = {
-    "asked": Case(_nothing, Mode.ORDINARY, ("completed", "ordinary")),
-    "native-tls": Case(_in_the_clear),
-    "host-devices": Case(_other_domain(_PORT + _PCI_DEVICE)),
+    "asked": Case(_nothing, Mode.ORDINARY),
+    "native-tls": _refused(_in_the_clear),
+    "host-devices": _refused(_other_domain(_PORT + _PCI_DEVICE)),
     "no-agent": Case(_no_agent),
-    "no-agent-port": Case(_other_domain(_CACHED_DISK)),
-    "no-volumes": Case(_other_domain(_PORT + _CACHED_DISK)),
-    "host-unreachable": Case(_no_service, Mode.AUTO, ("completed", "ordinary")),
+    "no-agent-port": _refused(_other_domain(_CACHED_DISK)),
+    "no-volumes": _refused(_other_domain(_PORT + _CACHED_DISK)),
+    "host-unreachable": Case(_no_service),
     "host-refused": Case(_destination(host__volume_directories="/nowhere")),
     "host-draining": Case(_draining),
     "confined": Case(_confined),
@@ -317,12 +325,12 @@ CASES: Mapping[str, Case] = {
     "sockets-differ": Case(_destination(host__socket_directory="/run/other")),
     "agent-unreachable": Case(_agent_stopped),
     "agent-refused": Case(_agent_locked_out),
-    "bad-map": Case(_operating(buffer_map__max_pages=1, **_UNPREPARED)),
-    "small-map": Case(_operating(migration__min_mapped_share=1, **_UNPREPARED)),
-    "memory-layout": Case(_monitor_denied),
+    "bad-map": Case(_operating(buffer_map__max_pages=1, **_UNPREPARED), way=_RELAYED),
+    "small-map": Case(_operating(migration__min_mapped_share=1, **_UNPREPARED), way=_RELAYED),
+    "memory-layout": _refused(_monitor_denied),
     "no-state": Case(_state_unwritable),
-    "late-map": Case(_agent_stopped_later, Mode.AUTO, ("completed", "dmigrate")),
-    "map-refused": Case(_map_out_of_reach),
+    "late-map": Case(_agent_stopped_later, way=_RELAYED),
+    "map-refused": Case(_map_out_of_reach, way=_RELAYED),
     "relay-failed": Case(_destination(wire__listen_address=_NOWHERE)),
 }
 #: Of the ways in which Nova migrates, and of what only its driver does.

@@ -89,6 +89,12 @@ class TestDrills(base.TestCase):
             with self.subTest(victim=victim):
                 self.drill(victim, "migrating")
 
+    def test_what_else_is_killed_when_the_guest_may_switch_over(self) -> None:
+        victims = ("destination relay", "destination service", "agent", "broker", "database server")
+        for victim in victims:
+            with self.subTest(victim=victim):
+                self.drill(victim, "converging", once_more=victim == victims[-1])
+
     def test_a_migration_cancelled_in_any_phase(self) -> None:
         for phase in PHASES:
             with self.subTest(phase=phase):

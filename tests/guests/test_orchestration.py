@@ -179,6 +179,7 @@ class TestOrchestration(base.TestCase):
         """What makes a migration the ordinary one is found, and told by its code."""
         place = Place(self.services, self.domain, self.source, self.destination, self.directory)
         before = self.settings()
+        summary = None
         with case.provoke(place) as options:
             if case.way is None:
                 error = self.assertRaises(exception.FallBack, self.order, mode=case.mode, **options)
@@ -191,6 +192,8 @@ class TestOrchestration(base.TestCase):
                 self.assertEqual(0, summary.pages_referenced)
                 why = " ".join(str(summary.fallback_message).split())
                 self.assertIn(why, summary.sentence())
+        if summary is not None:
+            self.check_guest(summary)
         self.assertEqual(1, len(self.running()))
         # An agent that could not be asked restores when its lease ends
         wait_until(lambda: self.settings() == before, "the settings are as they were")
@@ -245,7 +248,8 @@ def _test_of(code: str, case: Case) -> Callable[[TestOrchestration], None]:
 
 
 for _code, _case in CASES.items():
-    _name = f"test_a_migration_is_the_ordinary_one_{_code.replace('-', '_')}"
+    _what = "is_refused" if _case.way is None else "goes_on"
+    _name = f"test_a_migration_{_what}_for_{_code.replace('-', '_')}"
     setattr(TestOrchestration, _name, _test_of(_code, _case))
 
 
