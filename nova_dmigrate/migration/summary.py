@@ -102,7 +102,7 @@ class MigrationSummary:
     mapping_s: float | None = None
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
-    series: Mapping[str, tuple[Row, ...]] = dataclasses.field(default_factory=dict)
+    series: Mapping[str, tuple[Row, ...]] = dataclasses.field(default_factory=dict, repr=False)
     libvirt: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
