@@ -96,8 +96,8 @@ class GuestMapFetch:
             self._fetch()
             self.seconds = time.monotonic() - began
         except exception.FallBack as reason:
-            LOG.info("%s", reason)
             late = self._needless.is_set()
+            LOG.info("%s", reason)
             self.failure = because(Reason.LATE_MAP, self._agent.instance) if late else reason
         except Exception as error:  # noqa: BLE001 - whoever waits has to hear of it
             LOG.exception("The buffer map cannot be had")
