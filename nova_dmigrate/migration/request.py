@@ -6,6 +6,8 @@ import enum
 
 from nova_dmigrate import exception
 
+_LEAST = {"max_downtime_ms": 1, "network_bandwidth": 0, "volume_bandwidth": 0, "wait_seconds": 0}
+
 
 class Mode(str, enum.Enum):
     """Whether a migration goes through the relays."""
@@ -33,7 +35,8 @@ class MigrationRequest:
     :ivar connect_uri: the source's libvirt.
     :ivar instance: UUID by which the agent knows its guest; None for the domain's.
     :ivar mode: whether it goes through the relays.
-    :ivar max_downtime_ms: QEMU's downtime limit, in milliseconds; None for the configured one.
+    :ivar max_downtime_ms: QEMU's downtime limit, in milliseconds, at least 1; None for the
+        configured one.
     :ivar network_bandwidth: the most that goes over the network, in bytes a second; 0 for no cap.
     :ivar volume_bandwidth: the most that the destination reads from volumes, in bytes a second; 0
         for no cap.
@@ -49,7 +52,7 @@ class MigrationRequest:
     :ivar migration_address: the destination's address in the migration network; None for what its
         host service says.
     :ivar wait_seconds: how long it may wait for a free relay; None for the configured time.
-    :raises ConfigurationError: a number is negative.
+    :raises ConfigurationError: a number is too small.
     """
 
     domain: str = ""
@@ -71,7 +74,7 @@ class MigrationRequest:
     wait_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_downtime_ms", "network_bandwidth", "volume_bandwidth", "wait_seconds"):
+        for name, low in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise exception.ConfigurationError(reason=f"{name} is {value}, less than 0")
+            if value is not None and value < low:
+                raise exception.ConfigurationError(reason=f"{name} is {value}, less than {low}")

@@ -81,7 +81,7 @@ class Checked(DisplayCommandBase[Any]):
 
 _SUMMARY_TYPES: dict[str, type[FormattableColumn[Any]]] = {
     **dict.fromkeys(("guest_bytes", "wire_bytes", "saved_bytes", "volume_bytes"), Bytes),
-    **dict.fromkeys(("total_s", "downtime_ms"), Number),
+    **dict.fromkeys(("total_s", "downtime_ms", "mapping_s"), Number),
     **dict.fromkeys(("fallback_reason", "fallback_message", "error"), Text),
     "phases": Phases,
     "findings": Findings,
@@ -91,7 +91,7 @@ SUMMARY_COLUMNS = (
     *("id", "domain", "instance", "source", "destination", "state", "error", "mode"),
     *("fallback_reason", "fallback_message", "started", "total_s", "downtime_ms"),
     *("guest_bytes", "wire_bytes", "saved_bytes", "volume_bytes", "pages_referenced", "misses"),
-    *("mapped_pages", "phases", "findings"),
+    *("mapped_pages", "mapping_s", "phases", "findings"),
 )
 #: Of summaries in a list.
 HISTORY_COLUMNS = (

@@ -33,8 +33,9 @@ _MIB = 1 << 20
 class Migrate(CheckedShowOne):
     """Migrate a running domain, through the relays where that is possible.
 
-    Whatever stands in the way of that makes the migration the ordinary one, unless --mode says
-    otherwise; the result tells why. Ctrl-C or SIGTERM cancels it: the guest stays where it is.
+    Whatever stands in the way of that makes the migration the ordinary one, or one without the
+    volumes, unless --mode says otherwise; the result tells why. Ctrl-C or SIGTERM cancels it: the
+    guest stays where it is.
     """
 
     COLUMNS = SUMMARY_COLUMNS
@@ -59,9 +60,10 @@ class Migrate(CheckedShowOne):
         )
         parser.add_argument(
             "--max-downtime",
-            type=_whole,
+            type=_milliseconds,
             metavar="MS",
-            help="milliseconds for which the guest may pause at the switchover",
+            help="milliseconds for which the guest may pause at the switchover, 1 at least"
+            " (default: [migration]max_downtime)",
         )
         parser.add_argument(
             "--bandwidth",
@@ -248,10 +250,11 @@ def _text(text: str) -> str:
     return text
 
 
-def _whole(text: str) -> int:
+def _milliseconds(text: str) -> int:
     number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    if number < 1:
+        # QEMU would wait for a guest that changes nothing at all; and 0 elsewhere means "as it is"
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number
 
 

@@ -107,12 +107,13 @@ class CommandLineTest(base.TestCase):
 
 class MigrateTest(CommandLineTest):
     def test_the_result_goes_to_standard_output_and_the_rest_to_standard_error(self) -> None:
-        self.orchestrate(RELAYED)
+        self.orchestrate(dataclasses.replace(RELAYED, mapping_s=1.5))
         status, output, errors = self.run_command("migrate", "db1", URI, "-f", "json")
         self.assertEqual(0, status, errors)
         told = json.loads(output)
         self.assertEqual(RELAYED.id, told["id"])
         self.assertEqual((87, 930 * MIB), (told["downtime_ms"], told["volume_bytes"]))
+        self.assertEqual(1.5, told["mapping_s"])
         self.assertEqual(RELAYED.phases, told["phases"])
         self.assertEqual("cached-disk", told["findings"][0]["code"])
         self.assertIn("db1: 3 s, migrating, network 5.0 MiB", errors)
@@ -275,6 +276,7 @@ class UsageTest(CommandLineTest):
             ["migrate", "", URI],
             ["migrate", "db1", URI, "--mode", "magic"],
             ["migrate", "db1", URI, "--max-downtime", "-1"],
+            ["migrate", "db1", URI, "--max-downtime", "0"],
             ["migrate", "db1", URI, "--max-downtime", "1.5"],
             ["migrate", "db1", URI, "--bandwidth", "-1"],
             ["migrate", "db1", URI, "--bandwidth", "nan"],

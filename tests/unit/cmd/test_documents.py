@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from nova_dmigrate.cmd.cli.display import SUMMARY_COLUMNS
 from tests import base
 
 ROOT = Path(__file__).parents[3]
@@ -52,6 +53,12 @@ class ReferenceTest(base.TestCase):
                 self.assertRegex(text, rf"(?m)^(nova-dmigrate |``){command}\b")
                 known |= set(_OPTION.findall(help_of(module, command)))
             self.assertEqual(set(), known - told - FOREIGN, module)
+
+    def test_the_keys_of_a_migration_are_those_of_the_table(self) -> None:
+        table = CHAPTER.read_text().partition("A migration as JSON has these keys")[2]
+        table = table.partition("The files of the history")[0]
+        rows = re.findall(r"(?m)^   \* - (.*)$", table)
+        self.assertEqual(set(SUMMARY_COLUMNS), set(re.findall(r"``(\w+)``", " ".join(rows))))
 
 
 class PackageTest(base.TestCase):

@@ -116,3 +116,7 @@ class RequestTest(base.TestCase):
         for name in ("max_downtime_ms", "network_bandwidth", "volume_bandwidth", "wait_seconds"):
             error = self.assertRaises(exception.ConfigurationError, MigrationRequest, **{name: -1})
             self.assertIn(name, str(error))
+
+    def test_no_downtime_at_all_cannot_be_asked_for(self) -> None:
+        error = self.assertRaises(exception.ConfigurationError, MigrationRequest, max_downtime_ms=0)
+        self.assertIn("max_downtime_ms is 0, less than 1", str(error))
