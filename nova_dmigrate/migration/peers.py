@@ -23,6 +23,8 @@ from nova_dmigrate.rpc.messages import AGENT
 from nova_dmigrate.rpc.transport import Transport
 
 _KIB = 1 << 10
+#: How much of a host's time its answer gets; the rest is for the broker, to tell that none comes.
+_OWN_SHARE = 0.85
 
 
 def settings_from(config: cfg.ConfigOpts) -> OrchestrationSettings:
@@ -49,7 +51,10 @@ def settings_from(config: cfg.ConfigOpts) -> OrchestrationSettings:
 
 
 def host_client(name: str, config: cfg.ConfigOpts, settings: OrchestrationSettings) -> HostClient:
-    """Asks the service of the host of that name."""
+    """Asks the service of the host of that name.
+
+    :raises ConfigurationError: there can be no broker at the ``transport_url``.
+    """
     transport = broker.BrokerTransport(name, config.transport_url, HOST, config)
     return HostClient(name, transport, timeout=settings.host_timeout)
 
@@ -67,6 +72,8 @@ def open_peers(
     :param request: with the names of both host services.
     :param instance: UUID by which the agent knows its guest.
     :param channel: QEMU's socket of the agent's port, on the source host; None for none.
+    :raises ConfigurationError: there can be no broker at the ``transport_url``; or, when the agent
+        is wanted, at the ``agent_url``.
     """
     assert request.source_host
     client_settings = ClientSettings(
@@ -96,11 +103,11 @@ def ask_host(
 ) -> HostState:
     """What the service of a host says of itself.
 
-    :param patience: seconds.
+    :param patience: seconds within which it is known what it says, or that it says nothing.
     :raises FallBack: it says nothing, or nothing that can be used.
     """
     try:
-        return answer_of(lambda: host.hello(patience), waiting)
+        return answer_of(lambda: host.hello(_OWN_SHARE * patience), waiting)
     except exception.HostUnreachable as error:
         raise because(Reason.HOST_UNREACHABLE, instance, error=error) from error
     except exception.HostRefused as error:
