@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from oslo_config import cfg
@@ -22,6 +23,7 @@ from nova_dmigrate import conf, exception, version
 from nova_dmigrate.cmd.signals import Signals
 from nova_dmigrate.host import qemu_account
 from nova_dmigrate.host.capacity import Limits, Load, Rates, shortage
+from nova_dmigrate.host.hypervisor import UNKNOWN, HypervisorVersions, Versions
 from nova_dmigrate.host.presence import Presence
 from nova_dmigrate.host.service import HostService, ServiceSettings
 from nova_dmigrate.host.session import SessionSettings
@@ -127,10 +129,31 @@ def disks_from(config: cfg.ConfigOpts) -> Disks | None:
     try:
         from nova_dmigrate.migration import disks
     except ImportError as error:
-        raise exception.ConfigurationError(
-            reason=f"[host]libvirt_uri needs the Python binding of libvirt: {error}"
-        ) from error
+        raise _without_libvirt(error) from error
     return functools.partial(disks.of_domain, config.host.libvirt_uri)
+
+
+def versions_from(config: cfg.ConfigOpts) -> Callable[[], Versions]:
+    """What tells the versions of this host's libvirt and QEMU; nothing if it shall not be asked.
+
+    :raises ConfigurationError: it needs what is not installed.
+    """
+    uri = config.host.libvirt_uri
+    if not uri:
+        return lambda: UNKNOWN
+    try:
+        from nova_dmigrate.migration import disks
+    except ImportError as error:
+        raise _without_libvirt(error) from error
+    versions = HypervisorVersions(functools.partial(disks.versions, uri))
+    versions.known()  # so that they are when somebody asks
+    return versions.known
+
+
+def _without_libvirt(error: ImportError) -> exception.ConfigurationError:
+    return exception.ConfigurationError(
+        reason=f"[host]libvirt_uri needs the Python binding of libvirt: {error}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -150,7 +173,7 @@ def main(arguments: list[str] | None = None) -> int:
         log.setup(config, "nova-dmigrate")
         name = config.host.name or socket.gethostname()
         settings = session_settings_from(config, name)
-        disks = disks_from(config)
+        disks, versions = disks_from(config), versions_from(config)
         store = Store(Path(config.host.state_directory), Path(config.host.socket_directory))
         presence = Presence(lambda: _own_client(config, name))
         sessions = Sessions(settings, store, presence.seen)
@@ -159,7 +182,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return _WRONG_CONFIGURATION
     service = HostService(
-        service_settings_from(config, name, settings.owner), sessions, store, disks
+        service_settings_from(config, name, settings.owner), sessions, store, disks, versions
     )
     _serve(config, name, service, sessions, presence)
     store.close()

@@ -5,13 +5,14 @@ import base64
 import gzip
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nova_dmigrate import exception
 from nova_dmigrate.host import confinement, permissions, vouching
 from nova_dmigrate.host.agents import AgentProxy
+from nova_dmigrate.host.hypervisor import UNKNOWN, Versions
 from nova_dmigrate.host.sessions import Sessions
 from nova_dmigrate.host.store import Record, Store
 from nova_dmigrate.relay.wire.hello import VERSIONS
@@ -64,6 +65,7 @@ class HostService:
     """Has a method for each of the protocol's; see `host_messages` for what they mean.
 
     :param disks: of a guest of this host; None where they are not known, and not looked at.
+    :param versions: of its libvirt and QEMU, at once.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class HostService:
         sessions: Sessions,
         store: Store,
         disks: vouching.Disks | None = None,
+        versions: Callable[[], Versions] = lambda: UNKNOWN,
     ) -> None:
         self._settings = settings
+        self._versions = versions
         self._disks = disks
         self._sessions = sessions
         self._store = store
@@ -85,6 +89,7 @@ class HostService:
             raise exception.RequestRefused(
                 reason=f"the host service speaks version {HOST.version}", code="version"
             )
+        libvirt_version, qemu_version = self._versions()
         return HostState(
             host=self._settings.name,
             version=HOST.version,
@@ -100,6 +105,8 @@ class HostService:
             socket_directory=str(self._store.sockets),
             qemu_user=self._settings.qemu_user,
             obstacle=confinement.obstacle(self._store.sockets),
+            libvirt_version=libvirt_version,
+            qemu_version=qemu_version,
         )
 
     def open_destination(self, order: OpenDestination) -> SessionState:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disks of a running domain, for the host's service, which vouches for them."""
+"""What the host's service has to know of its libvirt: the disks of a running domain, for which it
+vouches, and versions.
+"""
 
 from nova_dmigrate.migration import preflight
-from nova_dmigrate.migration.libvirt_guest import LibvirtGuest
+from nova_dmigrate.migration.libvirt_guest import LibvirtGuest, hypervisor_of
 from nova_dmigrate.volumes import DRIVERS, VolumeSpec
 
 
@@ -14,3 +16,13 @@ def of_domain(connect: str, name: str) -> tuple[VolumeSpec, ...]:
     """
     with LibvirtGuest(connect, name) as guest:
         return preflight.volumes_of(guest.facts, tuple(DRIVERS))
+
+
+def versions(connect: str) -> tuple[int, int | None]:
+    """libvirt's and QEMU's, numbered as libvirt does; None for another hypervisor.
+
+    :param connect: URI of this host's libvirt, which gets all the time that it wants.
+    :raises HypervisorError: it cannot be reached, or does not tell.
+    """
+    found = hypervisor_of(connect, patience=None)
+    return found.libvirt_version, found.version if found.kind == "QEMU" else None

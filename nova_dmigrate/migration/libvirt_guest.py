@@ -191,7 +191,7 @@ class LibvirtGuest:
 
     def _open(self) -> Any:
         connection = open_libvirt(self._connect)
-        connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
+        _keep_alive(connection)
         return connection
 
     def _look_up(self, name: str) -> Any:
@@ -268,7 +268,7 @@ class RunningMigration:
         try:
             connection = open_libvirt(self._connect)
             with contextlib.closing(connection):
-                connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
+                _keep_alive(connection)
                 domain = connection.lookupByUUIDString(self._uuid)
                 parameters, flags = self._order.arguments(bool(domain.isPersistent()))
                 domain.migrateToURI3(self._order.destination, parameters, flags)
@@ -278,6 +278,15 @@ class RunningMigration:
             LOG.exception("Domain %s: the migration cannot be begun", self._uuid)
             self._error = f"{type(error).__name__}: {error}"
         self.ended = time.monotonic()
+
+
+def _keep_alive(connection: Any) -> None:
+    """Have it noticed when a connection is dead. One to a driver in this process cannot be."""
+    try:
+        connection.setKeepAlive(_KEEPALIVE_SECONDS, _KEEPALIVE_COUNT)
+    except libvirt.libvirtError as error:
+        if error.get_error_code() != libvirt.VIR_ERR_NO_SUPPORT:
+            raise
 
 
 def _close(connection: Any) -> None:
@@ -298,10 +307,10 @@ def _job(stats: dict[str, Any]) -> Job:
     )
 
 
-def open_libvirt(uri: str, patience: float = _OPEN_PATIENCE) -> Any:
+def open_libvirt(uri: str, patience: float | None = _OPEN_PATIENCE) -> Any:
     """A connection to a libvirt: libvirt's own call has no limit of time.
 
-    :param patience: seconds.
+    :param patience: seconds; None for no limit.
     :raises libvirtError: it cannot be reached, or does not answer within that time.
     """
     outcome: queue.SimpleQueue[tuple[Any, libvirt.libvirtError | None]] = queue.SimpleQueue()
@@ -328,10 +337,10 @@ def open_libvirt(uri: str, patience: float = _OPEN_PATIENCE) -> Any:
     return connection
 
 
-def hypervisor_of(uri: str, patience: float = _OPEN_PATIENCE) -> "Hypervisor":
+def hypervisor_of(uri: str, patience: float | None = _OPEN_PATIENCE) -> "Hypervisor":
     """What a libvirt tells of its host.
 
-    :param patience: seconds for the connection.
+    :param patience: seconds for the connection; None for no limit.
     :raises HypervisorError: it cannot be reached, or does not tell.
     """
     _start_event_loop()

@@ -52,6 +52,8 @@ _RATE = number(0, 1 << 50)  # bytes a second, 0 for no cap
 _MEMORY = integer(0, 1 << 50)  # bytes
 _LEASE = number(1, 3600)
 _WAIT = number(0, 3600)
+#: As libvirt numbers them: a million times the major one, a thousand times the minor one, the rest.
+_VERSION = integer(0, 1 << 32)
 _SENTENCE = text(1024)
 _NAME = text(255)
 _IDENTIFIER = token()  # by another name, where a field has that one
@@ -198,7 +200,8 @@ class HostState:
     ``max_relays``: how many of each role may. ``draining``: it takes no new session.
     ``migration_address``: where its relays listen, None if everywhere. ``obstacle``: what keeps
     its guests from the relays' sockets, empty if nothing is known that does. ``qemu_user``: number
-    of the user that these sockets are for, None if it is not known.
+    of the user that these sockets are for, None if it is not known. ``libvirt_version`` and
+    ``qemu_version``: as libvirt numbers them, None if they are not known.
     """
 
     host: str = checked(_NAME)
@@ -215,6 +218,8 @@ class HostState:
     socket_directory: str = checked(path())
     obstacle: str = checked(_SENTENCE, default="")
     qemu_user: int | None = checked(optional(integer(0, 1 << 32)), default=None)
+    libvirt_version: int | None = checked(optional(_VERSION), default=None)
+    qemu_version: int | None = checked(optional(_VERSION), default=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,6 +135,13 @@ class HostClientTest(base.TestCase):
         self.assertEqual("one", made.hello().host)
         self.assertEqual([], self.slept)
 
+    def test_an_older_host_does_not_tell_what_it_does_not_know(self) -> None:
+        state = self.make(hello={"result": HELLO}).hello()
+        self.assertEqual((None, None), (state.libvirt_version, state.qemu_version))
+        newer = {**HELLO, "libvirt_version": 9_000_000, "qemu_version": 7_002_000}
+        state = self.make(hello={"result": newer}).hello()
+        self.assertEqual((9_000_000, 7_002_000), (state.libvirt_version, state.qemu_version))
+
     def test_a_lost_answer_is_asked_for_again(self) -> None:
         made = self.make(renew=Then([LOST, {"result": STATE}]))
         self.assertEqual("running", made.renew("s").state)
