@@ -22,7 +22,7 @@ class Reason(enum.Enum):
     )
     OLD_LIBVIRT = (
         "old-libvirt",
-        "libvirt {version} does not migrate over UNIX sockets, 6.8.0 and later do",
+        "libvirt {version} at {place} does not migrate over UNIX sockets, 6.8.0 and later do",
     )
     CONFIGURATION = ("configuration", "{error}")
     UNEXPECTED = ("unexpected", "an error that was not expected, see the log: {error}")

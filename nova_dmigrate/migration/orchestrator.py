@@ -101,7 +101,8 @@ class Migration:
         self._enter("checking")
         guest, request, settings = self._guest, self._request, self._settings
         preflight.examine(guest.facts, request)
-        preflight.libvirt_can(guest.libvirt_version, guest.facts.name)
+        here = f"host {request.source_host}"
+        preflight.libvirt_can(guest.libvirt_version, here, guest.facts.name)
         source, destination = (
             ask_host(host, self._instance, settings.host_timeout, lambda: self._enter("checking"))
             for host in (self._peers.source, self._peers.destination)

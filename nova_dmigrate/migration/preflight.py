@@ -3,12 +3,14 @@
 
 `examine` looks at the domain and at what is asked for; `hosts_agree` at what both host services
 say of themselves. What they find missing is raised as `FallBack`, in the order of the operator's
-interest; `volumes_of` names the disks that the destination may read.
+interest; `volumes_of` names the disks that the destination may read. Who wants to know all that is
+amiss has the same from `domain_obstacles`, `host_obstacles`, `pair_obstacles` and `disks_of`.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from nova_dmigrate import exception
 from nova_dmigrate.migration.domain import Disk, Domain
 from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.request import AgentTransport, MigrationRequest, Mode
@@ -19,7 +21,7 @@ from nova_dmigrate.volumes import ImageLocation, VolumeSpec
 #: libvirt from which on the migration's URI may be unix:PATH.
 _UNIX_SOCKETS = 6_008_000
 #: The oldest QEMU that is tried, numbered as libvirt does.
-OLDEST_QEMU = 7_002_000
+_OLDEST_QEMU = 7_002_000
 #: Kinds of disks in the XML, or protocols of network disks, and the driver that reads them.
 _DRIVERS = {"block": "block", "file": "block", "rbd": "rbd"}
 #: Formats of devices and files that are not raw, and the driver that reads them.
@@ -40,21 +42,29 @@ class Elsewhere:
 
 _NOT_THERE = Elsewhere(obstacle="is no volume that the destination has connected")
 
+#: Why the migration has to be the ordinary one, one reason after the other.
+Obstacles = Iterator[exception.FallBack]
+
 
 def examine(domain: Domain, request: MigrationRequest) -> None:
     """Check what the domain and the request alone tell.
 
     :raises FallBack: the migration has to be the ordinary one.
     """
+    _expect_none(domain_obstacles(domain, request))
+
+
+def domain_obstacles(domain: Domain, request: MigrationRequest) -> Obstacles:
+    """What the domain and the request alone tell against relays."""
     if request.mode is Mode.ORDINARY:
-        raise because(Reason.ASKED, domain.name)
+        yield because(Reason.ASKED, domain.name)
     if domain.host_devices:
         devices = ", ".join(domain.host_devices)
-        raise because(Reason.HOST_DEVICES, domain.name, devices=devices)
+        yield because(Reason.HOST_DEVICES, domain.name, devices=devices)
     if request.agent_transport is AgentTransport.NONE:
-        raise because(Reason.NO_AGENT, domain.name)
+        yield because(Reason.NO_AGENT, domain.name)
     if request.agent_transport is AgentTransport.CHANNEL and domain.channel is None:
-        raise because(Reason.NO_AGENT_PORT, domain.name, port=PORT_NAME)
+        yield because(Reason.NO_AGENT_PORT, domain.name, port=PORT_NAME)
 
 
 def volumes_of(
@@ -68,6 +78,22 @@ def volumes_of(
     :raises FallBack: there is none.
     """
     found, missing = [], []
+    for disk, volume in disks_of(domain, drivers, elsewhere):
+        if isinstance(volume, VolumeSpec):
+            found.append(volume)
+        else:
+            missing.append(f"{disk.target} {volume}")
+    if not found:
+        raise because(Reason.NO_VOLUMES, domain.name, disks="; ".join(missing) or "there are none")
+    return tuple(found)
+
+
+def disks_of(
+    domain: Domain, drivers: Sequence[str], elsewhere: Mapping[str, Elsewhere] | None = None
+) -> Iterator[tuple[Disk, VolumeSpec | str]]:
+    """All disks: each with the volume that the destination may read, or with the reason why it may
+    not, as the rest of a sentence about the disk. Parameters as of `volumes_of`.
+    """
     for disk in domain.disks:
         there = Elsewhere(disk.location)
         if elsewhere is not None:
@@ -76,15 +102,12 @@ def volumes_of(
         driver = _driver(disk, raw_only=elsewhere is not None)
         obstacle = _unreadable(disk, driver, drivers) or there.obstacle
         if driver is None or obstacle:
-            missing.append(f"{disk.target} {obstacle}")
+            yield disk, obstacle
         else:
             location = there.location
             if driver == "nbd":
                 location = str(ImageLocation(disk.format, location))
-            found.append(VolumeSpec(disk.serial, driver, location))
-    if not found:
-        raise because(Reason.NO_VOLUMES, domain.name, disks="; ".join(missing) or "there are none")
-    return tuple(found)
+            yield disk, VolumeSpec(disk.serial, driver, location)
 
 
 def _driver(disk: Disk, raw_only: bool) -> str | None:
@@ -116,10 +139,17 @@ def host_ready(host: HostState, instance: str) -> None:
 
     :raises FallBack: the migration has to be the ordinary one.
     """
+    _expect_none(host_obstacles(host, instance))
+
+
+def host_obstacles(host: HostState, instance: str) -> Obstacles:
+    """What the service of one host tells against relays there."""
     if host.draining:
-        raise because(Reason.HOST_DRAINING, instance, host=host.host)
+        yield because(Reason.HOST_DRAINING, instance, host=host.host)
     if host.obstacle:
-        raise because(Reason.CONFINED, instance, host=host.host, why=host.obstacle)
+        yield because(Reason.CONFINED, instance, host=host.host, why=host.obstacle)
+    if host.libvirt_version is not None:
+        yield from _old_libvirt(host.libvirt_version, f"host {host.host}", instance)
 
 
 def encrypted_as_well(domain: Domain, encrypted: bool, source: HostState) -> None:
@@ -132,14 +162,33 @@ def encrypted_as_well(domain: Domain, encrypted: bool, source: HostState) -> Non
         raise because(Reason.NATIVE_TLS, domain.name)
 
 
-def libvirt_can(version: int, instance: str) -> None:
-    """See that the source's libvirt migrates over UNIX sockets.
+def libvirt_can(version: int, place: str, instance: str) -> None:
+    """See that a libvirt migrates over UNIX sockets.
 
     :param version: as libvirt has it, a million times the major one and so on.
+    :param place: where it is, for people.
     :raises FallBack: it does not.
     """
+    _expect_none(_old_libvirt(version, place, instance))
+
+
+def _old_libvirt(version: int, place: str, instance: str) -> Obstacles:
     if version < _UNIX_SOCKETS:
-        raise because(Reason.OLD_LIBVIRT, instance, version=version_text(version))
+        text = version_text(version)
+        yield because(Reason.OLD_LIBVIRT, instance, version=text, place=place)
+
+
+def untried_qemu(version: int) -> str | None:
+    """What there is to say of a QEMU that is older than any that was tried; None if it is not.
+
+    No migration is an ordinary one for that: relays pass through what they do not understand.
+
+    :param version: as libvirt has it.
+    """
+    if version >= _OLDEST_QEMU:
+        return None
+    oldest = version_text(_OLDEST_QEMU)
+    return f"QEMU {version_text(version)} is older than any that was tried, {oldest} the first"
 
 
 def version_text(version: int) -> str:
@@ -154,8 +203,13 @@ def hosts_agree(domain: Domain, source: HostState, destination: HostState) -> No
     """
     host_ready(source, domain.name)
     host_ready(destination, domain.name)
-    _sockets_for_qemu(domain, source, destination)
-    hosts_compatible(source, destination, domain.name)
+    _expect_none(pair_obstacles(domain, source, destination))
+
+
+def pair_obstacles(domain: Domain, source: HostState, destination: HostState) -> Obstacles:
+    """What stands between a domain and relays of both hosts, each of which may be ready."""
+    yield from _sockets_for_others(domain, source, destination)
+    yield from _incompatible(source, destination, domain.name)
 
 
 def hosts_compatible(source: HostState, destination: HostState, instance: str) -> None:
@@ -163,12 +217,16 @@ def hosts_compatible(source: HostState, destination: HostState, instance: str) -
 
     :raises FallBack: they cannot.
     """
+    _expect_none(_incompatible(source, destination, instance))
+
+
+def _incompatible(source: HostState, destination: HostState, instance: str) -> Obstacles:
     if source.tls != destination.tls:
-        raise because(Reason.TLS_DIFFERS, instance)
+        yield because(Reason.TLS_DIFFERS, instance)
     if not set(source.wire_versions) & set(destination.wire_versions):
-        raise because(Reason.WIRE_DIFFERS, instance)
+        yield because(Reason.WIRE_DIFFERS, instance)
     if source.socket_directory != destination.socket_directory:
-        raise because(
+        yield because(
             Reason.SOCKETS_DIFFER,
             instance,
             ours=source.socket_directory,
@@ -176,11 +234,9 @@ def hosts_compatible(source: HostState, destination: HostState, instance: str) -
         )
 
 
-def _sockets_for_qemu(domain: Domain, source: HostState, destination: HostState) -> None:
-    """See that the sockets of relays are for the user that QEMU runs as: otherwise it cannot use
-    them, which libvirt tells too late.
-
-    :raises FallBack: they are not.
+def _sockets_for_others(domain: Domain, source: HostState, destination: HostState) -> Obstacles:
+    """Sockets of relays that are not for the user that QEMU runs as: it cannot use them, which
+    libvirt tells too late.
     """
     user = domain.qemu_user
     # Numbers of accounts differ from host to host, but not root's
@@ -189,4 +245,10 @@ def _sockets_for_qemu(domain: Domain, source: HostState, destination: HostState)
     for host, right in pairs:
         if not right and None not in (user, host.qemu_user):
             why = f"QEMU runs as user {user}, they are for user {host.qemu_user} ([host]qemu_user)"
-            raise because(Reason.CONFINED, domain.name, host=host.host, why=why)
+            yield because(Reason.CONFINED, domain.name, host=host.host, why=why)
+
+
+def _expect_none(obstacles: Obstacles) -> None:
+    """:raises FallBack: the first of them."""
+    for obstacle in obstacles:
+        raise obstacle

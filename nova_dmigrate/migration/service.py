@@ -8,23 +8,20 @@ import logging
 import socket
 import threading
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import libvirt  # type: ignore[import-untyped]
 from oslo_config import cfg
 
-from nova_dmigrate import exception
-from nova_dmigrate.findings import Finding, Severity
-from nova_dmigrate.migration import history, preflight
+from nova_dmigrate.findings import Finding
+from nova_dmigrate.migration import history
 from nova_dmigrate.migration.libvirt_guest import LibvirtGuest, open_libvirt
 from nova_dmigrate.migration.orchestrator import Migration
-from nova_dmigrate.migration.peers import host_client, open_peers, settings_from
+from nova_dmigrate.migration.peers import open_peers, settings_from
 from nova_dmigrate.migration.progress import Progress
-from nova_dmigrate.migration.relayed import Peers
-from nova_dmigrate.migration.request import AgentTransport, MigrationRequest
-from nova_dmigrate.migration.settings import OrchestrationSettings
+from nova_dmigrate.migration.readiness import Readiness
+from nova_dmigrate.migration.request import MigrationRequest
 from nova_dmigrate.migration.summary import MigrationSummary, new_id
-from nova_dmigrate.rpc.host_messages import HostState
 
 LOG = logging.getLogger(__name__)
 
@@ -46,7 +43,10 @@ def migrate(
     settings = settings_from(config)
     with contextlib.ExitStack() as stack:
         guest = stack.enter_context(LibvirtGuest(request.connect_uri, request.domain))
-        peers = stack.enter_context(_peers(request, config, settings, guest))
+        instance = request.instance or guest.facts.uuid
+        peers = stack.enter_context(
+            open_peers(request, config, settings, instance, guest.facts.channel)
+        )
         summary = Migration(
             migration_id,
             request,
@@ -62,41 +62,7 @@ def migrate(
 
 def check(request: MigrationRequest, config: cfg.ConfigOpts) -> list[Finding]:
     """What speaks for and against a migration through the relays, without changing anything."""
-    request = with_hosts(request, config)
-    settings = settings_from(config)
-    found: list[Finding] = []
-    states: list[HostState] = []
-    with contextlib.ExitStack() as stack:
-        guest: LibvirtGuest | None = None
-        if request.domain:
-            guest = stack.enter_context(LibvirtGuest(request.connect_uri, request.domain))
-            with _noted(found):
-                preflight.examine(guest.facts, request)
-                preflight.libvirt_can(guest.libvirt_version, guest.facts.name)
-        names = [request.source_host, request.destination_host]
-        for name in names:
-            if not name:
-                continue
-            client = stack.enter_context(host_client(name, config, settings))
-            with _noted(found):
-                states.append(client.hello(settings.host_timeout))
-                found.append(_well("host", f"the service of host {name} answers"))
-        if guest is None:
-            return found
-        with _noted(found):
-            if len(states) == len(names):
-                preflight.hosts_agree(guest.facts, *states)
-                preflight.encrypted_as_well(guest.facts, request.tls, states[0])
-            drivers = states[-1].drivers if states else ("block",)
-            volumes = preflight.volumes_of(guest.facts, drivers)
-            names_of = ", ".join(each.location for each in volumes)
-            found.append(_well("volumes", f"the destination may read {names_of}"))
-        if states and request.agent_transport is not AgentTransport.NONE:
-            peers = stack.enter_context(_peers(request, config, settings, guest))
-            with _noted(found), peers.agent(peers.source) as agent:
-                for each in agent.describe().findings:
-                    found.append(Finding(each.code, Severity(each.severity), each.message))
-    return found
+    return Readiness(with_hosts(request, config), config).findings()
 
 
 def with_hosts(request: MigrationRequest, config: cfg.ConfigOpts) -> MigrationRequest:
@@ -120,34 +86,9 @@ def _host_of(uri: str, patience: float) -> str | None:
     except ValueError:
         return name
     try:
-        connection = open_libvirt(uri, patience)
+        with contextlib.closing(open_libvirt(uri, patience)) as connection:
+            hostname: str = connection.getHostname()
+            return hostname
     except libvirt.libvirtError as error:
         LOG.info("libvirt at %s does not tell its name: %s", uri, error)
         return name
-    with contextlib.closing(connection):
-        hostname: str = connection.getHostname()
-        return hostname
-
-
-def _peers(
-    request: MigrationRequest,
-    config: cfg.ConfigOpts,
-    settings: OrchestrationSettings,
-    guest: LibvirtGuest,
-) -> contextlib.AbstractContextManager[Peers]:
-    instance = request.instance or guest.facts.uuid
-    return open_peers(request, config, settings, instance, guest.facts.channel)
-
-
-@contextlib.contextmanager
-def _noted(found: list[Finding]) -> Iterator[None]:
-    """What is raised within becomes a finding."""
-    try:
-        yield
-    except exception.DMigrateError as error:
-        code = str(error.kwargs.get("code") or "error")
-        found.append(Finding(code, Severity.PROBLEM, str(error)))
-
-
-def _well(code: str, message: str) -> Finding:
-    return Finding(code, Severity.OK, message)

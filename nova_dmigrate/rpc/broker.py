@@ -82,6 +82,7 @@ class BrokerTransport(Transport):
     :param name: the instance whose agent is asked, or the host.
     :param url: transport URL; for an agent that with the instance's virtual host.
     :param conf: options of oslo.messaging (TLS, ...); see `set_defaults`.
+    :raises ConfigurationError: no broker can be at such a URL.
     """
 
     def __init__(
@@ -90,16 +91,22 @@ class BrokerTransport(Transport):
         self._name = name
         self._protocol = protocol
         conf = conf or make_conf()
-        parsed = oslo_messaging.TransportURL.parse(conf, url)
+        try:
+            parsed = oslo_messaging.TransportURL.parse(conf, url)
+            # No exception class of the other side's choice is ever made here
+            self._transport = oslo_messaging.get_rpc_transport(
+                conf, url=parsed, allowed_remote_exmods=[]
+            )
+        except (oslo_messaging.MessagingException, ValueError) as error:
+            # The URL has a password in it
+            raise exception.ConfigurationError(
+                reason=f"the transport URL of the broker for {protocol.server}s: {error}"
+            ) from error
         self._addresses = [
             (host.hostname, host.port or _AMQP_PORT)
             for host in parsed.hosts
             if parsed.transport == "rabbit"
         ]
-        # No exception class of the other side's choice is ever made here
-        self._transport = oslo_messaging.get_rpc_transport(
-            conf, url=parsed, allowed_remote_exmods=[]
-        )
         target = oslo_messaging.Target(
             exchange=protocol.exchange,
             topic=protocol.topic,

@@ -20,7 +20,7 @@ def versions(host: CheckedHost) -> Result:
         return failure(f"The Python binding of libvirt cannot be used: {error}")
     try:
         found = hypervisor_of(uri)
-        preflight.libvirt_can(found.libvirt_version, uri)
+        preflight.libvirt_can(found.libvirt_version, uri, uri)
     except exception.HypervisorError as error:
         return failure(f"{error} (see [host]libvirt_uri)")
     except exception.FallBack as error:
@@ -28,7 +28,7 @@ def versions(host: CheckedHost) -> Result:
     if found.kind != "QEMU":
         return failure(f"libvirt at {uri} has no QEMU but {found.kind} (see [host]libvirt_uri)")
     both = f"libvirt {version_text(found.libvirt_version)}, QEMU {version_text(found.version)}"
-    if found.version < preflight.OLDEST_QEMU:
-        oldest = version_text(preflight.OLDEST_QEMU)
-        return warning(f"{both}: QEMU is older than any that was tried, {oldest} the first")
+    untried = preflight.untried_qemu(found.version)
+    if untried is not None:
+        return warning(f"{both}: {untried}")
     return well(both)

@@ -182,10 +182,12 @@ class PreflightTest(base.TestCase):
         self.assertEqual("native-tls", found)
 
     def test_a_libvirt_that_knows_no_unix_sockets_is_named(self):
-        preflight.libvirt_can(6_008_000, "i")
-        error = self.assertRaises(exception.FallBack, preflight.libvirt_can, 6_007_001, "i")
+        preflight.libvirt_can(6_008_000, "host a", "i")
+        error = self.assertRaises(
+            exception.FallBack, preflight.libvirt_can, 6_007_001, "host a", "i"
+        )
         self.assertEqual("old-libvirt", error.kwargs["code"])
-        self.assertIn("libvirt 6.7.1", str(error))
+        self.assertIn("libvirt 6.7.1 at host a ", str(error))
 
     def test_the_user_of_qemu_is_told(self):
         dynamic = "<seclabel type='dynamic' model='dac' relabel='yes'><label>{}</label></seclabel>"
@@ -219,8 +221,10 @@ class PreflightTest(base.TestCase):
     def test_both_hosts_must_agree(self):
         found = domain()
         preflight.hosts_agree(found, host(), host())
+        preflight.hosts_agree(found, host(libvirt_version=6_008_000), host(qemu_version=1))
         for code, other in (
             ("host-draining", host(draining=True)),
+            ("old-libvirt", host(libvirt_version=6_007_001)),
             ("tls-differs", host(tls=False)),
             ("wire-differs", host(wire_versions=(2, 3))),
             ("sockets-differ", host(socket_directory="/run/elsewhere")),
