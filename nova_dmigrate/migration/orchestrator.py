@@ -6,10 +6,12 @@ ordinary one (`FallBack`). After that it succeeds or fails as one of libvirt's d
 runs on exactly one side.
 """
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from nova_dmigrate import exception
 from nova_dmigrate.migration import leftovers, preflight
@@ -34,6 +36,7 @@ class Migration:
     """Carries out one request. Call :meth:`run` once.
 
     :param migration_id: names it in files, logs and on the hosts.
+    :param peers: opens the ways to the services and to the agent, which only relays need.
     :param on_progress: called when a phase begins, and a few times a second while memory is sent.
     :param cancelled: gives the migration up when it is set; a finished switchover stands.
     """
@@ -44,7 +47,7 @@ class Migration:
         request: MigrationRequest,
         settings: OrchestrationSettings,
         guest: LibvirtGuest,
-        peers: Peers,
+        peers: Callable[[], AbstractContextManager[Peers]],
         on_progress: Callable[[Progress], None],
         cancelled: threading.Event,
     ) -> None:
@@ -98,14 +101,42 @@ class Migration:
 
         :raises FallBack: before libvirt was asked for anything.
         """
+        with contextlib.ExitStack() as stack:
+            relayed = self._prepare(stack)
+            ends = stack.pop_all()
+        try:
+            return self._migrate_relayed(relayed)
+        finally:
+            self._leave(ends)
+
+    def _prepare(self, stack: contextlib.ExitStack) -> RelayedMigration:
+        """Relays that are ready, until the stack is closed.
+
+        :raises FallBack: the migration has to be the ordinary one.
+        :raises MigrationCancelled: it was cancelled.
+        """
+        try:
+            return self._open(stack)
+        except (exception.FallBack, exception.MigrationCancelled):
+            raise
+        except exception.ConfigurationError as error:
+            raise because(Reason.CONFIGURATION, self._instance, error=error) from error
+        except Exception as error:
+            # Nothing of ours may keep a guest from being migrated as it always was
+            LOG.exception("Instance %s: the relays cannot be prepared", self._instance)
+            why = f"{type(error).__name__}: {error}"
+            raise because(Reason.UNEXPECTED, self._instance, error=why) from error
+
+    def _open(self, stack: contextlib.ExitStack) -> RelayedMigration:
         self._enter("checking")
         guest, request, settings = self._guest, self._request, self._settings
         preflight.examine(guest.facts, request)
         here = f"host {request.source_host}"
         preflight.libvirt_can(guest.libvirt_version, here, guest.facts.name)
+        peers = stack.enter_context(self._peers())
         source, destination = (
             ask_host(host, self._instance, settings.host_timeout, lambda: self._enter("checking"))
-            for host in (self._peers.source, self._peers.destination)
+            for host in (peers.source, peers.destination)
         )
         preflight.hosts_agree(guest.facts, source, destination)
         preflight.encrypted_as_well(guest.facts, request.tls, source)
@@ -120,7 +151,7 @@ class Migration:
             self._id,
             self._instance,
             subject,
-            self._peers,
+            peers,
             settings,
             terms_of(request, settings, source, destination),
             source.socket_directory,
@@ -128,11 +159,15 @@ class Migration:
             enter=self._enter,
             map_first=request.mode is Mode.REQUIRED,
         )
+        stack.callback(self._account.note_relays, relayed)
+        return stack.enter_context(relayed)
+
+    def _leave(self, ends: contextlib.ExitStack) -> None:
+        """Give up the relays. The guest is where it is, so nothing of this may fail."""
         try:
-            with relayed:
-                return self._migrate_relayed(relayed)
-        finally:
-            self._account.note_relays(relayed)
+            ends.close()
+        except Exception:
+            LOG.exception("Instance %s: the relays are left alone", self._instance)
 
     def _run_ordinary(self) -> str | None:
         """Migrate as libvirt does; why it failed, None if it has not."""
@@ -229,6 +264,7 @@ class Migration:
 
     def _downtime_limit(self) -> int | None:
         """The limit that was asked for, in milliseconds; None to keep libvirt's."""
+        # No request asks for 0, which is the configuration's word for None
         return self._request.max_downtime_ms or self._settings.max_downtime_ms or None
 
     # What is told

@@ -41,18 +41,15 @@ def migrate(
     migration_id = new_id()
     request = with_hosts(request, config)
     settings = settings_from(config)
-    with contextlib.ExitStack() as stack:
-        guest = stack.enter_context(LibvirtGuest(request.connect_uri, request.domain))
+    with LibvirtGuest(request.connect_uri, request.domain) as guest:
         instance = request.instance or guest.facts.uuid
-        peers = stack.enter_context(
-            open_peers(request, config, settings, instance, guest.facts.channel)
-        )
+        channel = guest.facts.channel
         summary = Migration(
             migration_id,
             request,
             settings,
             guest,
-            peers,
+            lambda: open_peers(request, config, settings, instance, channel),
             on_progress,
             threading.Event() if cancelled is None else cancelled,
         ).run()
