@@ -32,6 +32,7 @@ ROWS: dict[str, tuple[Callable[[base.MigrationTest], None], str]] = {
     "source_draining": (changed("src", draining=True), "host-draining"),
     "destination_draining": (changed("dest", draining=True), "host-draining"),
     "confined": (changed("dest", obstacle="SELinux"), "confined"),
+    "old_libvirt": (changed("dest", libvirt_version=6_007_001), "old-libvirt"),
     "tls_differs": (changed("dest", tls=True), "tls-differs"),
     "wire_differs": (changed("dest", wire_versions=(2,)), "wire-differs"),
     "sockets_differ": (changed("dest", socket_directory="/elsewhere"), "sockets-differ"),

@@ -2,6 +2,7 @@
 """Whole migrations of a database guest between two libvirt hosts, as an operator orders them."""
 
 import contextlib
+import json
 import subprocess
 import sys
 import threading
@@ -121,6 +122,58 @@ class TestOrchestration(base.TestCase):
         self.addCleanup(lambda: self.assertTrue(done.is_set(), "it never came to the middle"))
         return on_progress
 
+    # Before
+
+    def test_what_is_ready_and_what_is_not_can_be_checked_before(self) -> None:
+        found = self.found()
+        # The system's disk has no serial
+        usual = ["domain", "host", "host", "unread-disk", "volume"]
+        self.assertEqual(usual, [each["code"] for each in found][: len(usual)], found)
+        self.assertGreater(len(found), len(usual), "the agent has something to say")
+        self.assertNotIn("problem", [each["severity"] for each in found], found)
+        self.services.kill(self.destination)
+        try:
+            found = self.found()
+        finally:
+            self.services.start(self.destination)
+        codes = [each["code"] for each in found if each["severity"] == "problem"]
+        self.assertEqual(["host-unreachable"], codes, found)
+        self.assertIn("volume", [each["code"] for each in found])
+
+    def test_services_tell_the_versions_of_libvirt_and_qemu(self) -> None:
+        with contextlib.closing(self.source.connect()) as connection:
+            versions = (connection.getLibVersion(), connection.getVersion())
+        with self.services.client(self.source) as client:
+
+            def told() -> bool:
+                state = client.hello()
+                return (state.libvirt_version, state.qemu_version) == versions
+
+            wait_until(told, "the service has asked libvirt")
+
+    def found(self) -> list[dict[str, str]]:
+        """What `check` finds; its exit status tells whether there is a problem."""
+        checked = self.command(
+            *("check", self.domain.name, self.destination.peer_uri, "--format", "json"),
+            *("--connect", self.source.uri, "--instance", database_guest.INSTANCE),
+            *("--source-host", self.source.name, "--destination-host", self.destination.name),
+        )
+        found: list[dict[str, str]] = json.loads(checked.stdout)
+        bad = any(each["severity"] == "problem" for each in found)
+        self.assertEqual(int(bad), checked.returncode, checked.stderr)
+        return found
+
+    def command(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        """The command line, as an operator has it."""
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "nova_dmigrate.cmd.cli.app"]
+            + ["--config-file", str(self.directory / "operator.conf"), *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
     # Through the relays
 
     def test_a_guest_migrates_through_the_relays_and_its_database_is_as_it_was(self) -> None:
@@ -148,15 +201,7 @@ class TestOrchestration(base.TestCase):
         self.assertEqual(sorted(counted), counted)
         self.assertGreater(counted[-1], 0)
         path = self.directory / "report.html"
-        reported = subprocess.run(
-            [sys.executable, "-W", "ignore", "-m", "nova_dmigrate.cmd.cli.app"]
-            + ["--config-file", str(self.directory / "operator.conf")]
-            + ["report", summary.id, "--output", str(path)],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        reported = self.command("report", summary.id, "--output", str(path))
         self.assertEqual(0, reported.returncode, reported.stderr)
         self.assertIn(
             "throughput by path, database queries, database latency. The downtime is marked.",
