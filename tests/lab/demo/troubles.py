@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What goes on besides while guests migrate: a network that others use or that gets narrow, a
 volume that cannot be read for a while.
+
+Where a trouble does not come, or ends too soon, what was measured is not what it is called: they
+all raise ClientError then.
 """
 
 import contextlib
@@ -10,8 +13,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from tests.lab.demo.clients import ClientError
 from tests.lab.demo.stage import Stage
 from tests.lab.loop_device import LoopDevice
 from tests.lab.processes import end
@@ -54,6 +59,8 @@ def background_traffic(stage: Stage) -> Iterator[None]:
         )
         try:
             yield
+            if sender.poll() is not None:
+                raise ClientError("the traffic in the background has ended by itself")
         finally:
             end(sender)
     finally:
@@ -100,21 +107,28 @@ def _for_a_while(
     over = threading.Event()
     enough = sum(stage.hosts.link.counters()) + COMES * stage.shape.network * 1e6
 
-    def work() -> None:
+    def came() -> bool:
         while sum(stage.hosts.link.counters()) < enough:
             if over.wait(0.2):
-                return
-        begin()
-        over.wait(STAYS)
-        finish()
+                return False
+        try:
+            begin()
+            over.wait(STAYS)
+        finally:
+            finish()
+        return True
 
-    thread = threading.Thread(target=work, name="trouble", daemon=True)
-    thread.start()
+    with ThreadPoolExecutor(1, "trouble") as pool:
+        trouble = pool.submit(came)
+        try:
+            yield
+        finally:
+            over.set()
     try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+        if not trouble.result():
+            raise ClientError("the trouble never came: the network has carried too little")
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ClientError(f"the trouble did not come, or did not go: {error}") from error
 
 
 def _limit(device: Path, size: int) -> None:
