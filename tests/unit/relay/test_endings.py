@@ -290,14 +290,14 @@ class TestIdle(EndingTestCase):
         self.assertIn("QEMU has not begun", pair.destination_summary["reason"])
 
     def test_who_has_begun_has_all_the_time(self) -> None:
-        settings = RelaySettings(idle_timeout=0.5)
+        settings = RelaySettings(idle_timeout=3)
         guest = FakeGuest(3, ram_pages=PAGES)
         pair = self.pair(guest, source_settings=settings, destination_settings=settings)
         (stream,) = pair.chunks
 
         def send(qemu: socket.socket) -> None:
             qemu.sendall(stream[: len(stream) // 2])
-            threading.Event().wait(1.0)
+            threading.Event().wait(3.5)
             qemu.sendall(stream[len(stream) // 2 :])
 
         pair.sender = send
