@@ -140,6 +140,7 @@ class DatabaseSeriesTest(base.TestCase):
         self.assertEqual((), series.samples)
 
     def test_an_agent_that_may_not_log_in_does_not_try_again_and_again(self) -> None:
+        self.timeout = PATIENCE
         with self.agent(LockedOut()) as agent, self.series() as series:
             self.wait(lambda: not threads(), "it is given up")
             self.assertEqual(1, agent.asked)
