@@ -27,7 +27,7 @@ PASSPHRASE = "correct horse battery staple"
 #: Seconds of the reader; a busy machine takes its time, and nothing here depends on how long.
 TIMEOUT = 20.0
 #: Where it shall not wait.
-SHORT = 1.0
+SHORT = 3.0
 
 #: A process that opens an image, tells the number of its daemon, and waits to be ended.
 HOLDER = """
@@ -416,7 +416,7 @@ class FailureTest(NbdTestCase):
         os.kill(self.daemon(reader), signal.SIGSTOP)
         try:
             for error in self.blocks(reader):
-                self.assertIn("no answer for 1 seconds", str(error))
+                self.assertIn(f"no answer for {SHORT:g} seconds", str(error))
         finally:
             os.kill(self.daemon(reader), signal.SIGCONT)
         wait_until(lambda: not any(self.blocks(reader)), "the reader recovers")
