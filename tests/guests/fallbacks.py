@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import tempfile
-import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from nova_dmigrate.migration.progress import Progress
 from nova_dmigrate.migration.request import AgentTransport, Mode
 from nova_dmigrate.rpc import host_messages
+from tests.lab.guest import GuestError
 from tests.lab.relays import wait_until
 
 if TYPE_CHECKING:  # whoever only reads the table needs no libvirt
@@ -269,17 +269,25 @@ def _agent_stopped(place: Place) -> Iterator[Options]:
 
 @contextlib.contextmanager
 def _agent_stopped_later(place: Place) -> Iterator[Options]:
-    """It has answered once by then."""
-    stopped = threading.Event()
+    """It has answered once by then, and does so again when all of memory has been sent."""
+    sent: set[str] = set()
+
+    def send_once(signal: str) -> None:
+        if signal not in sent:
+            sent.add(signal)
+            place.domain.guest.run(f"kill -{signal} $(</run/agent.pid)")
 
     def on_progress(progress: Progress) -> None:
-        if progress.phase == "starting relays" and not stopped.is_set():
-            stopped.set()
-            place.domain.guest.run("kill -STOP $(</run/agent.pid)")
+        if progress.phase == "waiting":  # the map has just been asked for
+            send_once("STOP")
+        elif progress.phase == "converging":
+            # When the guest has moved before it could answer, it has been done all the same
+            with contextlib.suppress(GuestError):
+                send_once("CONT")
 
     try:
-        # In the end it is waited for so long; and then it restores by itself
-        with place.services.operating(migration__agent_timeout=10, migration__lease=10):
+        # So long it is waited for; and what it does not restore, it does by itself
+        with place.services.operating(migration__agent_timeout=30, migration__lease=10):
             yield {"on_progress": on_progress}
     finally:
         place.domain.guest.run("kill -CONT $(</run/agent.pid)")

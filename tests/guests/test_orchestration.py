@@ -82,7 +82,10 @@ class TestOrchestration(base.TestCase):
         """Have the guest migrated while its database works; how it went."""
         self.domain.guest.sql("UPDATE pace SET changes = 1; SET GLOBAL event_scheduler = ON")
         return self.services.migrate(
-            self.domain.name, self.source, self.destination, max_downtime_ms=1000, **options
+            self.domain.name,
+            self.source,
+            self.destination,
+            **{"max_downtime_ms": 1000, **options},
         )
 
     def check_guest(self, summary: MigrationSummary) -> None:
@@ -110,11 +113,13 @@ class TestOrchestration(base.TestCase):
         )
 
     def in_the_middle(self, action: Callable[[], None]) -> Callable[[Progress], None]:
-        """Do something once, when a good part of the guest's memory has been sent."""
+        """Do something once, when a good part of the guest's memory has been sent. Where nothing
+        was told for long, that may be all of it.
+        """
         done = threading.Event()
 
         def on_progress(progress: Progress) -> None:
-            if progress.phase == "migrating" and progress.guest_bytes > 64 << 20:
+            if progress.phase in ("migrating", "converging") and progress.guest_bytes > 64 << 20:
                 if not done.is_set():
                     done.set()
                     action()
@@ -272,8 +277,13 @@ class TestOrchestration(base.TestCase):
         before = self.settings()
         self.hosts.shape(SLOW)
         self.addCleanup(self.hosts.heal)
-        # Relays are required, so that nothing is tried a second time. No end but failure is left.
-        summary = self.order(mode=Mode.REQUIRED, on_progress=self.in_the_middle(self.hosts.cut))
+        # Relays are required, so that nothing is tried a second time; and the guest hardly may stop
+        # for its last pages. No end but failure is left.
+        summary = self.order(
+            mode=Mode.REQUIRED,
+            max_downtime_ms=1,
+            on_progress=self.in_the_middle(self.hosts.cut),
+        )
         self.assertEqual(("failed", "dmigrate", None), _way(summary), summary)
         self.assertTrue(summary.error)
         # Both hosts clean up while they cannot reach each other.
