@@ -226,8 +226,10 @@ class _Blow:
             finally:
                 struck.set()
             revive()
+            if self._drill.victim == CANCEL:
+                return  # the migration's steps are to see it before QEMU is quick
             self._scene.hosts.shape(None)
-            if self._drill.phase == CONVERGING and self._drill.victim != CANCEL:
+            if self._drill.phase == CONVERGING:
                 self._let_switch_over()
         except Exception as error:  # noqa: BLE001 - told with the drill's outcome
             self.trouble.append(f"the drill itself failed: {error!r}")
