@@ -21,7 +21,7 @@ from nova_dmigrate.migration.summary import COMPLETED, DMIGRATE
 from tests.lab import database_image
 from tests.lab.demo import drills
 from tests.lab.demo.compare import say
-from tests.lab.demo.footprint import Footprint
+from tests.lab.demo.footprint import FEW, Footprint
 from tests.lab.demo.scene import HASTY, Scene
 from tests.lab.demo.settings import WrongSetting, available_release, shape_from
 from tests.lab.demo.stage import Shape, Stage
@@ -49,12 +49,13 @@ class Soak:
 def soak(scene: Scene, count: int, say: Callable[[str], None] = lambda text: None) -> Soak:
     """Migrate there and back until ``count`` migrations have been, an even number.
 
-    What the second half adds to what programs take is a leak. It ends early when a migration is not
-    as it should be.
+    What the second half adds to what programs take is a leak; if that were too few to tell, what
+    the last few add. It ends early when a migration is not as it should be.
     """
     settings, trouble = scene.settings(), []
     first = middle = last = Footprint.of(scene, 0)
-    half = WARM_UP + (count - WARM_UP) // 4 * 2  # the guest is on the same host as at the end
+    # The guest is on the same host as at the end
+    half = max(WARM_UP, min(WARM_UP + (count - WARM_UP) // 4 * 2, count - FEW))
     for number in range(1, count + 1):
         try:
             summary = scene.migrate(mode=Mode.REQUIRED)
