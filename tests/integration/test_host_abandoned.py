@@ -8,11 +8,14 @@ from tests.integration.host_base import ended
 from tests.lab.host_services import ServedPair
 from tests.lab.relays import wait_until
 
+#: Seconds in which three relays start one after the other, also on a busy machine.
+IDLE = 20
+
 
 class IdleTest(host_base.Hosts):
     @classmethod
     def options(cls) -> dict[str, object]:
-        return {"relay__idle_timeout": 5}
+        return {"relay__idle_timeout": IDLE}
 
     def test_relays_without_qemu_end_though_their_service_never_returns(self) -> None:
         pair = self.pair()
@@ -35,7 +38,7 @@ class IdleTest(host_base.Hosts):
         for relay in (pair.source, pair.destination, alone.destination):
             state = relay.client.session(relay.session_id)
             self.assertIn(state.state, ("failed", "cancelled"))
-        self.assertIn("QEMU has not begun within 5 s", state.message)
+        self.assertIn(f"QEMU has not begun within {IDLE} s", state.message)
         for each in (pair, alone):
             each.close()
         self.assert_nothing_left()
@@ -44,15 +47,13 @@ class IdleTest(host_base.Hosts):
         pair = self.pair().open()
         migration = self.fake(pair)
         migration.send(0.5)
-        wait_until(lambda: seconds_of(pair)["bulk"] > 6, "the stream has begun long ago")
+        wait_until(lambda: seconds_of(pair)["bulk"] > IDLE + 1, "the stream has begun long ago")
         migration.finish()
 
 
 def seconds_of(pair: ServedPair) -> dict[str, float]:
     """How long the source relay has been in each stage."""
-    progress = pair.source.progress()
-    assert progress is not None
-    seconds: dict[str, float] = progress["seconds"]
+    seconds: dict[str, float] = pair.source.told()["seconds"]
     return seconds
 
 

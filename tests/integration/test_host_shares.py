@@ -24,8 +24,7 @@ class SharesTest(Hosts):
         """What each relay of the pairs may at this moment, MiB/s: network and volume."""
         found = []
         for pair in pairs:
-            source, destination = pair.source.progress(), pair.destination.progress()
-            assert source is not None and destination is not None
+            source, destination = pair.source.told(), pair.destination.told()
             found.append((source["network_bandwidth"] / MIB, destination["volume_bandwidth"] / MIB))
         return found
 
@@ -55,21 +54,23 @@ class SharesTest(Hosts):
     def test_relays_with_equal_shares_send_alike(self) -> None:
         pairs = [self.pair().open() for _ in range(2)]
         self.wait_caps([(6, 3)] * 2, *pairs)
-        migrations = [self.fake(pair, ram_pages=6144) for pair in pairs]
+        migrations = [self.fake(pair, ram_pages=12288) for pair in pairs]
         threads = [threading.Thread(target=each.send, daemon=True) for each in migrations]
         for thread in threads:
             thread.start()
-        sent: list[int] = []
 
-        def enough() -> bool:
-            found = [pair.source.progress() for pair in pairs]
-            if all(each is not None for each in found):
-                sent[:] = [each["wire_bytes"] for each in found if each is not None]
-            return bool(sent) and max(sent) > 12 * MIB
+        def sent() -> list[int]:
+            return [pair.source.told()["wire_bytes"] for pair in pairs]
 
-        wait_until(enough, "one has sent 12 MiB")
+        # From when both have begun, which one of them may do late
+        first = wait_until(lambda: min(now := sent()) > MIB and now, "both have begun")
+
+        def more() -> list[int]:
+            return [now - then for now, then in zip(sent(), first, strict=True)]
+
+        last = wait_until(lambda: max(now := more()) > 20 * MIB and now, "one has sent 20 MiB more")
         # What both relays' buffers hold is 3 MiB at most
-        self.assertGreater(min(sent), 6 * MIB, sent)
+        self.assertGreater(min(last), 10 * MIB, last)
         for migration, thread in zip(migrations, threads, strict=True):
             thread.join(PATIENCE)
             migration.finish()

@@ -206,6 +206,11 @@ class ServedRelay:
             return None
         return json.loads(text) if text else None
 
+    def told(self) -> Report:
+        """The same, once it does: a relay or service that is busy is asked again."""
+        result: Report = wait_until(self.progress, f"{self.session_id} tells of itself")
+        return result
+
 
 class ServedPair:
     """Source and destination relay of one migration, by the services of two hosts.
