@@ -9,9 +9,10 @@ from tests.integration import host_base
 from tests.lab.host_services import ServedRelay
 from tests.lab.relays import wait_until
 
-#: Seconds of a lease that is short, and of an outage that it does not outlast.
-LEASE = 3.0
-LONG = 15.0
+#: Seconds of a lease that is short, though not over before an outage is noticed, and of an outage
+#: that it does not outlast.
+LEASE = 10.0
+LONG = 20.0
 
 
 class OutageTest(host_base.Hosts):
