@@ -29,8 +29,8 @@ def oom_score(pid: int) -> int:
 class PostCopyTest(host_base.ServedGuests):
     @contextlib.contextmanager
     def under_way(self) -> Iterator[tuple[ServedPair, Guest]]:
-        """Post-copy may begin, and would take long."""
-        with self.served(POST_COPY, network_bandwidth=4 * MIB) as (pair, destination):
+        """Post-copy may begin, and would take long: half a minute."""
+        with self.served(POST_COPY, network_bandwidth=2 * MIB) as (pair, destination):
             relays.prepare(self.source, capabilities=POST_COPY)
             self.source.migrate(pair.outgoing)
             wait_until(
