@@ -123,7 +123,9 @@ class PermissionsTest(Hosts):
                     "map-not-allowed", use_map, pair.order.session_id, *map(str, files)
                 )
         use_map(pair.order.session_id, str(good), str(good))
-        wait_until(lambda: (pair.source.progress() or {})["map"] == "refused", "it was looked for")
+        wait_until(
+            lambda: (pair.source.progress() or {}).get("map") == "refused", "it was looked for"
+        )
 
     def test_an_agent_is_asked_through_the_service(self) -> None:
         ports = self.place / "ports"

@@ -11,7 +11,7 @@ from nova_dmigrate.rpc import host_messages
 from nova_dmigrate.volumes import usable_drivers
 from tests.integration.host_base import Hosts
 from tests.lab.broker import free_ports
-from tests.lab.relays import wait_until
+from tests.lab.relays import PATIENCE, wait_until
 
 
 class SessionsTest(Hosts):
@@ -20,7 +20,7 @@ class SessionsTest(Hosts):
         self.assertEqual("127.0.0.1", pair.destination.renew().host)
         migration = self.fake(pair)
         migration.send(0.5)
-        progress = wait_until(lambda: pair.source.progress(), "progress")
+        progress = pair.source.told()
         self.assertEqual(("source", "running"), (progress["role"], progress["state"]))
         migration.finish()
         migration.close()
@@ -49,7 +49,7 @@ class SessionsTest(Hosts):
         self.assertTrue((summaries / f"{newest}.json").is_file())
 
     def test_the_host_tells_of_itself(self) -> None:
-        state = self.client_of(self.one).hello()
+        state = self.client_of(self.one).hello(PATIENCE)
         self.assertEqual(("one", "127.0.0.1"), (state.host, state.migration_address))
         self.assertEqual((False, False), (state.tls, state.draining))
         self.assertEqual((usable_drivers(), 2), (state.drivers, state.max_relays))
@@ -141,7 +141,7 @@ class SessionsTest(Hosts):
         migration = self.fake(moving)
         migration.send(0.5)
         for pair in (waiting, moving):
-            pair.renew(2)
+            pair.renew(5)
         self.assertTrue(migration.broken())
         migration.close()
         self.assert_nothing_left()
@@ -158,7 +158,7 @@ class SessionsTest(Hosts):
         )
         self.assertEqual([0, 0, 1, 2], [state.queue_position for state in states])
         self.assertIn("2 destination relays run", states[3].message)
-        hello = pairs[0].destination.client.hello()
+        hello = pairs[0].destination.client.hello(PATIENCE)
         self.assertEqual((2, 2), (hello.relays, hello.queued))
         pairs[1].destination.client.close_session(pairs[1].order.session_id)
         pairs[2].destination.wait("running")
@@ -184,4 +184,4 @@ class SessionsTest(Hosts):
         for pair in pairs:
             pair.open_source()
             pair.source.wait("running")
-        self.assertEqual(4, self.client_of(self.one).hello().relays)
+        self.assertEqual(4, self.client_of(self.one).hello(PATIENCE).relays)
