@@ -69,13 +69,16 @@ class DatabaseSeriesTest(base.TestCase):
         with self.client() as asked:
             wait_for(asked.ping, "an answer")
 
-    def client(self) -> client.AgentClient:
+    def client(self, timeout: float = 5) -> client.AgentClient:
         transport = rpc_broker.BrokerTransport(ONE, self.broker.host_url(ONE), messages.AGENT)
-        return client.AgentClient(ONE, transport, client.ClientSettings(timeout=5))
+        return client.AgentClient(ONE, transport, client.ClientSettings(timeout=timeout))
 
     @contextlib.contextmanager
-    def series(self) -> Iterator[DatabaseSeries]:
-        made = DatabaseSeries(self.client, self.client, interval=0.2)
+    def series(self, timeout: float = 5) -> Iterator[DatabaseSeries]:
+        """:param timeout: seconds for one answer."""
+        made = DatabaseSeries(
+            lambda: self.client(timeout), lambda: self.client(timeout), interval=0.2
+        )
         made.start()
         try:
             yield made
@@ -171,7 +174,8 @@ class DatabaseSeriesTest(base.TestCase):
         with self.client() as asked:
             wait_for(asked.ping, "an answer")
         before = self.refused()
-        with self.series() as series:
+        # An answer that comes late would be asked for once more, and not in vain
+        with self.series(timeout=80) as series:
             wait_for(lambda: not threads(), "it is given up")
         self.assertEqual((), series.samples)
         self.assertEqual(1, self.refused() - before)
