@@ -132,7 +132,7 @@ class TestGuest(unittest.TestCase):
         before = self.source.command("sum")
         self.assertEqual(before, self.source.command("sum"))
         self.source.command("dirty 10 20 full")
-        time.sleep(0.5)
+        self.assertTrue(eventually(lambda: before != self.source.command("sum")))
         self.source.command("dirty 0 0")
         after = self.source.command("sum")
         self.assertNotEqual(before, after)
@@ -237,6 +237,12 @@ class TestHosts(unittest.TestCase):
         self.addCleanup(end, process)
         return process
 
+    def wait_for_traffic(self, host: Any) -> None:
+        """Until a sender that was started there sends: it is not connected at once."""
+        number = (host.pair.a, host.pair.b).index(host)
+        before = host.pair.counters()[number]
+        self.assertTrue(eventually(lambda: host.pair.counters()[number] > before + (1 << 20)))
+
     def test_a_shaped_link_carries_what_it_was_told_to(self) -> None:
         with HostPair() as (a, b):
             for rate in (5e6, 40e6):
@@ -254,9 +260,9 @@ class TestHosts(unittest.TestCase):
         with HostPair() as (a, b):
             a.pair.shape(5e6)
             receiver, sender = self.receiver(b, 60), self.sender(a, b.address)
-            time.sleep(0.5)
+            self.wait_for_traffic(a)
             a.pair.stall()
-            time.sleep(0.3)
+            time.sleep(1)  # what is in the queue still arrives
             before = b.run(["cat", "/proc/net/snmp"]).stdout
             time.sleep(1)
             self.assertEqual(before, b.run(["cat", "/proc/net/snmp"]).stdout)
@@ -268,7 +274,7 @@ class TestHosts(unittest.TestCase):
         with HostPair() as (a, b):
             a.pair.shape(5e6)
             receiver, sender = self.receiver(b, 1), self.sender(a, b.address)
-            time.sleep(0.5)
+            self.wait_for_traffic(a)
             a.pair.cut()
             self.assertEqual("silence\n", receiver.communicate(timeout=60)[0])
             end(sender)

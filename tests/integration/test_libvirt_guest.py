@@ -15,8 +15,11 @@ from tests.lab.relays import wait_until
 
 def _sockets() -> set[str]:
     """Of this process."""
-    names = [os.readlink(each) for each in Path("/proc/self/fd").iterdir() if each.is_symlink()]
-    return {name for name in names if name.startswith("socket:")}
+    found = set()
+    for each in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.add(os.readlink(each))
+    return {name for name in found if name.startswith("socket:")}
 
 
 class TestLibvirtGuest(base.TestCase):
