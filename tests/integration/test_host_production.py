@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from tests.integration.host_base import Hosts
+from tests.lab.relays import PATIENCE
 from tests.unit.relay.wire.certificates import Authority
 
 UNIT = Path(__file__).parents[2] / "etc" / "systemd" / "nova-dmigrate-host.service"
@@ -53,5 +54,5 @@ class ProductionTest(Hosts):
         self.assertIn("three", pair.source.wait("failed").message)
 
     def test_a_host_with_tls_does_not_migrate_in_the_clear(self) -> None:
-        self.assertTrue(self.client_of(self.two).hello().tls)
+        self.assertTrue(self.client_of(self.two).hello(PATIENCE).tls)
         self.assert_refused("tls-required", self.pair().open_destination)

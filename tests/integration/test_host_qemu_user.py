@@ -27,7 +27,7 @@ class DetectedUserTest(host_base.Hosts):
         return ["unshare", "--mount", "sh", "-ec", _OWN_LIBVIRT, str(libvirt)]
 
     def test_a_migration_without_any_option_for_it(self) -> None:
-        state = self.client_of(self.one).hello()
+        state = self.client_of(self.one).hello(PATIENCE)
         self.assertEqual(pwd.getpwnam("nobody").pw_uid, state.qemu_user)
         self.assert_nobody_migrates()
 
@@ -35,7 +35,7 @@ class DetectedUserTest(host_base.Hosts):
         """Why it matters: the destination's QEMU cannot make its socket."""
         self.restart(self.two, host__qemu_user="root")
         self.addCleanup(self.restart, self.two)
-        self.assertEqual(0, self.client_of(self.two).hello().qemu_user)
+        self.assertEqual(0, self.client_of(self.two).hello(PATIENCE).qemu_user)
         pair = self.pair()
         pair.open_destination()
         pair.destination.wait("running")

@@ -209,7 +209,7 @@ class RelayedMigrationTest(host_base.Hosts):
             if len(heard) > 3:
                 raise exception.MigrationCancelled(instance=INSTANCE, reason="it was cancelled")
 
-        migration = self.migration(enter, timeout=2)
+        migration = self.migration(enter, timeout=5)
         self.assertRaises(exception.MigrationCancelled, migration.__enter__)
         service.send_signal(signal.SIGCONT)
         self.assert_nothing_left()

@@ -57,7 +57,7 @@ class ServicesTest(Hosts):
 
     def state(self) -> HostState:
         """What host one says of itself."""
-        return self.client_of(self.one).hello()
+        return self.client_of(self.one).hello(PATIENCE)
 
     def be(self, name: str, protocol: Protocol = HOST, **said: object) -> None:
         """A service of that name, which says what host one says but for ``said``."""
@@ -92,7 +92,7 @@ class ServicesTest(Hosts):
 
     def test_a_service_that_says_nothing_is_told(self) -> None:
         assert self.two.process is not None
-        self.restart(self.one, migration__host_timeout=2)
+        self.restart(self.one, migration__host_timeout=10)
         self.addCleanup(self.restart, self.one)
         self.two.process.send_signal(signal.SIGSTOP)
         self.addCleanup(self.two.process.send_signal, signal.SIGCONT)
@@ -116,7 +116,7 @@ class ServicesTest(Hosts):
         pair.destination.wait("running")
         self.two.terminate()
         host = self.client_of(self.two)
-        wait_until(lambda: host.hello().draining, "the service is being stopped")
+        wait_until(lambda: host.hello(PATIENCE).draining, "the service is being stopped")
         self.assert_told(Code.WARNING, "host two", services.own, self.host(self.two))
         self.two.terminate()
         self.assertEqual(0, self.two.wait())
