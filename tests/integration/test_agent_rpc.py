@@ -365,9 +365,10 @@ class IsolationTest(base.TestCase):
         cls.broker.close()
         super().tearDownClass()
 
-    def make_client(self, url: str, instance: str = ONE) -> client.AgentClient:
+    def make_client(self, url: str, instance: str = ONE, timeout: float = 60) -> client.AgentClient:
+        """:param timeout: seconds for one answer."""
         transport = rpc_broker.BrokerTransport(instance, url, messages.AGENT)
-        made = client.AgentClient(instance, transport, client.ClientSettings(5, attempts=1))
+        made = client.AgentClient(instance, transport, client.ClientSettings(timeout, attempts=1))
         self.addCleanup(made.close)
         return made
 
@@ -414,7 +415,7 @@ class IsolationTest(base.TestCase):
         intruder = isolation.guest_user(ONE)
         error = self.assertRaises(amqp.exceptions.NotAllowed, self.connect, OTHER, intruder)
         self.assertEqual(530, error.reply_code)
-        asked = self.make_client(self.broker.url(OTHER, intruder), OTHER)
+        asked = self.make_client(self.broker.url(OTHER, intruder), OTHER, timeout=5)
         error = self.assertRaises(exception.AgentUnreachable, asked.ping)
         self.assertIn("refused", str(error))
 
@@ -433,7 +434,8 @@ class IsolationTest(base.TestCase):
 
     def test_a_wrong_password_is_refused(self) -> None:
         url = self.broker.url(ONE, isolation.guest_user(ONE), "wrong")
-        error = self.assertRaises(exception.AgentUnreachable, self.make_client(url).ping)
+        asked = self.make_client(url, timeout=5)
+        error = self.assertRaises(exception.AgentUnreachable, asked.ping)
         self.assertIn("ACCESS_REFUSED", str(error))
 
     def test_a_guest_cannot_read_the_answers_that_the_hosts_expect(self) -> None:

@@ -249,7 +249,7 @@ class TestEndedByRequest(FaultTestCase):
 
     def test_the_cancel_command_in_late_rounds(self) -> None:
         with self.converging() as migration:
-            relays.ask(migration.pair.source.control_socket, "cancel")
+            relays.ask(migration.pair.source.control_socket, "cancel", timeout=PATIENCE)
             reasons = {"source": "cancelled by request", "destination": "the source relay gave up"}
             self.assert_survived(migration, reasons)
         self.assert_next_migration_works()

@@ -348,13 +348,18 @@ mgr disabled modules = {",".join(_IDLE_MODULES)}
 def _wait_stopped(pid: int) -> None:
     """Until one thread of a busy process comes to take the signal, the others go on."""
     deadline = time.monotonic() + _PATIENCE
-    while any(
-        "\nState:\tT" not in (task / "status").read_text()
-        for task in Path(f"/proc/{pid}/task").iterdir()
-    ):
+    while any(_goes_on(task) for task in Path(f"/proc/{pid}/task").iterdir()):
         if time.monotonic() > deadline:
             raise RuntimeError(f"process {pid} does not stop")
         time.sleep(0.01)
+
+
+def _goes_on(task: Path) -> bool:
+    """Whether a thread is neither stopped nor has ended."""
+    try:
+        return "\nState:\tT" not in (task / "status").read_text()
+    except OSError:
+        return False
 
 
 def _run(argv: Sequence[str | Path]) -> str:
