@@ -64,7 +64,7 @@ class TestMaps(migrations.MigrationTestCase):
 
     def migrate_with_late_map(self, saved: SavedMap, sent: int) -> dict[str, Any]:
         """The map comes when so many pages have been sent, while the guest changes its memory."""
-        slow = {"relay__network_bandwidth": 24, **ALL_REFERENCES}
+        slow = {"relay__network_bandwidth": 12, **ALL_REFERENCES}
         with self.migration(**slow) as migration, self.dirtying(10, 20, "touch"):
             migration.begin()
             migration.wait_progress("pages are on their way", raw_pages=sent)
@@ -76,7 +76,7 @@ class TestMaps(migrations.MigrationTestCase):
         return summary
 
     def test_a_map_that_comes_on_the_way_serves_for_the_rest(self) -> None:
-        summary = self.migrate_with_late_map(self.map_of([self.extents]), 20000)
+        summary = self.migrate_with_late_map(self.map_of([self.extents]), 15000)
         self.assertGreater(summary["referenced_pages"], 1000)
         self.assertLess(summary["referenced_pages"], len(self.right) - 1000)
 
@@ -84,7 +84,7 @@ class TestMaps(migrations.MigrationTestCase):
         random = np.random.default_rng(7)
         wrong = chosen(self.extents, np.full(len(self.right), True),
                        random_blocks(random, self.extents))  # fmt: skip
-        summary = self.migrate_with_late_map(self.map_of([wrong]), 20000)
+        summary = self.migrate_with_late_map(self.map_of([wrong]), 15000)
         self.assertGreater(sum(summary["misses"].values()), 1000)
 
     def assert_from_the_volume(self, summary: dict[str, Any], pages: int) -> None:
