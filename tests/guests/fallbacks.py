@@ -23,7 +23,7 @@ from nova_dmigrate.migration.progress import Progress
 from nova_dmigrate.migration.request import AgentTransport, Mode
 from nova_dmigrate.rpc import host_messages
 from tests.lab.guest import GuestError
-from tests.lab.relays import wait_until
+from tests.lab.relays import PATIENCE, wait_until
 
 if TYPE_CHECKING:  # whoever only reads the table needs no libvirt
     from tests.lab.demo.services import MigrationServices
@@ -232,7 +232,7 @@ def _draining(place: Place) -> Iterator[Options]:
     changed = services.changed(host, host__drain_timeout=60)
     with changed, services.client(host) as client, _relay_of_another_migration(place):
         services.stop(host)
-        wait_until(lambda: client.hello().draining, "the service is being stopped")
+        wait_until(lambda: client.hello(PATIENCE).draining, "the service is being stopped")
         yield {}
 
 
