@@ -106,10 +106,14 @@ class Prefetch:
             if plan is None:
                 buffer.release()
                 return
-            self._deliver(self._read(plan, buffer))
+            batch = self._read(plan, buffer)
+            if batch is None:
+                buffer.release()
+                return
+            self._deliver(batch)
 
     def stop(self) -> None:
-        """Read no more; reads under way are finished."""
+        """Read no more, nor what waits for the cap; reads under way are finished."""
         self._stopped.set()
         self._bucket.release()
         self._pool.close()
@@ -132,17 +136,21 @@ class Prefetch:
             running = time.monotonic() - self._busy_since if self._busy else 0.0
             return self._busy_seconds + running
 
-    def _read(self, plan: ReadPlan, buffer: PooledBuffer) -> BlockBatch:
+    def _read(self, plan: ReadPlan, buffer: PooledBuffer) -> BlockBatch | None:
+        """None if it was stopped before it could read."""
         count = plan.count
         view = buffer.view[: count * PAGE_SIZE]
         self._begin()
-        done = 0
         try:
             self._bucket.take(len(view))
+            if self._stopped.is_set():
+                return None
             good = self._read_into(plan, view)
-            done = int(np.count_nonzero(good)) * PAGE_SIZE
+            with self._lock:
+                self.bytes += int(np.count_nonzero(good)) * PAGE_SIZE
+                self.reads += 1
         finally:
-            self._finish(done)
+            self._finish()
         readable = good[plan.index]
         # What the source has sent in the meantime needs no digest.
         chosen = readable & self._table.wanted(plan.entries)
@@ -203,13 +211,11 @@ class Prefetch:
                 self._busy_since = time.monotonic()
             self._busy += 1
 
-    def _finish(self, size: int) -> None:
+    def _finish(self) -> None:
         with self._lock:
             self._busy -= 1
             if not self._busy:
                 self._busy_seconds += time.monotonic() - self._busy_since
-            self.bytes += size
-            self.reads += 1
 
 
 def _ranges(

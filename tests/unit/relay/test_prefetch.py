@@ -20,6 +20,7 @@ from nova_dmigrate.relay.readplan import ReadPlan, ReadPlanner
 from nova_dmigrate.relay.session import RelaySettings
 from nova_dmigrate.volumes import BlockReader, VolumeReader, VolumeSpec
 from tests.base import TestCase
+from tests.unit.relay.wire.support import wait_for
 from tests.unit.stream.builder import page_contents
 from tests.unit.volumes import loop
 
@@ -316,7 +317,7 @@ class PrefetchTest(TestCase):
                 self.assertFalse(thread.is_alive())
         self.assertLessEqual(len(self.batches), 5)
 
-    def test_a_stop_ends_a_wait_for_the_cap(self) -> None:
+    def test_a_stop_ends_a_wait_for_the_cap_and_nothing_is_read(self) -> None:
         settings = RelaySettings(volume_read_size=PAGE, volume_queue_depth=1, volume_bandwidth=1e-3)
         mapped = page_map(np.arange(64), 64)
         with self.reader() as reader:
@@ -330,9 +331,11 @@ class PrefetchTest(TestCase):
             )
             thread = threading.Thread(target=prefetch.work, daemon=True)
             thread.start()
+            wait_for(lambda: prefetch.reads == 1)
             prefetch.stop()
             thread.join(LONG)
             self.assertFalse(thread.is_alive())
+        self.assertEqual((1, PAGE), (prefetch.reads, prefetch.bytes))
 
     def test_time_is_counted_while_a_read_is_under_way(self) -> None:
         prefetch, _, _ = self.read(np.arange(8), self.reader())
