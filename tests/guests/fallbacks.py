@@ -36,7 +36,7 @@ _FULL = Path("/run/libvirt/libvirt-sock")
 _SOCKETS = Path("/run/nova-dmigrate")
 _LABEL = "security.selinux"
 #: No host has this address (RFC 5737).
-_NOWHERE = "192.0.2.1"
+_NOWHERE = "203.0.113.1"
 #: A service of another version, of which relays speak otherwise.
 _OTHER_WIRE = """
 from nova_dmigrate.relay.wire import hello
