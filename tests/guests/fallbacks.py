@@ -108,7 +108,9 @@ class Case:
 
 
 def _refused(provoke: Callable[[Place], AbstractContextManager[Options]]) -> Case:
-    """The way in which it is brought about leaves no way for an ordinary migration either."""
+    """It leaves no way for an ordinary migration either, or is about the map, for which only a
+    migration waits that has to go through the relays: any other may be over before.
+    """
     return Case(provoke, Mode.REQUIRED, None)
 
 
@@ -341,12 +343,12 @@ CASES: Mapping[str, Case] = {
     "sockets-differ": Case(_destination(host__socket_directory="/run/other")),
     "agent-unreachable": Case(_agent_stopped),
     "agent-refused": Case(_agent_locked_out),
-    "bad-map": Case(_operating(buffer_map__max_pages=1, **_UNPREPARED), way=_RELAYED),
-    "small-map": Case(_operating(migration__min_mapped_share=1, **_UNPREPARED), way=_RELAYED),
+    "bad-map": _refused(_operating(buffer_map__max_pages=1, **_UNPREPARED)),
+    "small-map": _refused(_operating(migration__min_mapped_share=1, **_UNPREPARED)),
     "memory-layout": _refused(_monitor_denied),
     "no-state": Case(_state_unwritable),
     "late-map": Case(_agent_stopped_later, way=_RELAYED),
-    "map-refused": Case(_map_out_of_reach, way=_RELAYED),
+    "map-refused": _refused(_map_out_of_reach),
     "relay-failed": Case(_destination(wire__listen_address=_NOWHERE)),
 }
 #: Of the ways in which only Nova migrates.
