@@ -13,7 +13,7 @@ export SCALE_ONLY SCALE_POOL_GIB SCALE_LAYOUT SCALE_HOSTS
 # What of "make demo": NETWORK=50 VOLUME=100 (MB/s) POOL=0.5 (share of RAM) LOAD=oltp_read_write
 # RATE=10 (transactions a second, 0 for all there can be) DB=mysql|mariadb RAM=2048 (MiB)
 # COMPRESSION=yes|no;
-# "make scenarios" takes ONLY=scenario,... MODES=dmigrate,... POOLS=0.25,0.5,0.75 DEADLINE=90 (s)
+# "make scenarios" takes ONLY='scenario; ...' MODES=dmigrate,... POOLS=0.25,0.5,0.75 DEADLINE=90 (s)
 # KEEP=yes (what the report has of other scenarios stays) and all but LOAD and POOL
 export NETWORK VOLUME POOL LOAD RATE DB RAM COMPRESSION ONLY MODES POOLS DEADLINE KEEP
 # "make evacuation": READS=300 (reads a second of the volume) VOLUME=50 (MB/s) and DB RAM POOL LOAD RATE
