@@ -31,7 +31,7 @@ class PostCopyTest(base.TestCase):
         self.destination = self.scene.hosts.other(self.source)
 
     def test_the_guest_survives_that_the_sources_libvirtd_is_killed(self) -> None:
-        scene, settings = self.scene, self.scene.settings()
+        scene = self.scene
         struck = threading.Event()
         trouble: list[Exception] = []
 
@@ -65,7 +65,7 @@ class PostCopyTest(base.TestCase):
         self.assertEqual(FAILED, summary.state, summary)
         self.forget_at_the_source()
         arrived = dataclasses.replace(summary, state=COMPLETED)
-        self.assertEqual([], scene.trouble(arrived, settings), summary)
+        self.assertEqual([], scene.trouble(arrived), summary)
 
     def begin_post_copy(self) -> None:
         with contextlib.closing(self.source.connect()) as connection:

@@ -119,7 +119,7 @@ def carry_out(drill: Drill, scene: Scene, once_more: bool = True) -> Outcome:
 
     :param once_more: migrate once more, through the relays, if nothing is wrong yet.
     """
-    began, settings = time.monotonic(), scene.settings()
+    began = time.monotonic()
     for _ in range(_ATTEMPTS):
         blow = _Blow(drill, scene)
         scene.hosts.shape(_SLOW)
@@ -131,7 +131,7 @@ def carry_out(drill: Drill, scene: Scene, once_more: bool = True) -> Outcome:
             finally:
                 blow.recover()
                 scene.hosts.shape(None)
-            trouble = [*blow.trouble, *scene.trouble(summary, settings)]
+            trouble = [*blow.trouble, *scene.trouble(summary)]
         if blow.landed == drill.phase or trouble:
             break
     else:
@@ -140,7 +140,7 @@ def carry_out(drill: Drill, scene: Scene, once_more: bool = True) -> Outcome:
     if summary.state not in ends(drill):
         trouble.append(f"it {summary.state}: {summary.error}")
     if once_more and not trouble:
-        trouble = _next(scene, settings)
+        trouble = _next(scene)
     return Outcome(drill, blow.landed, summary, tuple(trouble), time.monotonic() - began)
 
 
@@ -162,7 +162,7 @@ def _held_back(scene: Scene) -> Iterator[int]:
             scene.guest.run("rm /tmp/changes")
 
 
-def _next(scene: Scene, settings: str) -> list[str]:
+def _next(scene: Scene) -> list[str]:
     """What is wrong with the migration that follows."""
     try:
         summary = scene.migrate(mode=Mode.REQUIRED)
@@ -170,7 +170,7 @@ def _next(scene: Scene, settings: str) -> list[str]:
         return [f"the next one would have been the ordinary one: {error}"]
     if (summary.state, summary.mode) != (COMPLETED, DMIGRATE):
         return [f"the next one: {summary}"]
-    return [f"the next one: {each}" for each in scene.trouble(summary, settings)]
+    return [f"the next one: {each}" for each in scene.trouble(summary)]
 
 
 class _Blow:

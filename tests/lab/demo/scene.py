@@ -2,9 +2,8 @@
 """A guest at work on one of two hosts, that is migrated again and again: what must hold each time.
 
 with small_scene(directory) as scene:
-    before = scene.settings()
     moved = scene.migrate()
-    trouble = scene.trouble(moved, before)          # sentences; none if all is well
+    trouble = scene.trouble(moved)          # sentences; none if all is well
 """
 
 import contextlib
@@ -61,6 +60,10 @@ class Scene:
     work: str = "DO 0"
     patience: float = 400.0
 
+    def __post_init__(self) -> None:
+        # Not before each migration: a request that was late may have prepared the server by then
+        self._before = self._settings()
+
     @classmethod
     def of(cls, stage: Stage) -> "Scene":
         """That of the first guest of a stage."""
@@ -100,15 +103,9 @@ class Scene:
         finally:
             giving_up.cancel()
 
-    def settings(self) -> str:
-        """What a preparation changes, as the server has it."""
-        return self.guest.sql(_SETTINGS)
-
-    def trouble(self, summary: MigrationSummary, settings: str) -> list[str]:
+    def trouble(self, summary: MigrationSummary) -> list[str]:
         """What is wrong after a migration: the guest is not on one side alone, its database lacks
         something, or something is left behind. The domain is where it is, then.
-
-        :param settings: as they were before.
         """
         if summary.state == COMPLETED:
             expected = self.hosts.other(self.domain.host)
@@ -122,7 +119,7 @@ class Scene:
             self.domain.arrived(expected)
             return [
                 *self._not_answering(),
-                *_differing("settings", settings, _until(settings, self._settings_or_none)),
+                *self._changed(),
                 *_differing("ledger", "whole", self._ledger()),
                 *_differing("left behind", [], _until([], self._left_behind)),
             ]
@@ -153,9 +150,17 @@ class Scene:
             return [str(error)]
         return [] if more is True else ["the database commits nothing any more"]
 
+    def _changed(self) -> list[str]:
+        """That the server's settings are not restored."""
+        return _differing("settings", self._before, _until(self._before, self._settings_or_none))
+
+    def _settings(self) -> str:
+        """What a preparation changes, as the server has it."""
+        return self.guest.sql(_SETTINGS)
+
     def _settings_or_none(self) -> str | None:
         try:
-            return self.settings()
+            return self._settings()
         except GuestError:
             return None
 

@@ -52,7 +52,7 @@ def soak(scene: Scene, count: int, say: Callable[[str], None] = lambda text: Non
     What the second half adds to what programs take is a leak; if that were too few to tell, what
     the last few add. It ends early when a migration is not as it should be.
     """
-    settings, trouble = scene.settings(), []
+    trouble: list[str] = []
     first = middle = last = Footprint.of(scene, 0)
     # The guest is on the same host as at the end
     half = max(WARM_UP, min(WARM_UP + (count - WARM_UP) // 4 * 2, count - FEW))
@@ -65,7 +65,7 @@ def soak(scene: Scene, count: int, say: Callable[[str], None] = lambda text: Non
         say(f"{number}: {summary.sentence()}")
         if (summary.state, summary.mode) != (COMPLETED, DMIGRATE):
             trouble.append(f"migration {number} {summary.state}: {summary.error}")
-        trouble += [f"migration {number}: {each}" for each in scene.trouble(summary, settings)]
+        trouble += [f"migration {number}: {each}" for each in scene.trouble(summary)]
         if trouble:
             break
         if number == WARM_UP:
