@@ -20,7 +20,7 @@ import libvirt_qemu  # type: ignore[import-untyped]
 from nova_dmigrate import exception
 from nova_dmigrate.migration.domain import Domain, parse_domain
 from nova_dmigrate.migration.job import Job
-from nova_dmigrate.migration.waiting import Waiting, answer_within
+from nova_dmigrate.migration.waiting import Question, Waiting, answer_within
 
 LOG = logging.getLogger(__name__)
 
@@ -58,6 +58,9 @@ class LibvirtGuest:
         except libvirt.libvirtError as error:
             raise self._error(f"libvirt at {connect} cannot be reached", error) from error
         self._handle: Any = None
+        self._job = Question(self._look_at_job)
+        self._aborting = Question(self._abort)
+        self._limiting: tuple[int, Question[bool]] | None = None
         try:
             self._handle = self._look_up(name)
             if not self._domain.isActive():
@@ -112,14 +115,14 @@ class LibvirtGuest:
         return answer
 
     @property
-    def libvirt_version(self) -> int:
+    def libvirt_version(self) -> int | None:
         """The libvirt on its host: a million times the major version, a thousand times the minor
-        one, and the rest; 0 if it does not tell."""
+        one, and the rest; None if it does not tell."""
         try:
-            return int(self._connection.getLibVersion())
+            return int(self._domain.connect().getLibVersion())
         except libvirt.libvirtError as error:
             LOG.info("%s: libvirt does not tell its version: %s", self.facts.name, error)
-            return 0
+            return None
 
     def max_downtime(self, waiting: Waiting) -> int:
         """QEMU's downtime limit, in milliseconds; its usual one if it does not tell in time.
@@ -134,8 +137,20 @@ class LibvirtGuest:
             LOG.info("%s: the downtime limit is not told: %s", self.facts.name, error)
             return _USUAL_DOWNTIME_MS
 
+    # libvirt asks QEMU's monitor without any limit of time: nobody waits for these
+
     def set_max_downtime(self, milliseconds: int) -> bool:
-        """Set QEMU's downtime limit; whether that was possible."""
+        """Set QEMU's downtime limit; whether that has been done. To be called until it has."""
+        # One after the other: the last one that was asked for has to be the last one set
+        if self._limiting is None:
+            self._limiting = milliseconds, Question(lambda: self._set_max_downtime(milliseconds))
+        value, question = self._limiting
+        done = question.answer()
+        if done is not None:
+            self._limiting = None
+        return bool(done) and value == milliseconds
+
+    def _set_max_downtime(self, milliseconds: int) -> bool:
         try:
             self._domain.migrateSetMaxDowntime(milliseconds)
         except libvirt.libvirtError as error:
@@ -144,7 +159,10 @@ class LibvirtGuest:
         return True
 
     def job(self) -> Job | None:
-        """How far the migration is; None while there is none."""
+        """How far the migration is; None while there is none, or it is not told in a moment."""
+        return self._job.answer()
+
+    def _look_at_job(self) -> Job | None:
         try:
             stats = self._domain.jobStats()
         except libvirt.libvirtError:
@@ -162,7 +180,10 @@ class LibvirtGuest:
         return _job(stats)
 
     def abort(self) -> None:
-        """Cancel the migration, if there is one."""
+        """Cancel the migration, if there is one, sooner or later."""
+        self._aborting.answer()
+
+    def _abort(self) -> None:
         try:
             self._domain.abortJob()
         except libvirt.libvirtError as error:

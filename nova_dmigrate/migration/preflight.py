@@ -162,14 +162,16 @@ def encrypted_as_well(domain: Domain, encrypted: bool, source: HostState) -> Non
         raise because(Reason.NATIVE_TLS, domain.name)
 
 
-def libvirt_can(version: int, place: str, instance: str) -> None:
+def libvirt_can(version: int | None, place: str, instance: str) -> None:
     """See that a libvirt migrates over UNIX sockets.
 
-    :param version: as libvirt has it, a million times the major one and so on.
+    :param version: as libvirt has it, a million times the major one and so on; None if it is not
+        known, which is no obstacle: a libvirt that has gone shows in what is asked of it next.
     :param place: where it is, for people.
     :raises FallBack: it does not.
     """
-    _expect_none(_old_libvirt(version, place, instance))
+    if version is not None:
+        _expect_none(_old_libvirt(version, place, instance))
 
 
 def _old_libvirt(version: int, place: str, instance: str) -> Obstacles:

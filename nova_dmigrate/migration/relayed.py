@@ -7,6 +7,7 @@ itself when its lease ends.
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from nova_dmigrate.retention import Retention
 from nova_dmigrate.rpc.client import AgentClient
 from nova_dmigrate.rpc.host_client import HostClient
 from nova_dmigrate.volumes import VolumeSpec
+
+LOG = logging.getLogger(__name__)
 
 #: Until the bulk is resolved QEMU must not switch over (milliseconds); see "downtime" in the
 #: architecture.
@@ -134,6 +137,7 @@ class RelayedMigration:
         self._progress = Question(self._sessions.look)
         self._told: Report = {}
         self._heard = 0.0
+        self._blind = False
         self._held = False
         self.downtime_limit = downtime_limit
         self._applied: int | None = None
@@ -202,6 +206,24 @@ class RelayedMigration:
         :param set_max_downtime: takes milliseconds, returns whether that was possible; None as long
             as QEMU has not begun.
         """
+        told = None
+        try:
+            told = self._look()
+        except Exception:
+            # The stream goes on: it is as if the relay had nothing to tell
+            if not self._blind:
+                LOG.exception("Instance %s: its migration is not seen", self._instance)
+            self._blind = True
+        if set_max_downtime is not None:
+            if self._may_switch(told):
+                if self._applied != self.downtime_limit and set_max_downtime(self.downtime_limit):
+                    self._applied = self.downtime_limit
+            elif not self._held:
+                self._held = set_max_downtime(_HELD)
+        return self._told
+
+    def _look(self) -> Report | None:
+        """Have the map handed over; what the source relay tells, if it does."""
         if self._given is None:
             self._handing_over.answer()
         if self._database.astray and not self._guest.runs_here():
@@ -211,13 +233,7 @@ class RelayedMigration:
             self._told, self._heard = told, time.monotonic()
             if told.get("passes", 0) > 1 and self._mapping is not None:
                 self._mapping.abandon()
-        if set_max_downtime is not None:
-            if self._may_switch(told):
-                if self._applied != self.downtime_limit and set_max_downtime(self.downtime_limit):
-                    self._applied = self.downtime_limit
-            elif not self._held:
-                self._held = set_max_downtime(_HELD)
-        return self._told
+        return told
 
     def without_volumes(self) -> exception.FallBack | None:
         """Why the volumes were of no use; None if they were.

@@ -12,6 +12,7 @@ from nova_dmigrate.rpc import messages
 from tests.guests import guests
 from tests.guests.guests import HEAVIER, LIGHT
 from tests.lab import database_image
+from tests.lab.guest import GuestError
 
 
 class LayoutTests(guests.DatabaseGuestTestCase):
@@ -61,6 +62,10 @@ class TestPartition(LayoutTests):
     """ext4 on a partition, the pool in ordinary pages."""
 
     LAYOUT: ClassVar[dict[str, Any]] = {"layout": "partition"}
+
+    def test_an_answer_that_comes_late_is_not_taken_for_the_next_one(self) -> None:
+        self.assertRaises(GuestError, self.guest.run, "sleep 2; echo late", 0.5)
+        self.assertEqual("next\n", self.guest.run("echo next"))
 
     def test_memory_as_the_monitor_saves_it_equals_the_volume_too(self) -> None:
         built = self.fetch_map(self.agent())

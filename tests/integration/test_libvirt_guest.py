@@ -3,6 +3,7 @@
 
 import contextlib
 import os
+import signal
 from pathlib import Path
 
 from nova_dmigrate.migration.libvirt_guest import LibvirtGuest
@@ -54,3 +55,26 @@ class TestLibvirtGuest(base.TestCase):
         wait_until(lambda: guest.job() is None and guest.runs_here, "the domain is seen")
         guest.close()
         wait_until(lambda: _sockets() <= before, "both connections are closed")
+
+    def test_one_whose_libvirtd_is_gone_has_no_version_known(self) -> None:
+        with self.look() as guest:
+            version = guest.libvirt_version
+            self.host.kill_libvirtd()
+            self.assertIsNone(guest.libvirt_version)
+            self.host.start_libvirtd()
+            self.assertEqual(version, guest.libvirt_version)
+
+    def test_nobody_waits_for_a_qemu_that_hangs(self) -> None:
+        qemu = self.domain.guest.pid
+        with self.look() as guest:
+            os.kill(qemu, signal.SIGSTOP)
+            try:
+                # libvirt itself waits without end
+                for limit in (100, 200, 200):
+                    self.assertFalse(guest.set_max_downtime(limit))
+                guest.abort()
+                self.assertIsNone(guest.job())
+            finally:
+                os.kill(qemu, signal.SIGCONT)
+            wait_until(lambda: guest.set_max_downtime(200), "QEMU is told the last of the limits")
+            self.assertEqual(200, guest.max_downtime(lambda: None))

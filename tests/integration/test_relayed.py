@@ -12,15 +12,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
+from unittest import mock
 
 import numpy as np
 
 from nova_dmigrate import exception
 from nova_dmigrate.buffermap import BufferMap, VolumeExtents
+from nova_dmigrate.migration import relayed
 from nova_dmigrate.migration.peers import ask_host
 from nova_dmigrate.migration.relayed import Guest, Peers, RelayedMigration
 from nova_dmigrate.migration.sessions import Terms
 from nova_dmigrate.migration.settings import OrchestrationSettings
+from nova_dmigrate.migration.waiting import Question
 from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.client import AgentClient
 from nova_dmigrate.rpc.host_client import HostChannelTransport, HostClient
@@ -282,6 +285,24 @@ class RelayedMigrationTest(host_base.Hosts):
                 follower.join(PATIENCE)
                 self.assertFalse(follower.is_alive())
             wait_until(lambda: migration.follow(None), "the relay tells of itself")
+        self.assert_nothing_left()
+
+    def test_what_nobody_expected_does_not_hold_the_switchover_back_for_ever(self) -> None:
+        def unexpected() -> dict[str, object]:
+            raise TypeError("this is a test")
+
+        def set_limit(limit: int) -> bool:
+            limits.append(limit)
+            return True
+
+        limits: list[int] = []
+        with self.migration(lambda phase: None) as migration:
+            with mock.patch.object(migration, "_progress", Question(unexpected)):
+                with mock.patch.object(relayed, "_SILENCE", 1.0):
+                    while not migration.converging:
+                        migration.follow(set_limit)
+                        time.sleep(0.2)
+        self.assertEqual(migration.downtime_limit, limits[-1])
         self.assert_nothing_left()
 
     def test_a_host_that_does_not_answer_costs_the_other_one_no_lease(self) -> None:

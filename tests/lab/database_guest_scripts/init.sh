@@ -1,8 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 # Process 1 of the database guest: makes the volume, starts server and agent, then does what the
-# test says on a port of its own. A line is a script in base64; the answer is "ok" or "failed" and its output in
-# base64. Parameters are on the kernel's command line.
+# test says on a port of its own. A line is a number and a script in base64; the answer is the number,
+# "ok" or "failed", and the output in base64. Parameters are on the kernel's command line.
 export BASH_ENV=/run/payload/guest.sh
 source $BASH_ENV
 mount -t tmpfs tmpfs /tmp
@@ -65,8 +65,8 @@ exec 3<>/dev/virtio-ports/lab.command || give_up "no port for commands"
 echo READY >&3
 while true; do
     # The test's end may be closed for a while
-    if ! read -r line <&3; then sleep 0.1; continue; fi
+    if ! read -r number line <&3; then sleep 0.1; continue; fi
     base64 -d <<<"$line" >/tmp/script 2>/dev/null
     if bash /tmp/script </dev/null >/tmp/output 2>&1 3>&-; then verdict=ok; else verdict=failed; fi
-    echo "$verdict $(base64 -w0 /tmp/output)" >&3
+    echo "$number $verdict $(base64 -w0 /tmp/output)" >&3
 done
