@@ -8,7 +8,7 @@ database.
 """
 
 from nova_dmigrate.buffermap.codec import MapLimits
-from nova_dmigrate.buffermap.map import BufferMap, parts_to_chunks, save_parts
+from nova_dmigrate.buffermap.map import BufferMap, parts_to_chunks, put_chunk, save_parts
 from nova_dmigrate.buffermap.volume import MAX_PAGES, PAGE_SIZE, VolumeExtents, VolumeMap
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "VolumeExtents",
     "VolumeMap",
     "parts_to_chunks",
+    "put_chunk",
     "save_parts",
 ]

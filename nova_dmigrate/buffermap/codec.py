@@ -50,6 +50,9 @@ _COUNT = struct.Struct("<I")
 _VOLUME = struct.Struct("<QQQB")
 _ENTRIES = struct.Struct("<II")
 _COMPRESSION_LEVEL = 1
+# Bytes of a page in a map, and of all that is no page, where nothing compresses
+_PAGE_BYTES = volume.FLAT_ENTRY_BYTES + 1
+_FRAME_BYTES = 1 << 20
 
 _U32 = np.dtype("<u4")
 
@@ -73,6 +76,11 @@ class MapLimits:
     max_parts: int = 1 << 12
     max_chunk_bytes: int = DEFAULT_CHUNK_BYTES
     max_guest_page: int = volume.MAX_PAGES - 1
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes that all chunks of such a map can have together."""
+        return self.max_pages * _PAGE_BYTES + _FRAME_BYTES
 
 
 def encode(parts: Iterable[tuple[volume.VolumeMap, ...]], max_chunk_bytes: int) -> Iterator[bytes]:

@@ -11,7 +11,7 @@ import pathlib
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -125,13 +125,32 @@ def save_parts(parts: Iterable[BufferMap], path: str | os.PathLike[str]) -> None
     ) as file:
         try:
             for chunk in parts_to_chunks(parts):
-                file.write(_LENGTH.pack(len(chunk)))
-                file.write(chunk)
+                _write_chunk(file, chunk)
             file.flush()
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def put_chunk(path: str | os.PathLike[str], offset: int, chunk: bytes) -> int:
+    """Put a chunk at ``offset`` bytes of a file; where the next one goes.
+
+    :raises OSError: as the file system does; the file has to be there, and not to be a link.
+    """
+    with open(path, "r+b", opener=_open_no_link) as file:
+        file.seek(offset)
+        _write_chunk(file, chunk)
+        return file.tell()
+
+
+def _open_no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
+
+
+def _write_chunk(file: IO[bytes], chunk: bytes) -> None:
+    file.write(_LENGTH.pack(len(chunk)))
+    file.write(chunk)
 
 
 def _joined(pieces: list[volume.VolumeExtents]) -> volume.VolumeExtents:

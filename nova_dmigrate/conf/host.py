@@ -158,8 +158,9 @@ the Ceph client may read (``[volume]rbd_user``).
         default=[],
         help="""
 Directories below which the buffer maps and memory layouts lie that relays
-read. Empty stands for ``maps`` in ``state_directory``, where whoever migrates with
-this configuration puts them.
+read, and the maps into which the service puts what comes over guests' ports.
+Empty stands for ``maps`` in ``state_directory``, where whoever migrates with
+this configuration has them.
 """,
     ),
     cfg.ListOpt(

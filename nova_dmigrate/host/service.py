@@ -2,11 +2,11 @@
 """The methods of the host's protocol."""
 
 import base64
+import dataclasses
 import gzip
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from nova_dmigrate import exception
@@ -20,6 +20,7 @@ from nova_dmigrate.rpc.host_messages import (
     HOST,
     MAX_CHUNK_BYTES,
     MAX_SUMMARY_BYTES,
+    NEEDED,
     AgentAnswer,
     AgentRequest,
     HelloArguments,
@@ -28,6 +29,8 @@ from nova_dmigrate.rpc.host_messages import (
     OpenSource,
     Order,
     RenewSession,
+    SaveChunks,
+    SavedChunks,
     SessionReference,
     SessionState,
     SummaryArguments,
@@ -41,7 +44,7 @@ _PATH_DRIVERS = ("block",)
 _MAX_SOCKET_PATH = 107
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ServiceSettings:
     """What the service says of its host, and allows on it.
 
@@ -107,6 +110,7 @@ class HostService:
             obstacle=confinement.obstacle(self._store.sockets),
             libvirt_version=libvirt_version,
             qemu_version=qemu_version,
+            needs=NEEDED,
         )
 
     def open_destination(self, order: OpenDestination) -> SessionState:
@@ -172,6 +176,10 @@ class HostService:
 
     def agent(self, request: AgentRequest) -> AgentAnswer:
         return self._agents.ask(request)
+
+    def save_chunks(self, request: SaveChunks) -> SavedChunks:
+        path = self._map_file(request.buffer_map)
+        return self._agents.save_chunks(dataclasses.replace(request, buffer_map=path))
 
     def _map_file(self, path: str) -> str:
         return permissions.map_file(path, self._settings.map_directories)

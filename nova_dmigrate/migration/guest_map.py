@@ -111,17 +111,16 @@ class GuestMapFetch:
             if settings.prepare_time:
                 self._database.prepare(settings.dirty_share, settings.prepare_time, self._needless)
                 self._database.keep()
-            fetched = self._agent.fetch_map(
-                self._limits, wanted=lambda: not self._needless.is_set()
+            state = self._agent.save_map(
+                self._path, self._limits, wanted=lambda: not self._needless.is_set()
             )
             self.findings = tuple(
-                Finding(each.code, Severity(each.severity), each.message)
-                for each in self._agent.map_findings
+                Finding(each.code, Severity(each.severity), each.message) for each in state.findings
             )
-            share = fetched.page_count * PAGE_SIZE / self._memory
+            # What the agent says: the source relay counts what the map really has
+            share = state.pages * PAGE_SIZE / self._memory
             if share < settings.min_mapped_share:
                 raise because(Reason.SMALL_MAP, instance, share=share)
-            fetched.save(self._path)
         except exception.AgentUnreachable as error:
             raise because(Reason.AGENT_UNREACHABLE, instance, error=error) from error
         except exception.AgentRefused as error:

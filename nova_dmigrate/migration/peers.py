@@ -82,13 +82,15 @@ def open_peers(
 
     def agent(host: HostClient) -> AgentClient:
         transport: Transport
+        saver = None
         if request.agent_transport is AgentTransport.BROKER:
             url = request.agent_url or config.migration.agent_url
             url = f"{url.rstrip('/')}/{isolation.virtual_host(instance)}"
             transport = broker.BrokerTransport(instance, url, AGENT, config)
         else:
-            transport = HostChannelTransport(instance, host, str(channel))
-        return AgentClient(instance, transport, client_settings)
+            transport = by_host = HostChannelTransport(instance, host, str(channel))
+            saver = by_host.save_chunks
+        return AgentClient(instance, transport, client_settings, saver=saver)
 
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(host_client(request.source_host, config, settings))

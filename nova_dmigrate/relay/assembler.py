@@ -31,9 +31,6 @@ from nova_dmigrate.volumes.base import VolumeReader
 
 LOG = log.getLogger(__name__)
 
-#: Bytes of a page in a map, and of all that is no page, where nothing compresses.
-_MAP_PAGE_BYTES = 8 + 1
-_MAP_FRAME_BYTES = 1 << 20
 _ZEROS_AT_ONCE = 65536
 #: So many times as many blocks are to be read as references wait before these are read first.
 _SPARSE = 8
@@ -149,8 +146,7 @@ class Assembler:
     @property
     def _map_too_long(self) -> bool:
         """Whether what has come of the map is more than one within the limits can be."""
-        pages = self._settings.map_limits.max_pages
-        return self._chunk_bytes > pages * _MAP_PAGE_BYTES + _MAP_FRAME_BYTES
+        return self._chunk_bytes > self._settings.map_limits.max_bytes
 
     def _take_map(self, first: int) -> None:
         """The source waits to hear whether the map is taken: its entries are numbered alike at both

@@ -7,13 +7,15 @@ import logging
 import time
 import uuid
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from nova_dmigrate.rpc import fields
 from nova_dmigrate.rpc.protocol import Protocol, Refusal
 from nova_dmigrate.rpc.transport import Transport
 
 LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Caller:
@@ -59,17 +61,10 @@ class Caller:
         """
         request_id = uuid.uuid4().hex
         values = fields.to_dict(arguments)
-        attempts = attempts or self._attempts
         timeout = timeout or self._timeout
-        for attempt in range(1, attempts + 1):
-            try:
-                answer = self._transport.call(method, request_id, values, timeout)
-                break
-            except self._protocol.unreachable as error:
-                if attempt == attempts:
-                    raise
-                LOG.info("%s once more: %s", method, error)
-                self._sleep(self._retry_delay)
+        answer = self.insist(
+            method, lambda: self._transport.call(method, request_id, values, timeout), attempts
+        )
         try:
             result = self._protocol.result_of(method, answer)
         except fields.Malformed as error:
@@ -79,6 +74,21 @@ class Caller:
                 self._name, f"{method}: {result.message}", result.code
             )
         return result
+
+    def insist(self, what: str, ask: Callable[[], T], attempts: int | None = None) -> T:
+        """What ``ask`` returns, which is called once more while nobody is reached.
+
+        :param what: its name, for the log.
+        :raises RpcError: as it does in the end.
+        """
+        attempts = attempts or self._attempts
+        for _ in range(attempts - 1):
+            try:
+                return ask()
+            except self._protocol.unreachable as error:
+                LOG.info("%s once more: %s", what, error)
+                self._sleep(self._retry_delay)
+        return ask()
 
     def nonsense(self, method: str, what: str) -> Exception:
         """The error for an answer that cannot be."""

@@ -10,11 +10,12 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from nova_dmigrate import exception
-from nova_dmigrate.buffermap import BufferMap, MapLimits
+from nova_dmigrate.buffermap import MapLimits, put_chunk
 from nova_dmigrate.rpc import fields, messages
 from nova_dmigrate.rpc.caller import Caller
 from nova_dmigrate.rpc.transport import Transport
@@ -22,6 +23,7 @@ from nova_dmigrate.rpc.transport import Transport
 LOG = logging.getLogger(__name__)
 
 _UNKNOWN_MAP = "unknown-map"
+_VERSION = "version"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +44,34 @@ class ClientSettings:
     chunk_bytes: int = 1 << 18
 
 
+@dataclasses.dataclass(frozen=True)
+class MapFile:
+    """The file of a map that is being fetched: ``chunks`` of it are there, with ``size`` bytes;
+    what is behind them does not count. ``max_chunk_bytes``: of each chunk.
+    """
+
+    path: str
+    max_chunk_bytes: int
+    chunks: int = 0
+    size: int = 0
+
+    def behind(self, size: int) -> MapFile:
+        """When one more chunk is there, which makes ``size`` bytes of all."""
+        return dataclasses.replace(self, chunks=self.chunks + 1, size=size)
+
+
+#: Puts at least one more chunk of a map into its file, given the map's identifier, the number of
+#: its chunks, and the seconds that the agent has for each; what is in the file then. Raises as
+#: `AgentClient` does, OSError where the file cannot be written, and AgentRefused with code
+#: ``version`` if it cannot do that at all.
+Saver = Callable[[str, int, MapFile, float], MapFile]
+
+
 class AgentClient:
     """The agent of one instance. All methods raise AgentUnreachable and AgentRefused.
 
     :param clock: monotonic seconds; :param sleep: waits that many seconds.
+    :param saver: puts chunks into a file; None for this client itself, one by one.
     """
 
     def __init__(
@@ -55,6 +81,7 @@ class AgentClient:
         settings: ClientSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        saver: Saver | None = None,
     ) -> None:
         self.instance = instance
         self._settings = settings = settings or ClientSettings()
@@ -67,8 +94,7 @@ class AgentClient:
             settings.retry_delay,
             sleep,
         )
-        #: What the agent had to say of the last map that it has built.
-        self.map_findings: tuple[messages.Finding, ...] = ()
+        self._saver = saver
         self._clock = clock
         self._sleep = sleep
 
@@ -132,38 +158,55 @@ class AgentClient:
         """How far that is: the fields of `messages.WarmUpState`."""
         return fields.to_dict(self._caller.call("warm_up_state", messages.Nothing()))
 
-    def fetch_map(self, limits: MapLimits, wanted: Callable[[], bool] = lambda: True) -> BufferMap:
-        """Have a map built, and fetch it.
+    def save_map(
+        self, path: Path, limits: MapLimits, wanted: Callable[[], bool] = lambda: True
+    ) -> messages.MapState:
+        """Have a map built, and its chunks put into the file that `BufferMap.load` reads, which
+        looks at what they hold; here only their number and size is looked at.
 
         :param wanted: asked again and again; when it returns false there is an AgentRefused with
             code ``not-wanted``.
 
-        Chunks are asked for one by one and decoded as they come: no more than one of them is
-        under way. A lost answer is asked for again; if the agent has forgotten the map, because
-        it was started anew, one more map is asked for.
+        No more than one chunk is under way. A lost answer is asked for again; if the agent has
+        forgotten the map, because it was started anew, one more map is asked for. After any error
+        there is no file.
 
-        :raises BufferMapError: if what comes is no buffer map within ``limits``.
+        :raises BufferMapError: if there would be more than ``limits`` allow.
+        :raises OSError: the file cannot be written.
         """
         try:
-            return self._fetch_map(limits, wanted)
+            return self._save_map(path, limits, wanted)
         except exception.AgentRefused as error:
             if error.kwargs.get("code") != _UNKNOWN_MAP:
                 raise
             LOG.info("Instance %s: the agent has lost its buffer map; once more", self.instance)
-            return self._fetch_map(limits, wanted)
+            return self._save_map(path, limits, wanted)
 
-    def _fetch_map(self, limits: MapLimits, wanted: Callable[[], bool]) -> BufferMap:
+    def chunk(self, map_id: str, index: int, max_bytes: int) -> bytes:
+        """One chunk of a map that is ready."""
+        answer = self._caller.call("map_chunk", messages.ChunkArguments(map_id, index))
+        try:
+            data = base64.b64decode(answer.data, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise self._caller.nonsense("map_chunk", "the chunk is not base64") from error
+        if answer.index != index or len(data) > max_bytes:
+            raise self._caller.nonsense("map_chunk", f"chunk {index} was asked for")
+        return data
+
+    def _save_map(
+        self, path: Path, limits: MapLimits, wanted: Callable[[], bool]
+    ) -> messages.MapState:
         size = min(self._settings.chunk_bytes, limits.max_chunk_bytes, messages.MAX_CHUNK_BYTES)
         state: messages.MapState = self._caller.call("map_begin", messages.MapArguments(size))
         try:
             state = self._wait_for_map(state, wanted)
-            self.map_findings = state.findings
             if state.pages > limits.max_pages:
                 raise exception.BufferMapError(
                     reason=f"it has {state.pages} pages, allowed are {limits.max_pages}"
                 )
-            chunks = self._chunks(state, size, wanted)
-            return BufferMap.from_chunks(chunks, limits)
+            with _new_file(path):
+                self._save_chunks(state, MapFile(str(path), size), limits.max_bytes, wanted)
+            return state
         finally:
             # The agent forgets an abandoned map by itself after some time
             with contextlib.suppress(exception.RpcError):
@@ -197,23 +240,51 @@ class AgentClient:
                 instance=self.instance, reason="its map is not wanted any more", code="not-wanted"
             )
 
-    def _chunks(
-        self, state: messages.MapState, size: int, wanted: Callable[[], bool]
-    ) -> Iterator[bytes]:
+    def _save_chunks(
+        self,
+        state: messages.MapState,
+        file: MapFile,
+        max_bytes: int,
+        wanted: Callable[[], bool],
+    ) -> None:
         end = self._clock() + self._settings.map_timeout
-        for index in range(state.chunks):
+        while file.chunks < state.chunks:
             self._check(wanted)
             if self._clock() >= end:
                 raise exception.AgentUnreachable(
                     instance=self.instance,
-                    reason=f"{index} of {state.chunks} chunks of the buffer map after "
+                    reason=f"{file.chunks} of {state.chunks} chunks of the buffer map after "
                     f"{self._settings.map_timeout:g} s",
                 )
-            chunk = self._caller.call("map_chunk", messages.ChunkArguments(state.map_id, index))
+            file = self._save_more(state, file)
+            if file.size > max_bytes:
+                raise exception.BufferMapError(
+                    reason=f"{file.chunks} of {state.chunks} chunks have {file.size} bytes already"
+                )
+
+    def _save_more(self, state: messages.MapState, file: MapFile) -> MapFile:
+        if (saver := self._saver) is not None:
             try:
-                data = base64.b64decode(chunk.data, validate=True)
-            except (binascii.Error, ValueError) as error:
-                raise self._caller.nonsense("map_chunk", "the chunk is not base64") from error
-            if chunk.index != index or len(data) > size:
-                raise self._caller.nonsense("map_chunk", f"chunk {index} was asked for")
-            yield data
+                return self._caller.insist(
+                    "save_chunks",
+                    lambda: saver(state.map_id, state.chunks, file, self._settings.timeout),
+                )
+            except exception.AgentRefused as error:
+                if error.kwargs.get("code") != _VERSION:
+                    raise
+                LOG.info("Instance %s: chunks come one by one: %s", self.instance, error)
+                self._saver = None
+        data = self.chunk(state.map_id, file.chunks, file.max_chunk_bytes)
+        return file.behind(put_chunk(file.path, file.size, data))
+
+
+@contextlib.contextmanager
+def _new_file(path: Path) -> Iterator[None]:
+    """An empty file that only its owner may read; gone after an error."""
+    path.unlink(missing_ok=True)
+    try:
+        path.touch(mode=0o600, exist_ok=False)
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise

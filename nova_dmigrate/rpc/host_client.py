@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
+import dataclasses
 import json
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
 from nova_dmigrate import exception
 from nova_dmigrate.rpc import host_messages
 from nova_dmigrate.rpc.caller import Caller
+from nova_dmigrate.rpc.client import MapFile
 from nova_dmigrate.rpc.host_messages import HOST, HostState, Order, SessionState
 from nova_dmigrate.rpc.transport import Transport
 
@@ -26,6 +29,8 @@ _ATTEMPTS = 2
 _RETRY_DELAY = 0.2
 # What the way to the host may take beside the agent's own time
 _PROXY_SECONDS = 1.0
+#: Codes of refusals for which the file of a map is to blame, and not the agent.
+_NO_FILE = ("map-file", "map-not-allowed")
 _GZIP = 16 + zlib.MAX_WBITS
 
 
@@ -120,6 +125,16 @@ class HostClient:
         except (ValueError, RecursionError) as error:
             raise self._caller.nonsense("agent", "the agent's answer is not JSON") from error
 
+    def save_chunks(self, request: host_messages.SaveChunks) -> host_messages.SavedChunks:
+        """Have chunks of a buffer map put into a file on the host."""
+        seconds = host_messages.SAVING_SECONDS + request.timeout + _PROXY_SECONDS
+        saved: host_messages.SavedChunks = self._caller.call(
+            "save_chunks", request, attempts=1, timeout=seconds
+        )
+        if not request.first < saved.chunks <= request.behind:
+            raise self._caller.nonsense("save_chunks", f"it has saved {saved.chunks} chunks")
+        return saved
+
     def _session(self, method: str, arguments: Any) -> SessionState:
         state: SessionState = self._caller.call(method, arguments)
         if state.session_id != arguments.session_id:
@@ -163,8 +178,36 @@ class HostChannelTransport(Transport):
             arguments=json.dumps(arguments),
             timeout=timeout,
         )
-        try:
+        with self._translated():
             return self._client.agent(request)
+
+    def save_chunks(self, map_id: str, chunks: int, file: MapFile, timeout: float) -> MapFile:
+        """A `Saver` for a file on that host: what it holds does not cross the broker."""
+        request = host_messages.SaveChunks(
+            instance=self._instance,
+            channel_path=self._path,
+            map_id=map_id,
+            first=file.chunks,
+            behind=chunks,
+            max_chunk_bytes=file.max_chunk_bytes,
+            buffer_map=file.path,
+            offset=file.size,
+            timeout=timeout,
+        )
+        with self._translated():
+            try:
+                saved = self._client.save_chunks(request)
+            except exception.HostRefused as error:
+                if error.kwargs.get("code") in _NO_FILE:
+                    raise OSError(str(error)) from error
+                raise
+        return dataclasses.replace(file, chunks=saved.chunks, size=saved.size)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """What the host answers, or not, as the agent's errors."""
+        try:
+            yield
         except exception.HostUnreachable as error:
             raise exception.AgentUnreachable(instance=self._instance, reason=str(error)) from error
         except exception.HostRefused as error:

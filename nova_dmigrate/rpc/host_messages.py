@@ -10,6 +10,7 @@ import dataclasses
 from typing import Union
 
 from nova_dmigrate import exception
+from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.fields import (
     boolean,
     checked,
@@ -24,10 +25,11 @@ from nova_dmigrate.rpc.fields import (
     text,
     token,
 )
-from nova_dmigrate.rpc.messages import MAX_MESSAGE_BYTES
 from nova_dmigrate.rpc.protocol import Method, Protocol
 
-VERSION = "1.1"
+VERSION = "1.2"
+#: The least that a migration through relays needs of both services; what is newer has another way.
+NEEDED = "1.1"
 
 ROLES = ("source", "destination")
 #: In this order; the last three are final.
@@ -45,8 +47,10 @@ MAX_ARGUMENTS = 64 << 10
 MAX_CHUNK_BYTES = 384 << 10
 MAX_CHUNK_TEXT = (MAX_CHUNK_BYTES + 2) // 3 * 4
 MAX_SUMMARY_BYTES = 64 << 20
+#: After so many seconds it is told how many chunks of a map have been saved.
+SAVING_SECONDS = 1.0
 #: What the answer of an agent may be as JSON within JSON.
-MAX_ANSWER = 2 * MAX_MESSAGE_BYTES
+MAX_ANSWER = 2 * messages.MAX_MESSAGE_BYTES
 _SOCKET = path(107)  # what a UNIX socket's address holds
 _RATE = number(0, 1 << 50)  # bytes a second, 0 for no cap
 _MEMORY = integer(0, 1 << 50)  # bytes
@@ -64,9 +68,9 @@ _IDENTIFIER = token()  # by another name, where a field has that one
 
 @dataclasses.dataclass(frozen=True)
 class HelloArguments:
-    """``version``: of this protocol, as the requester speaks it."""
+    """``version``: of this protocol, the least that the requester needs."""
 
-    version: str = checked(token(16), default=VERSION)
+    version: str = checked(token(16), default=NEEDED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,6 +191,27 @@ class AgentRequest:
     timeout: float = checked(number(0.1, 600))
 
 
+@dataclasses.dataclass(frozen=True)
+class SaveChunks:
+    """Put chunks of an agent's buffer map into a file of this host: as many as come in
+    `SAVING_SECONDS`, but one at least.
+
+    ``first``: number of the first one that the file lacks, to be put at ``offset`` bytes;
+    ``behind``: number behind the last one. ``max_chunk_bytes``: of each. ``buffer_map``: the file,
+    which is there. ``timeout``: seconds that each chunk may take.
+    """
+
+    instance: str = checked(token())
+    channel_path: str = checked(_SOCKET)
+    map_id: str = checked(token())
+    first: int = checked(integer(0, messages.MAX_CHUNKS))
+    behind: int = checked(integer(1, messages.MAX_CHUNKS))
+    max_chunk_bytes: int = checked(integer(messages.MIN_CHUNK_BYTES, messages.MAX_CHUNK_BYTES))
+    buffer_map: str = checked(path())
+    offset: int = checked(_MEMORY)
+    timeout: float = checked(number(0.1, 600))
+
+
 # What methods return
 
 
@@ -194,8 +219,9 @@ class AgentRequest:
 class HostState:
     """What a host says of itself.
 
-    ``host``: its name, also in its certificate. ``version``: of this protocol. ``incarnation`` is
-    another one after every start of the service. ``tls``: whether it migrates with TLS only.
+    ``host``: its name, also in its certificate. ``version``: of this protocol; ``needs``: what
+    migrations that begin there need of others. ``incarnation`` is another one after every start of
+    the service. ``tls``: whether it migrates with TLS only.
     ``drivers``: of volumes that its relays can read. ``relays``: how many run, of both roles;
     ``max_relays``: how many of each role may. ``draining``: it takes no new session.
     ``migration_address``: where its relays listen, None if everywhere. ``obstacle``: what keeps
@@ -220,6 +246,7 @@ class HostState:
     qemu_user: int | None = checked(optional(integer(0, 1 << 32)), default=None)
     libvirt_version: int | None = checked(optional(_VERSION), default=None)
     qemu_version: int | None = checked(optional(_VERSION), default=None)
+    needs: str = checked(token(16), default=NEEDED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,6 +290,14 @@ class AgentAnswer:
     answer: str = checked(text(MAX_ANSWER))
 
 
+@dataclasses.dataclass(frozen=True)
+class SavedChunks:
+    """``chunks``: that the file has now. ``size``: bytes of them in the file."""
+
+    chunks: int = checked(integer(1, messages.MAX_CHUNKS))
+    size: int = checked(_MEMORY)
+
+
 METHODS = {
     "hello": Method(HelloArguments, HostState),
     # Opening is repeated without harm: the session's identifier makes it the same one
@@ -276,6 +311,8 @@ METHODS = {
     "summary": Method(SummaryArguments, SummaryChunk),
     # The agent itself knows repeated requests by their identifiers
     "agent": Method(AgentRequest, AgentAnswer),
+    # Repeated without harm: it says where in the file the chunks belong
+    "save_chunks": Method(SaveChunks, SavedChunks, since="1.2"),
 }
 
 HOST = Protocol(

@@ -11,8 +11,6 @@ import contextlib
 import dataclasses
 import os
 import secrets
-import shutil
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -314,14 +312,11 @@ def _state_unwritable(place: Place) -> Iterator[Options]:
 
 
 @contextlib.contextmanager
-def _map_out_of_reach(place: Place) -> Iterator[Options]:
-    """The map is where the source's relay does not see it."""
-    directory = tempfile.mkdtemp(prefix="ndm-maps-", dir="/run")
-    try:
-        with place.services.operating(host__state_directory=directory, **_UNPREPARED):
-            yield {}
-    finally:
-        shutil.rmtree(directory)
+def _map_too_large_for_the_relay(place: Place) -> Iterator[Options]:
+    """The source's relay takes less than whoever migrates."""
+    changed = place.services.changed(place.source, buffer_map__max_pages=1)
+    with changed, place.services.operating(**_UNPREPARED):
+        yield {}
 
 
 #: By code.
@@ -348,7 +343,7 @@ CASES: Mapping[str, Case] = {
     "memory-layout": _refused(_monitor_denied),
     "no-state": Case(_state_unwritable),
     "late-map": Case(_agent_stopped_later, way=_RELAYED),
-    "map-refused": _refused(_map_out_of_reach),
+    "map-refused": _refused(_map_too_large_for_the_relay),
     "relay-failed": Case(_destination(wire__listen_address=_NOWHERE)),
 }
 #: Of the ways in which only Nova migrates.

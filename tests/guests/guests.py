@@ -15,6 +15,7 @@ from nova_dmigrate.buffermap import BufferMap, MapLimits
 from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.client import AgentClient
 from tests import base
+from tests.fetched_map import fetch_map
 from tests.lab import database_guest, database_image, processes, relays
 from tests.lab.database_guest import SERIAL, DatabaseGuest, DatabaseSpec
 from tests.lab.relays import PATIENCE, RelayPair, SavedMap, wait_until
@@ -115,7 +116,7 @@ class DatabaseGuestTestCase(base.TestCase):
 
     def fetch_map(self, client: AgentClient) -> BufferMap:
         limits = MapLimits(max_guest_page=self.guest.spec.ram_bytes // 4096 - 1)
-        built = client.fetch_map(limits)
+        built = fetch_map(client, limits)
         self.assertEqual([SERIAL], [volume.volume_id for volume in built.volumes])
         return built
 

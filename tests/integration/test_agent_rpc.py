@@ -22,6 +22,7 @@ from nova_dmigrate.buffermap import MapLimits
 from nova_dmigrate.rpc import client, isolation, messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 from tests import base
+from tests.fetched_map import fetch_map
 from tests.lab import databases, processes, tls_broker
 from tests.lab.broker import HOST_USER, Broker
 
@@ -166,7 +167,7 @@ class AgentRpcTest(base.TestCase):
         self.settle()
         settings = client.ClientSettings(timeout=5, attempts=6, chunk_bytes=4096)
         small = client.AgentClient(ONE, self.client._caller._transport, settings)
-        fetched = small.fetch_map(MapLimits(max_chunk_bytes=4096))
+        fetched = fetch_map(small, MapLimits(max_chunk_bytes=4096))
         (volume,) = fetched.volumes
         self.assertEqual("the-volume", volume.volume_id)
         self.assertGreater(volume.page_count, 1000)
@@ -243,8 +244,8 @@ class AgentRpcTest(base.TestCase):
         transport = self.client._caller._transport
         transport.call = call  # type: ignore[method-assign]
         settings = client.ClientSettings(timeout=5, attempts=12, chunk_bytes=4096)
-        fetched = client.AgentClient(ONE, transport, settings).fetch_map(
-            MapLimits(max_chunk_bytes=4096)
+        fetched = fetch_map(
+            client.AgentClient(ONE, transport, settings), MapLimits(max_chunk_bytes=4096)
         )
         self.assertEqual(1, len(killed))
         self.assertGreater(fetched.page_count, 1000)

@@ -127,6 +127,21 @@ class PermissionsTest(Hosts):
             lambda: (pair.source.progress() or {}).get("map") == "refused", "it was looked for"
         )
 
+    def test_maps_are_put_into_the_allowed_place_only(self) -> None:
+        maps, ports, outside = self.place / "maps", self.place / "ports", self.place / "outside.map"
+        for directory in (maps, ports):
+            directory.mkdir()
+            self.addCleanup(shutil.rmtree, directory)
+        outside.touch()
+        (maps / "link").symlink_to(outside)
+        with agent_at(ports / "port", Agent()):
+            way = HostChannelTransport("an-instance", self.client_of(self.two), str(ports / "port"))
+            for path in (outside, maps / "link", self.place / "maps-2"):
+                file = client.MapFile(str(path), 4096)
+                error = self.assertRaises(OSError, way.save_chunks, "m", 1, file, 5.0)
+                self.assertIn("where this host has its buffer maps", str(error))
+        self.assertEqual(b"", outside.read_bytes())
+
     def test_an_agent_is_asked_through_the_service(self) -> None:
         ports = self.place / "ports"
         ports.mkdir()

@@ -9,6 +9,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -17,7 +18,8 @@ from unittest import mock
 import numpy as np
 
 from nova_dmigrate import exception
-from nova_dmigrate.buffermap import BufferMap, VolumeExtents
+from nova_dmigrate.buffermap import BufferMap, MapLimits, VolumeExtents
+from nova_dmigrate.host.agents import AgentProxy
 from nova_dmigrate.migration import relayed
 from nova_dmigrate.migration.peers import ask_host
 from nova_dmigrate.migration.relayed import Guest, Peers, RelayedMigration
@@ -26,12 +28,24 @@ from nova_dmigrate.migration.settings import OrchestrationSettings
 from nova_dmigrate.migration.waiting import Question
 from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.client import AgentClient
+from nova_dmigrate.rpc.dispatcher import Dispatcher
 from nova_dmigrate.rpc.host_client import HostChannelTransport, HostClient
+from nova_dmigrate.rpc.host_messages import (
+    HOST,
+    AgentAnswer,
+    AgentRequest,
+    HelloArguments,
+    HostState,
+)
 from tests.integration import host_base
 from tests.lab.agent_port import agent_at
 from tests.lab.broker import free_ports
 from tests.lab.relays import PATIENCE, wait_until
 from tests.unit.relay.guest import advised
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # eventlet's, of which nothing is used
+    from nova_dmigrate.rpc.broker import BrokerServer, BrokerTransport, make_conf
 
 INSTANCE = "an-instance"
 #: Where the destination relay does not listen.
@@ -41,6 +55,13 @@ LEASE = 6.0
 #: How a guest's memory lies, as its QEMU tells.
 LAYOUT = Path(__file__).parents[1] / "unit" / "data" / "mtree" / "q35-64m.mtree"
 MIB = 1 << 20
+
+#: What services spoke before they could save chunks of maps.
+BEFORE = dataclasses.replace(
+    HOST,
+    version="1.1",
+    methods={name: each for name, each in HOST.methods.items() if name != "save_chunks"},
+)
 
 #: Both hosts have their sockets at the same path, as libvirt wants it, yet not in the same place.
 OWN_SOCKETS = """
@@ -98,6 +119,25 @@ class Agent:
         size, count = sum(map(len, self.chunks)), len(self.chunks)
         state = "ready" if self.chunks else "building"
         return messages.MapState("a-map", state, count, 256 * count, size, 0.0, "")
+
+
+class Older:
+    """A service that knows nothing of chunks which are saved.
+
+    :param state: what it says of itself. :param ports: where those of guests are.
+    """
+
+    def __init__(self, state: HostState, ports: Path) -> None:
+        self._state = state
+        self._agents = AgentProxy([str(ports)])
+
+    def hello(self, arguments: HelloArguments) -> HostState:
+        if not BEFORE.speaks(arguments.version):
+            raise exception.RequestRefused(reason=f"it speaks {BEFORE.version}", code="version")
+        return self._state
+
+    def agent(self, request: AgentRequest) -> AgentAnswer:
+        return self._agents.ask(request)
 
 
 def chunks_of_a_map() -> list[bytes]:
@@ -166,7 +206,8 @@ class RelayedMigrationTest(host_base.Hosts):
 
         def agent(host: HostClient) -> AgentClient:
             port = str(self.ports / host.host)
-            return AgentClient(INSTANCE, HostChannelTransport(INSTANCE, host, port))
+            way = HostChannelTransport(INSTANCE, host, port)
+            return AgentClient(INSTANCE, way, saver=way.save_chunks)
 
         clients = [each.client(timeout) for each in (self.one, self.two)]
         for each in clients:
@@ -273,6 +314,25 @@ class RelayedMigrationTest(host_base.Hosts):
             migration = self.migration(enter, map_first=True)
             self.assertRaises(exception.MigrationCancelled, migration.__enter__)
         self.assert_nothing_left()
+
+    def test_a_service_that_cannot_save_chunks_yet_hands_them_on(self) -> None:
+        self.agents["one"].chunks = chunks_of_a_map()
+        url = self.broker.services_url()
+        said = dataclasses.replace(self.client_of(self.one).hello(), version=BEFORE.version)
+        server = BrokerServer(
+            "older", Dispatcher(Older(said, self.ports), BEFORE), make_conf(), url
+        )
+        server.start()
+        self.addCleanup(server.stop)
+        self.assertTrue(server.wait_until_serving(PATIENCE))
+        host = HostClient("older", BrokerTransport("older", url, HOST))
+        self.addCleanup(host.close)
+        self.assertEqual(BEFORE.version, host.hello(PATIENCE).version)
+        way = HostChannelTransport(INSTANCE, host, str(self.ports / "one"))
+        path = self.make_directory() / "map"
+        AgentClient(INSTANCE, way, saver=way.save_chunks).save_map(path, MapLimits())
+        self.assertEqual(MIB // 4096, BufferMap.load(path, MapLimits()).page_count)
+        self.assertIn("chunks come one by one", self.log.output)
 
     def test_a_migration_is_followed_while_its_source_does_not_answer(self) -> None:
         assert self.one.process is not None

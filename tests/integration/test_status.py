@@ -134,8 +134,9 @@ class ServicesTest(Hosts):
 
     def test_hosts_that_can_work_together(self) -> None:
         self.be("like-one")
+        self.be("minor", version=f"{_MAJOR}.99")
         self.be("both-wires", wire_versions=(*VERSIONS, *OTHER_WIRE))
-        host = self.host(self.one, "like-one", "both-wires")
+        host = self.host(self.one, "like-one", "minor", "both-wires")
         self.assert_told(Code.SUCCESS, "host like-one", services.others, host)
         self.assert_told(Code.SUCCESS, f", {OTHER_WIRE[0]}", services.others, host)
 
@@ -145,7 +146,7 @@ class ServicesTest(Hosts):
         self.assert_told(Code.WARNING, "Host two: the hosts have other", services.others, host)
         self.be("wire", wire_versions=OTHER_WIRE)
         self.be("tls", tls=True)
-        self.be("minor", version=f"{_MAJOR}.99")
+        self.be("minor", version=f"{_MAJOR}.99", needs=f"{_MAJOR}.99")
         self.be("later", LATER)
         self.be("confined", obstacle="AppArmor")
         for name, words in (

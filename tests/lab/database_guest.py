@@ -3,7 +3,7 @@
 
 with DatabaseGuest.boot(DatabaseSpec(disk=create_volume(path))) as guest:
     client = guest.agent()
-    mapped = client.fetch_map(MapLimits())
+    mapped = fetch_map(client)
     guest.stop()
     equal = guest.equal_pages(mapped, guest.ram)
 

@@ -134,18 +134,15 @@ def agent(shape: synthetic.Shape, descriptor: int, directory: Path) -> Report:
 
 
 class _TimedTransport(ChannelTransport):
-    """Remembers when the first chunk was asked for, and the map's last state."""
+    """Remembers when the first chunk was asked for."""
 
-    state: Report
     began: float | None = None
 
     def call(self, method: str, request_id: str, arguments: dict[str, Any], timeout: float) -> Any:
         if method == "map_chunk" and self.began is None:
             self.began = time.monotonic()
         answer = super().call(method, request_id, arguments, timeout)
-        if method in ("map_begin", "map_state"):
-            self.state = answer.get("result") or {}
-        elif method == "map_chunk":
+        if method == "map_chunk":
             self.fetched = time.monotonic()
         return answer
 
@@ -156,22 +153,15 @@ def host(descriptor: int, path: Path) -> Report:
     settings = ClientSettings(timeout=_PATIENCE, map_timeout=_PATIENCE)
     transport = _TimedTransport("scale", lambda: os.dup(descriptor))
     with AgentClient("scale", transport, settings) as client:
-        fetched = client.fetch_map(LIMITS)
-        joined = time.monotonic()
-    peak = peak_mb()
-    fetched.save(path)
+        state = client.save_map(path, LIMITS)
     assert transport.began is not None
     return {
-        "pages": fetched.page_count,
-        "held_bytes": fetched.nbytes,
-        "chunks": transport.state["chunks"],
-        "chunk_bytes": transport.state["size"],
-        "build_s": transport.state["seconds"],
+        "pages": state.pages,
+        "chunks": state.chunks,
+        "chunk_bytes": state.size,
+        "build_s": state.seconds,
         "fetch_s": transport.fetched - transport.began,
-        "join_s": joined - transport.fetched,
-        "save_s": time.monotonic() - joined,
         "program_mb": program,
-        "fetch_peak_mb": peak,
         "peak_mb": peak_mb(),
     }
 
@@ -186,6 +176,7 @@ def source(path: Path, layout: Path, guest_bytes: int) -> Report:
     serialised = time.monotonic()
     placed = _placed(loaded, layout, guest_bytes)
     ready = time.monotonic()
+    held = loaded.nbytes
     del loaded, chunks
     looked, hits, seconds = _look_up(placed)
     return {
@@ -193,6 +184,7 @@ def source(path: Path, layout: Path, guest_bytes: int) -> Report:
         "serialise_s": serialised - read,
         "place_s": ready - serialised,
         "entries": len(placed),
+        "map_bytes": held,
         "held_bytes": placed.position.nbytes + placed.volume_position.nbytes,
         "lookups_per_s": looked / seconds,
         "hit_share": hits / looked,

@@ -24,7 +24,6 @@ _MAPS = (
     ("fetch", "fetch s"),
     ("agent", "agent MB"),
     ("host", "host MB"),
-    ("held", "held B/page"),
     ("peak", "peak B/page"),
     ("refused", "refused"),
 )
@@ -118,8 +117,7 @@ def _made(row: Row) -> Row:
             "fetch": host["fetch_s"],
             "agent": agent["peak_mb"],
             "host": host["peak_mb"],
-            "held": host["held_bytes"] / pages,
-            "peak": _page_bytes(host["fetch_peak_mb"] - host["program_mb"], pages),
+            "peak": _page_bytes(host["peak_mb"] - host["program_mb"], pages),
         }
     )
 

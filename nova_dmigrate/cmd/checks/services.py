@@ -60,9 +60,9 @@ def others(host: CheckedHost) -> Result:
                 detail = f" ({host.name} has {here_has}, {name} has {there_has})"
             wrong.append(f"Host {name}: {_reason(error)}{detail}")
         else:
-            if not dataclasses.replace(HOST, version=here.version).speaks(there.version):
+            if not dataclasses.replace(HOST, version=here.version).speaks(there.needs):
                 wrong.append(
-                    f"Host {name}: its requests are of version {there.version}, which the service"
+                    f"Host {name}: its requests are of version {there.needs}, which the service"
                     f" of host {host.name} does not know: it speaks {here.version}"
                 )
             else:

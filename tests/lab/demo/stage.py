@@ -12,6 +12,7 @@ import numpy as np
 
 from nova_dmigrate import exception
 from nova_dmigrate.buffermap import MapLimits
+from tests.fetched_map import fetch_map
 from tests.lab.attached import AttachedDatabase
 from tests.lab.database_guest import DatabaseGuest, DatabaseSpec
 from tests.lab.database_image import Release
@@ -174,7 +175,7 @@ class WorkingGuest:
         limits = MapLimits(max_guest_page=self.guest.spec.ram_bytes // PAGE_SIZE - 1)
         with self.guest.agent() as agent:
             try:
-                return agent.fetch_map(limits).page_count * PAGE_SIZE
+                return fetch_map(agent, limits).page_count * PAGE_SIZE
             except (exception.AgentError, exception.BufferMapError):
                 return 0
 

@@ -20,6 +20,7 @@ from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.rpc import channel, client, messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 from tests import base
+from tests.fetched_map import fetch_map
 from tests.unit.agent.fakes import FakeGuest, FakeServer, FakeServerMap
 
 NOTE = Finding("a-note", Severity.NOTE, "something")
@@ -188,22 +189,22 @@ class ServiceTest(base.TestCase):
         self.addCleanup(self.client.close)
 
     def test_a_map_arrives_as_it_was_made(self) -> None:
-        fetched = self.client.fetch_map(MapLimits(max_chunk_bytes=4096))
+        fetched = fetch_map(self.client, MapLimits(max_chunk_bytes=4096))
         self.assertTrue(same(self.servers.built, fetched))
 
     def test_a_map_in_parts_arrives_as_one(self) -> None:
         self.servers.also = [make_map(2000, first=8000)]
-        fetched = self.client.fetch_map(MapLimits(max_chunk_bytes=4096))
+        fetched = fetch_map(self.client, MapLimits(max_chunk_bytes=4096))
         self.assertEqual(BufferMap.join([self.servers.built, *self.servers.also]), fetched)
 
     def test_a_map_beyond_the_hosts_limits_is_not_fetched(self) -> None:
         self.assertRaises(
-            exception.BufferMapError, self.client.fetch_map, MapLimits(max_pages=2999)
+            exception.BufferMapError, fetch_map, self.client, MapLimits(max_pages=2999)
         )
 
     def test_a_map_that_cannot_be_made_is_refused_with_the_reason(self) -> None:
         self.servers.built = exception.ServerNotFound(reason="none runs here")
-        error = self.assertRaises(exception.AgentRefused, self.client.fetch_map, MapLimits())
+        error = self.assertRaises(exception.AgentRefused, fetch_map, self.client, MapLimits())
         self.assertIn("none runs here", str(error))
         self.assertEqual("map-failed", error.kwargs["code"])
 
@@ -264,7 +265,7 @@ class ServiceTest(base.TestCase):
             return real(map_id, index)
 
         self.service._maps.chunk = chunk  # type: ignore[method-assign]
-        fetched = self.client.fetch_map(MapLimits(max_chunk_bytes=4096))
+        fetched = fetch_map(self.client, MapLimits(max_chunk_bytes=4096))
         self.assertTrue(same(self.servers.built, fetched))
         self.assertEqual(2, self.servers.builds)
 

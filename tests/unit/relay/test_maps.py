@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nova_dmigrate import exception
-from nova_dmigrate.relay import assembler, handover
+from nova_dmigrate.buffermap import codec
+from nova_dmigrate.relay import handover
 from nova_dmigrate.relay.monitor import ask
 from nova_dmigrate.relay.session import RelaySettings
 from nova_dmigrate.volumes import DRIVERS, BlockReader, VolumeSpec
@@ -146,7 +147,7 @@ class TestMaps(MapTestCase):
         guest = self.guest()
         settings = RelaySettings(max_map_pages=1)
         pair = self.pair(guest, destination_settings=settings)
-        with mock.patch.object(assembler, "_MAP_FRAME_BYTES", 0):
+        with mock.patch.object(codec, "_FRAME_BYTES", 0):
             pair.run()
         self.assert_exact(guest, pair)
         self.assertEqual(0, pair.source_summary["referenced_pages"])

@@ -3,6 +3,7 @@
 
 import base64
 import contextlib
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from nova_dmigrate.buffermap import BufferMap, MapLimits, VolumeExtents
 from nova_dmigrate.rpc import client
 from nova_dmigrate.rpc.transport import Transport
 from tests import base
+from tests.fetched_map import fetch_map
 from tests.unit.rpc.test_fields import JSON
 
 PONG = {"result": {"agent_version": "1", "version": "1.0", "incarnation": "abc"}}
@@ -121,7 +123,7 @@ class ClientTest(base.TestCase):
 
     def test_a_map_that_is_never_ready_is_given_up(self) -> None:
         made = self.make(map_begin=state(state="building"), map_state=state(state="building"))
-        error = self.assertRaises(exception.AgentUnreachable, made.fetch_map, MapLimits())
+        error = self.assertRaises(exception.AgentUnreachable, fetch_map, made)
         self.assertIn("10 s", str(error))
         self.assertEqual("map_end", self.transport.asked[-1][0])
 
@@ -129,13 +131,13 @@ class ClientTest(base.TestCase):
         big = base64.b64encode(bytes(5000)).decode()
         made = self.make(map_begin=state(), map_chunk={"result": {"index": 0, "data": big}})
         limits = MapLimits(max_chunk_bytes=4096)
-        self.assertRaises(exception.AgentRefused, made.fetch_map, limits)
+        self.assertRaises(exception.AgentRefused, fetch_map, made, limits)
         self.assertEqual(4096, self.transport.asked[0][2]["max_chunk_bytes"])
 
     def test_a_map_that_claims_more_pages_than_allowed_is_not_fetched(self) -> None:
         made = self.make(map_begin=state(pages=101), map_chunk=LOST)
         error = self.assertRaises(
-            exception.BufferMapError, made.fetch_map, MapLimits(max_pages=100)
+            exception.BufferMapError, fetch_map, made, MapLimits(max_pages=100)
         )
         self.assertIn("101 pages", str(error))
         self.assertEqual(["map_begin", "map_end"], [asked[0] for asked in self.transport.asked])
@@ -152,10 +154,10 @@ class ClientTest(base.TestCase):
             return {"result": {"index": index, "data": base64.b64encode(chunks[index]).decode()}}
 
         made = self.make(map_begin=state(chunks=len(chunks), pages=page.size), map_chunk=chunk)
-        self.assertEqual(page.size, made.fetch_map(MapLimits()).page_count)
+        self.assertEqual(page.size, fetch_map(made).page_count)
         took = 4
         made = self.make(map_begin=state(chunks=len(chunks), pages=page.size), map_chunk=chunk)
-        error = self.assertRaises(exception.AgentUnreachable, made.fetch_map, MapLimits())
+        error = self.assertRaises(exception.AgentUnreachable, fetch_map, made)
         self.assertIn(f"3 of {len(chunks)} chunks", str(error))
         self.assertIn("10 s", str(error))
         self.assertEqual("map_end", self.transport.asked[-1][0])
@@ -168,21 +170,105 @@ class ClientTest(base.TestCase):
             {"index": 0, "data": "ÄÄÄÄ"},
         ):
             made = self.make(map_begin=state(), map_chunk={"result": chunk})
-            self.assertRaises(exception.AgentRefused, made.fetch_map, MapLimits())
+            self.assertRaises(exception.AgentRefused, fetch_map, made)
 
     def test_chunks_that_are_no_map_are_a_map_error(self) -> None:
         made = self.make(map_begin=state(), map_chunk={"result": {"index": 0, "data": "AAAA"}})
-        self.assertRaises(exception.BufferMapError, made.fetch_map, MapLimits())
+        self.assertRaises(exception.BufferMapError, fetch_map, made)
         made = self.make(map_begin=state(chunks=0))
-        self.assertRaises(exception.BufferMapError, made.fetch_map, MapLimits())
+        self.assertRaises(exception.BufferMapError, fetch_map, made)
 
     def test_an_agent_that_keeps_forgetting_its_map_is_asked_twice_at_most(self) -> None:
         gone = {"error": {"code": "unknown-map", "message": "there is no map m"}}
         made = self.make(map_begin=state(), map_chunk=gone)
-        self.assertRaises(exception.AgentRefused, made.fetch_map, MapLimits())
+        self.assertRaises(exception.AgentRefused, fetch_map, made)
         begun = [asked for asked in self.transport.asked if asked[0] == "map_begin"]
         self.assertEqual(2, len(begun))
 
+    # By the service of a host
+
+    def saved(self, *steps: Any, chunks: int = 4) -> client.AgentClient:
+        """Of an agent whose map is ready; ``steps`` are what becomes of each request to save chunks
+        of it: how many there are then, or an error.
+        """
+        self.steps = list(steps)
+        self.saves: list[client.MapFile] = []
+        made = self.make(map_begin=state(chunks=chunks))
+
+        def save(map_id: str, count: int, file: client.MapFile, timeout: float) -> client.MapFile:
+            self.assertEqual(("m", chunks, 10.0), (map_id, count, timeout))
+            self.saves.append(file)
+            step = self.steps.pop(0)
+            if isinstance(step, Exception):
+                raise step
+            return dataclasses.replace(file, chunks=step, size=100 * step)
+
+        made._saver = save
+        self.path = self.make_directory() / "map"
+        return made
+
+    def test_chunks_are_saved_by_the_host_until_all_are_there(self) -> None:
+        made = self.saved(3, 4)
+        self.assertEqual(4, made.save_map(self.path, MapLimits()).chunks)
+        self.assertEqual([(0, 0), (3, 300)], [(each.chunks, each.size) for each in self.saves])
+        self.assertEqual(0o600, self.path.stat().st_mode & 0o777)
+        self.assertEqual(["map_begin", "map_end"], [asked[0] for asked in self.transport.asked])
+
+    def test_chunks_that_could_not_be_saved_are_asked_for_again_from_there(self) -> None:
+        made = self.saved(1, LOST, LOST, 4)
+        made.save_map(self.path, MapLimits())
+        self.assertEqual([0, 1, 1, 1], [each.chunks for each in self.saves])
+
+    def test_after_any_error_there_is_no_file(self) -> None:
+        refused = exception.AgentRefused(instance="i", reason="no", code="agent-refused")
+        for error, steps in (
+            (exception.AgentUnreachable, (1, LOST, LOST, LOST)),
+            (exception.AgentRefused, (1, refused)),
+            (OSError, (1, OSError("no space"))),
+        ):
+            made = self.saved(*steps)
+            self.assertRaises(error, made.save_map, self.path, MapLimits())
+            self.assertEqual([], self.steps)
+            self.assertFalse(self.path.exists())
+            self.assertEqual("map_end", self.transport.asked[-1][0])
+
+    def test_a_map_that_grows_beyond_its_limits_is_not_fetched_any_further(self) -> None:
+        limits = MapLimits(max_pages=1)
+        beyond = limits.max_bytes // 100 + 1
+        made = self.saved(beyond, chunks=beyond + 1)
+        self.assertRaises(exception.BufferMapError, made.save_map, self.path, limits)
+        self.assertFalse(self.path.exists())
+
+    def test_a_map_that_is_not_wanted_any_more_is_not_fetched_any_further(self) -> None:
+        made = self.saved(1)
+        error = self.assertRaises(
+            exception.AgentRefused, made.save_map, self.path, MapLimits(), lambda: not self.saves
+        )
+        self.assertEqual("not-wanted", error.kwargs["code"])
+        self.assertFalse(self.path.exists())
+
+    def test_a_map_that_the_agent_has_forgotten_is_fetched_anew_from_its_beginning(self) -> None:
+        gone = exception.AgentRefused(instance="i", reason="it is not here", code="unknown-map")
+        made = self.saved(3, gone, 4)
+        made.save_map(self.path, MapLimits())
+        self.assertEqual([0, 3, 0], [each.chunks for each in self.saves])
+
+    def test_a_host_that_cannot_save_chunks_is_asked_for_them_one_by_one(self) -> None:
+        page = np.arange(0, 40000, 2, dtype=np.uint64) * 4096
+        lengths = np.full(page.size, 4096, np.uint64)
+        built = BufferMap.build([VolumeExtents("v", 1 << 30, page, page[::-1], lengths)])
+        chunks = list(built.to_chunks(4096))
+
+        def chunk(map_id: str, index: int) -> dict[str, Any]:
+            return {"result": {"index": index, "data": base64.b64encode(chunks[index]).decode()}}
+
+        older = exception.AgentRefused(instance="i", reason="no 1.2", code="version")
+        made = self.saved(older, chunks=len(chunks))
+        self.transport.answers["map_chunk"] = chunk
+        made.save_map(self.path, MapLimits())
+        self.assertEqual(1, len(self.saves))
+        self.assertEqual(built, BufferMap.load(self.path, MapLimits()))
+
     def test_an_agent_that_speaks_of_another_map_is_refused(self) -> None:
         made = self.make(map_begin=state(state="building"), map_state=state(map_id="other"))
-        self.assertRaises(exception.AgentRefused, made.fetch_map, MapLimits())
+        self.assertRaises(exception.AgentRefused, fetch_map, made)

@@ -147,6 +147,15 @@ class HostClientTest(base.TestCase):
         self.assertEqual("running", made.renew("s").state)
         self.assertEqual(1, len(self.slept))
 
+    def test_hello_asks_for_no_more_than_every_migration_needs(self) -> None:
+        made = self.make(hello={"result": HELLO})
+        self.assertEqual("1.1", made.hello().needs)
+        ((_, _, arguments),) = self.transport.asked
+        older = dataclasses.replace(HOST, version="1.1")
+        self.assertTrue(older.speaks(arguments["version"]))
+        for method, each in HOST.methods.items():
+            self.assertEqual(method != "save_chunks", older.speaks(each.since), method)
+
     def test_a_session_of_each_role_is_opened_by_its_own_method(self) -> None:
         answer = {"result": STATE}
         made = self.make(open_source=answer, open_destination=answer)
@@ -230,6 +239,37 @@ class HostClientTest(base.TestCase):
     def test_what_the_host_refuses_the_agent_refuses(self) -> None:
         error = self.assertRaises(exception.AgentRefused, self.agent(refused("channel")).ping)
         self.assertEqual("channel", error.kwargs["code"])
+
+    # Chunks of a map
+
+    def save(self, answer: Any) -> client.MapFile:
+        transport = host_client.HostChannelTransport("i", self.make(save_chunks=answer), "/run/p")
+        return transport.save_chunks("m", 5, client.MapFile("/maps/m", 4096, 2, 200), 7.0)
+
+    def test_chunks_are_saved_behind_those_that_are_there(self) -> None:
+        file = self.save({"result": {"chunks": 4, "size": 500}})
+        self.assertEqual(client.MapFile("/maps/m", 4096, 4, 500), file)
+        ((_, _, request),) = self.transport.asked
+        self.assertEqual(
+            (2, 5, 200), tuple(request[each] for each in ("first", "behind", "offset"))
+        )
+        self.assertEqual(("/maps/m", 7.0), (request["buffer_map"], request["timeout"]))
+
+    def test_a_host_that_has_saved_none_or_too_many_makes_no_sense(self) -> None:
+        for chunks in (1, 2, 6):
+            error = self.assertRaises(
+                exception.AgentRefused, self.save, {"result": {"chunks": chunks, "size": 500}}
+            )
+            self.assertEqual("nonsense", error.kwargs["code"])
+
+    def test_a_file_that_cannot_be_written_is_not_the_agents_fault(self) -> None:
+        for code in ("map-file", "map-not-allowed"):
+            self.assertRaises(OSError, self.save, refused(code))
+        self.assertRaises(exception.AgentUnreachable, self.save, LOST)
+        self.assertEqual(1, len(self.transport.asked))
+        for code in ("version", "unknown-map"):
+            error = self.assertRaises(exception.AgentRefused, self.save, refused(code))
+            self.assertEqual(code, error.kwargs["code"])
 
     @settings(deadline=None, derandomize=True, max_examples=100)
     @given(JSON | st.text())

@@ -18,7 +18,7 @@ class MappingTest(base.TestCase):
         self.assertEqual(pages, row["destination"]["hits"])
         # A guest of which all but a quarter is the pool
         self.assertAlmostEqual(0.75, row["source"]["hit_share"], 1)
-        self.assertLessEqual(row["host"]["held_bytes"], 8 * pages)
+        self.assertLessEqual(row["source"]["map_bytes"], 8 * pages)
         self.assertGreater(row["agent"]["wire_bytes"], row["host"]["chunk_bytes"])
         self.assertIn("0.125  scattered", tables.render({"maps": [row]}))
 
