@@ -29,8 +29,9 @@ from tests.scale.fluid import Floats, jain, max_min
 GIB = 1 << 30
 
 #: Requests of one migration a second, as the code asks: Nova's follower (0.25 s and the answer), a
-#: place in a queue and a map in the making (0.2 s), the database (1 s), each lease (a quarter).
-_FOLLOW_S, _QUEUE_S, _BUILD_S, _HEALTH_S = 0.25, 0.2, 0.2, 1.0
+#: place in a queue and a map in the making (0.2 s), the database and chunks put into a file (1 s),
+#: each lease (a quarter).
+_FOLLOW_S, _QUEUE_S, _BUILD_S, _HEALTH_S, _SAVE_S = 0.25, 0.2, 0.2, 1.0, 1.0
 #: And of each host, which asks itself.
 _PRESENCE_S = 2.0
 #: Of QEMU's stop and the rest of the switchover.
@@ -48,7 +49,7 @@ class Cost:
 
 #: Measured, see doc/source/contributor/scale.rst: bytes into the broker, milliseconds.
 COSTS: Mapping[str, Cost] = {
-    "hello": Cost(1294, 5),
+    "hello": Cost(1316, 5),
     "open_destination": Cost(3119, 4),
     "open_source": Cost(3252, 4),
     "renew": Cost(2539, 4),
@@ -57,6 +58,7 @@ COSTS: Mapping[str, Cost] = {
     "health": Cost(1633, 4),
     "map_state": Cost(1486, 4),
     "map_chunk": Cost(350874, 13),
+    "save_chunks": Cost(1277, 4),
 }
 
 
@@ -118,6 +120,7 @@ class Cluster:
     :ivar chunk: bytes that the orchestration asks the agent for at once.
     :ivar build_s, build_s_per_gib: for making a map. :ivar page_bytes: of a map on the wire before
         base64, for a page. :ivar port_ms: for a chunk on the guest's port.
+    :ivar by_broker: agents are asked over the broker, and not over their guests' ports.
     :ivar work: seconds of a processor that a byte takes of each relay, see `Work`; ``cores``: how
         many one relay uses at most.
     :ivar reads: bytes read for a byte that is used.
@@ -146,6 +149,7 @@ class Cluster:
     build_s_per_gib: float = 0.11
     page_bytes: float = 1.3
     port_ms: float = 5.0
+    by_broker: bool = False
     work: Work = Work()
     cores: float = 2.0
     reads: float = 1.05
@@ -164,7 +168,14 @@ class Cluster:
     @property
     def fetch_rate(self) -> float:
         """Bytes of chunks a second that one fetch takes at most: one chunk after the other."""
-        return self.chunk / ((self.costs["map_chunk"].ms + self.port_ms) / 1000)
+        return 1000 * self.chunk / (self.costs["map_chunk"].ms if self.by_broker else self.port_ms)
+
+    @property
+    def fetch_request(self) -> tuple[str, float]:
+        """What is asked for to fetch a map, and how many bytes of it one such request brings."""
+        if self.by_broker:
+            return "map_chunk", self.chunk
+        return "save_chunks", self.fetch_rate * _SAVE_S
 
 
 class Phase(enum.Enum):
@@ -487,7 +498,8 @@ class Simulation:
 
     def _map_overhead(self) -> float:
         """Bytes into the broker for a byte of chunks."""
-        return self._cluster.costs["map_chunk"].bytes / self._cluster.chunk
+        request, brings = self._cluster.fetch_request
+        return self._cluster.costs[request].bytes / brings
 
     def _pause(self, flows: _Flows) -> float:
         """Seconds until something changes."""
@@ -526,7 +538,8 @@ class Simulation:
                 each.map_left -= fetched
                 if each.map_left < 1:
                     each.map_left = 0.0
-                self._ask("map_chunk", fetched / cluster.chunk, seconds)
+                request, brings = cluster.fetch_request
+                self._ask(request, fetched / brings, seconds)
             if network or volume:
                 self._move(each, network, volume, seconds)
             self._ask_meanwhile(each, seconds)
@@ -577,7 +590,7 @@ class Simulation:
         cost = self._cluster.costs[request]
         self._spread("messages", count * cost.messages, seconds)
         self._spread("broker", count * cost.bytes, seconds)
-        if request == "map_chunk":
+        if request == self._cluster.fetch_request[0]:
             self._spread("maps", count * cost.bytes, seconds)
 
     def _spread(self, name: str, amount: float, seconds: float) -> None:

@@ -35,15 +35,17 @@ def evacuations(base: Cluster) -> dict[str, Cluster]:
         "storage capped to a half": product(base, host__volume_bandwidth=share),
         "storage 10 GB/s": dataclasses.replace(default, storage=10 * GB),
         "storage 160 GB/s": dataclasses.replace(default, storage=160 * GB),
-        "broker 50 MB/s": dataclasses.replace(default, broker=50e6),
         "broker 10 MB/s": dataclasses.replace(default, broker=10e6),
+        "agents at the broker": dataclasses.replace(default, by_broker=True),
+        "the same, broker 50 MB/s": dataclasses.replace(default, by_broker=True, broker=50e6),
+        "the same, broker 10 MB/s": dataclasses.replace(default, by_broker=True, broker=10e6),
         "4 at once, stock": dataclasses.replace(default, concurrency=4, relayed=False),
         "4 at once": dataclasses.replace(default, concurrency=4),
         "4 at once, 1 target of 4, stock": dataclasses.replace(
             default, concurrency=4, targets=few, relayed=False
         ),
         "4 at once, 1 target of 4": dataclasses.replace(default, concurrency=4, targets=few),
-        "the same, queue_time 3600": dataclasses.replace(
+        "1 target of 4, queue_time 3600": dataclasses.replace(
             product(base, migration__queue_time=3600, host__queue_timeout=3600),
             concurrency=4,
             targets=few,

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nova_dmigrate.rpc import broker, host_messages, messages
-from nova_dmigrate.rpc.client import AgentClient, ClientSettings
+from nova_dmigrate.rpc.client import AgentClient, ClientSettings, MapFile
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 from nova_dmigrate.rpc.host_client import HostChannelTransport, HostClient
 from nova_dmigrate.rpc.host_messages import HOST
@@ -59,7 +59,7 @@ class _Host:
 
     def hello(self, arguments: host_messages.HelloArguments) -> host_messages.HostState:
         return host_messages.HostState(
-            _HOST, "1.1", (1,), uuid.uuid4().hex, True, ("block", "rbd"), 4, 4, 2, False,
+            _HOST, HOST.version, (1,), uuid.uuid4().hex, True, ("block", "rbd"), 4, 4, 2, False,
             "192.0.2.17", "/run/nova-dmigrate", "", 64055,
         )  # fmt: skip
 
@@ -74,6 +74,10 @@ class _Host:
 
     def close(self, arguments: host_messages.SessionReference) -> host_messages.SessionState:
         return self._state(arguments.session_id)
+
+    @staticmethod
+    def save_chunks(request: host_messages.SaveChunks) -> host_messages.SavedChunks:
+        return host_messages.SavedChunks(request.behind, 1 << 28)
 
     def agent(self, request: host_messages.AgentRequest) -> host_messages.AgentAnswer:
         answers: dict[str, Any] = {
@@ -157,6 +161,7 @@ def measure(calls: int, chunks: int) -> dict[str, Report]:
         }
         source = host_messages.OpenSource(host="192.0.2.17", port=49152, **common)
         chunk = {"map_id": uuid.uuid4().hex, "index": 1}
+        file = MapFile(f"/var/lib/nova-dmigrate/maps/{uuid.uuid4()}.map", _CHUNK_BYTES)
         requests: dict[str, tuple[Callable[[], Any], int]] = {
             "hello": (client.hello, calls),
             "open_destination": (
@@ -170,6 +175,7 @@ def measure(calls: int, chunks: int) -> dict[str, Report]:
             "health": (agent.health, calls),
             "map_state": (_asking(way, "map_state", {"map_id": uuid.uuid4().hex}), calls),
             "map_chunk": (_asking(way, "map_chunk", chunk), chunks),
+            "save_chunks": (lambda: way.save_chunks(uuid.uuid4().hex, 400, file, 5.0), calls),
         }
         return {
             name: _cost(ask, count, counters, rabbit) for name, (ask, count) in requests.items()
@@ -181,7 +187,9 @@ def _asking(way: Transport, method: str, arguments: Report) -> Callable[[], Any]
 
 
 @contextlib.contextmanager
-def _parties(rabbit: Broker) -> Iterator[tuple[HostClient, Transport, tuple[Counter, Counter]]]:
+def _parties(
+    rabbit: Broker,
+) -> Iterator[tuple[HostClient, HostChannelTransport, tuple[Counter, Counter]]]:
     """Who asks, and what passes on either side of the broker."""
     asking, serving = counters = Counter(rabbit.port), Counter(rabbit.port)
     conf = broker.make_conf()

@@ -107,20 +107,33 @@ class ClusterTest(base.TestCase):
     def test_a_map_that_is_not_made_or_fetched_in_time_costs_the_gain_only(self) -> None:
         for changes, why in (
             ({"build_s": 130.0, "network": 1.0}, "map not built in time"),
-            ({"page_bytes": 1e9, "broker": 1e5, "network": 1.0}, "map not fetched in time"),
-            ({"page_bytes": 1e9, "broker": 1.0}, "a chunk of the map not in time"),
+            (
+                {"page_bytes": 1e9, "broker": 1e5, "by_broker": True, "network": 1.0},
+                "map not fetched in time",
+            ),
+            (
+                {"page_bytes": 1e9, "broker": 1.0, "by_broker": True},
+                "a chunk of the map not in time",
+            ),
         ):
             _, told = run(simple(**changes))
             self.assertEqual({why: 1}, told["fallbacks"])
             self.assertEqual(0.0, told["volume_share"])
 
     def test_maps_are_what_the_broker_carries(self) -> None:
-        cluster = simple(page_bytes=1e7, network=1.0, storage=3.0)
+        cluster = simple(page_bytes=1e7, network=1.0, storage=3.0, by_broker=True)
         _, told = run(cluster)
         chunks = cluster.map_bytes(cluster.guest) / cluster.chunk
         carried = told["broker_bytes"] * told["broker_map_share"]
         self.assertAlmostEqual(chunks * cluster.costs["map_chunk"].bytes, carried, -1)
         self.assertEqual(1, told["fetches_peak"])
+
+    def test_maps_that_come_over_ports_do_not_cross_the_broker(self) -> None:
+        cluster = simple(page_bytes=1e7, network=1.0, storage=3.0)
+        _, told = run(cluster)
+        seconds = cluster.map_bytes(cluster.guest) / cluster.fetch_rate
+        carried = told["broker_bytes"] * told["broker_map_share"]
+        self.assertAlmostEqual(seconds * cluster.costs["save_chunks"].bytes, carried, -1)
 
     def test_all_evacuations_that_are_compared_come_to_their_end(self) -> None:
         rows = simulate(Cluster(hosts=6, targets=6, guests=3))
