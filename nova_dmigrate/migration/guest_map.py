@@ -23,7 +23,7 @@ LOG = logging.getLogger(__name__)
 
 
 class GuestMapFetch:
-    """One request for the map, from the moment at which this context is entered to its end.
+    """One request for the map, from `start` to the end of this context.
 
     :param memory: bytes of the guest's memory.
     :param path: where the map is put for the source relay.
@@ -56,8 +56,11 @@ class GuestMapFetch:
         self.seconds: float | None = None
 
     def __enter__(self) -> "GuestMapFetch":
-        self._thread.start()
         return self
+
+    def start(self) -> None:
+        """Ask for it, once."""
+        self._thread.start()
 
     def __exit__(
         self,
@@ -67,7 +70,8 @@ class GuestMapFetch:
     ) -> None:
         # It ends with the answer that it waits for, for which there is a time limit
         self.abandon()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     @property
     def ready(self) -> bool:

@@ -270,6 +270,8 @@ class RelayedMigration:
         self._sessions.order_destination(
             self._guest.volumes, waiting=lambda: self._enter("waiting")
         )
+        # Not sooner: while others have the relays, what it maps would change
+        self._mapping.start()
         self._enter("starting relays")
         self._sessions.open(
             self._guest.domain,

@@ -99,6 +99,7 @@ class Agent:
         return self._lease("restore", "idle")
 
     def map_begin(self, arguments: messages.MapArguments) -> messages.MapState:
+        self.asked.append("map_begin")
         return self._map()
 
     def map_state(self, arguments: messages.MapReference) -> messages.MapState:
@@ -313,6 +314,29 @@ class RelayedMigrationTest(host_base.Hosts):
             is_stopped: list[int] = []
             migration = self.migration(enter, map_first=True)
             self.assertRaises(exception.MigrationCancelled, migration.__enter__)
+        self.assert_nothing_left()
+
+    def test_the_map_is_asked_for_when_there_is_a_place(self) -> None:
+        self.restart(self.two, host__max_relays=1)
+        self.addCleanup(self.restart, self.two)
+        other = self.pair()
+        other.order = dataclasses.replace(
+            other.order, qemu_socket=str(self.sockets / "another" / "qemu")
+        )
+        other.open_destination()
+        other.destination.wait("running")
+        asked, two = self.agents["one"].asked, self.client_of(self.two)
+        waited = threading.Event()
+
+        def enter(phase: str) -> None:
+            if phase == "waiting" and not waited.is_set() and two.hello(PATIENCE).queued:
+                self.assertNotIn("map_begin", asked)
+                waited.set()
+                two.close_session(other.order.session_id)
+
+        with self.migration(enter):
+            self.assertTrue(waited.is_set())
+            wait_until(lambda: "map_begin" in asked, "the map is asked for")
         self.assert_nothing_left()
 
     def test_a_service_that_cannot_save_chunks_yet_hands_them_on(self) -> None:

@@ -362,11 +362,9 @@ class Simulation:
         return False
 
     def _look_at(self, migration: Migration) -> bool:
-        phase, cluster = migration.phase, self._cluster
+        phase = migration.phase
         if phase is Phase.CHECKING and self.now >= migration.wake:
-            # The map is asked for before there is a place
-            migration.map, migration.map_began = MapPhase.BUILDING, self.now
-            migration.map_wake = self.now + cluster.build_seconds(migration.guest)
+            migration.wake = math.inf
             self._order(migration, "destination", migration.target)
             migration.phase = Phase.DESTINATION
             return True
@@ -388,6 +386,10 @@ class Simulation:
             return True
         if migration.wake == math.inf:
             migration.wake = self.now + self._cluster.start_s
+            if role == "destination":
+                # The map is asked for when there is a place
+                migration.map, migration.map_began = MapPhase.BUILDING, self.now
+                migration.map_wake = self.now + self._cluster.build_seconds(migration.guest)
             return True
         if self.now < migration.wake:
             return False
