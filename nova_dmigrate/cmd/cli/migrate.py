@@ -34,8 +34,8 @@ class Migrate(CheckedShowOne):
     """Migrate a running domain, through the relays where that is possible.
 
     Whatever stands in the way of that makes the migration the ordinary one, or one without the
-    volumes, unless --mode says otherwise; the result tells why. Ctrl-C or SIGTERM cancels it: the
-    guest stays where it is.
+    volumes, unless --mode says otherwise; the result tells why. Ctrl-C, SIGTERM or SIGHUP (the
+    terminal is gone) cancels it: the guest stays where it is.
     """
 
     COLUMNS = SUMMARY_COLUMNS
@@ -229,13 +229,16 @@ def _service(config: cfg.ConfigOpts) -> ModuleType:
 
 @contextlib.contextmanager
 def _cancelled_by_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set. The orchestration then puts everything back, for which
-    it must not be interrupted."""
+    """An event that Ctrl-C, SIGTERM and SIGHUP set. The orchestration then puts everything back,
+    for which it must not be interrupted."""
     cancelled = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield cancelled
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    # Started by nohup, it goes on when the terminal is gone
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     before = [signal.signal(number, lambda *_: cancelled.set()) for number in numbers]
     try:
         yield cancelled

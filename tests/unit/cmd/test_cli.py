@@ -45,11 +45,17 @@ from tests.unit.migration.summaries import RELAYED
 def migrate(request, config, on_progress, cancelled):
     on_progress(Progress("migrating"))
     if cancelled.wait(60):
+        print("all is put back", flush=True, file=open(config.config_file[0] + ".told", "w"))
         return dataclasses.replace(RELAYED, state="cancelled", error="interrupted")
 
 service.migrate = migrate
 sys.exit(app.main())
 """
+
+
+# What a program that is started in a terminal finds
+_OF_ITS_TERMINAL = "import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY)\n"
+_AS_NOHUP = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
 
 
 class CommandLineTest(base.TestCase):
@@ -304,21 +310,23 @@ class UsageTest(CommandLineTest):
         status, output, _ = self.run_command("migrate", "--help")
         self.assertEqual(0, status)
         self.assertIn("--max-downtime", output)
-        self.assertIn("Ctrl-C or SIGTERM cancels it", " ".join(output.split()))
+        cancels = "Ctrl-C, SIGTERM or SIGHUP (the terminal is gone) cancels it"
+        self.assertIn(cancels, " ".join(output.split()))
         self.assertIn("migrate", self.run_command("--help")[1])
 
 
 class ProcessTest(CommandLineTest):
     """The program as a process of its own."""
 
-    def start(self, *arguments: str, code: tuple[str, ...]) -> "subprocess.Popen[str]":
+    def start(
+        self, *arguments: str, code: tuple[str, ...], **options: Any
+    ) -> "subprocess.Popen[str]":
         process = subprocess.Popen(
             [sys.executable, *code, "--config-file", str(self.config), *arguments],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
         )
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
@@ -348,8 +356,8 @@ class ProcessTest(CommandLineTest):
         self.assertEqual((2, ""), (status, output))
         self.assertIn("which command?", errors)
 
-    def test_sigterm_and_ctrl_c_let_the_orchestration_cancel(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+    def test_sigterm_ctrl_c_and_sighup_let_the_orchestration_cancel(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             process = self.start(
                 *("migrate", "db1", URI, "-f", "json"), code=("-c", _UNTIL_INTERRUPTED)
             )
@@ -360,3 +368,31 @@ class ProcessTest(CommandLineTest):
             self.assertEqual(1, process.returncode, errors)
             self.assertEqual("cancelled", json.loads(output)["state"])
             self.assertIn("was cancelled", errors)
+
+    def test_a_terminal_that_is_gone_lets_the_orchestration_cancel(self) -> None:
+        ours, terminal = os.openpty()
+        self.addCleanup(os.close, terminal)
+        with open(ours, "rb", buffering=0) as seen:
+            process = self.start(
+                *("migrate", "db1", URI),
+                code=("-c", _OF_ITS_TERMINAL + _UNTIL_INTERRUPTED),
+                **dict.fromkeys(("stdin", "stdout", "stderr"), terminal),
+                start_new_session=True,
+            )
+            told = b""
+            while b"migrating" not in told:
+                told += seen.read(4096)
+        # All that it writes from here on fails
+        process.wait(30)
+        self.assertEqual("all is put back\n", Path(f"{self.config}.told").read_text())
+
+    def test_nohup_lets_it_go_on_without_a_terminal(self) -> None:
+        process = self.start(
+            *("migrate", "db1", URI, "-f", "json"),
+            code=("-c", _AS_NOHUP + _UNTIL_INTERRUPTED),
+        )
+        assert process.stderr is not None
+        self.assertIn("migrating", process.stderr.readline())
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        ignored = next(line for line in status.splitlines() if line.startswith("SigIgn:"))
+        self.assertTrue(int(ignored.split()[1], 16) >> signal.SIGHUP - 1 & 1, ignored)
