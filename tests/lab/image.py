@@ -12,6 +12,7 @@ import lzma
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from tests.lab.processes import end, spawn
 
 META_PACKAGE = "linux-image-cloud-amd64"
 # In the order of their dependencies; a kernel that has one built in just lacks the file.
@@ -30,6 +33,10 @@ MODULES = (
     "virtio_pci",
     "virtio_blk",
 )
+#: Seconds for one command; some install a whole system over a network.
+PATIENCE = 1800.0
+#: Seconds in which one that is given up may put away what it has mounted and made.
+_END_PATIENCE = 20.0
 GUEST_SOURCE = Path(__file__).with_name("guest.c")
 
 
@@ -93,13 +100,36 @@ def into_place(target: Path, build: Callable[[Path], None]) -> None:
 
 
 def run(argv: list[str], cwd: Path) -> str:
+    """Run a command to its end; what it prints.
+
+    :raises ImageError: it failed, or took longer than `PATIENCE`; then it has ended, with all that
+        it has started.
+    """
     try:
-        done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, check=False)
+        process = spawn(
+            argv,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
     except FileNotFoundError:
         raise ImageError(f"{argv[0]} is not installed") from None
-    if done.returncode:
-        raise ImageError(f"{' '.join(argv)} failed: {done.stderr.strip() or done.stdout.strip()}")
-    return done.stdout
+    try:
+        output, errors = process.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise ImageError(f"{' '.join(argv)} has not ended within {PATIENCE:g} s") from None
+    finally:
+        given_up = process.poll() is None
+        end(process, [(signal.SIGTERM, _END_PATIENCE)])
+        if given_up:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        raise ImageError(f"{' '.join(argv)} failed: {errors.strip() or output.strip()}")
+    return output
 
 
 def download_kernel(directory: Path) -> Path:
