@@ -12,6 +12,7 @@ import numpy as np
 
 from nova_dmigrate import exception
 from nova_dmigrate.buffermap import MapLimits
+from nova_dmigrate.rpc.client import AgentClient
 from tests.fetched_map import fetch_map
 from tests.lab.attached import AttachedDatabase
 from tests.lab.database_guest import DatabaseGuest, DatabaseSpec
@@ -97,6 +98,15 @@ def admit(server: Server) -> str:
     return f"{login} -e 'SELECT 1' >/dev/null"
 
 
+def mapped_bytes(agent: AgentClient, ram_bytes: int) -> int:
+    """Bytes of a guest's memory that its agent's buffer map has; 0 if there is none."""
+    limits = MapLimits(max_guest_page=ram_bytes // PAGE_SIZE - 1)
+    try:
+        return fetch_map(agent, limits).page_count * PAGE_SIZE
+    except (exception.RpcError, exception.BufferMapError):
+        return 0
+
+
 def wait_until_filled(guest: DatabaseGuest) -> None:
     """Wait until its server has filled its pool by the volume's list.
 
@@ -153,7 +163,9 @@ class WorkingGuest:
 
     def content(self) -> Content:
         """What its memory has at this moment."""
-        return Content(self.used_bytes(), self._mapped_bytes())
+        with self.guest.agent() as agent:
+            mapped = mapped_bytes(agent, self.guest.spec.ram_bytes)
+        return Content(self.used_bytes(), mapped)
 
     def used_bytes(self) -> int:
         """Bytes of the guest's pages that are not zero."""
@@ -169,15 +181,6 @@ class WorkingGuest:
         """Let the clients finish; what they have noted stays."""
         for client in (self.load, self.ledger, self.probe):
             client.stop()
-
-    def _mapped_bytes(self) -> int:
-        """Bytes of the guest's memory that its agent's buffer map has; 0 if there is none."""
-        limits = MapLimits(max_guest_page=self.guest.spec.ram_bytes // PAGE_SIZE - 1)
-        with self.guest.agent() as agent:
-            try:
-                return fetch_map(agent, limits).page_count * PAGE_SIZE
-            except (exception.AgentError, exception.BufferMapError):
-                return 0
 
 
 class Stage:
