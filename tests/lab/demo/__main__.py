@@ -45,7 +45,9 @@ def main() -> int:
     except KeyboardInterrupt:
         say("Interrupted; all of it has been removed")
         return 1
-    result.write(REPORT)
+    finally:
+        if result.runs:
+            result.write(REPORT)
     return 0 if result.whole and all(run["completed"] for run in result.runs) else 1
 
 

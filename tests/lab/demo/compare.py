@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,19 +102,25 @@ class Comparison:
 def compare(scenarios: Sequence[Scenario], directory: Path, result: Comparison) -> None:
     """Add the runs of scenarios, which the same guests play in turn.
 
+    Whatever is raised, those that are finished by then are there. Their databases are looked at
+    after an error as well; only an interrupt ends all at once.
+
     :param scenarios: their shapes differ in the volume's bandwidth alone.
     :param directory: an empty one, for the files of hosts and guests.
     """
     runs: list[Run] = []
     with Stage(scenarios[0].shape, directory, say, scenarios[0].guests) as stage:
         result.machine = machine(stage)
-        for scenario in scenarios:
-            stage.shape = scenario.shape
-            runs += _play(scenario, stage, result)
-        say("Checking the database")
-        sound = False not in [_check(guest) for guest in stage.guests]
-        for run in runs:
-            run["check_ok"] = sound
+        try:
+            for scenario in scenarios:
+                stage.shape = scenario.shape
+                for run in _play(scenario, stage, result):
+                    runs.append(run)
+        except Exception:
+            if runs:
+                _check_all(stage.guests, runs)
+            raise
+        _check_all(stage.guests, runs)
 
 
 def _play(scenario: Scenario, stage: Stage, result: Comparison) -> Iterator[Run]:
@@ -160,9 +167,21 @@ def _eviction(more: Mapping[str, Any]) -> str:
     )
 
 
-def _check(guest: WorkingGuest) -> bool:
-    guest.stop_clients()
-    entries, wrong = guest.ledger.check(), table_errors(guest.guest)
+def _check_all(guests: Sequence[WorkingGuest], runs: Sequence[Run]) -> None:
+    """Note in the runs whether all databases are sound; None if that cannot be known."""
+    say("Checking the database")
+    found = [_check(guest) for guest in guests]
+    for run in runs:
+        run["check_ok"] = None if None in found and False not in found else all(found)
+
+
+def _check(guest: WorkingGuest) -> bool | None:
+    try:
+        guest.stop_clients()
+        entries, wrong = guest.ledger.check(), table_errors(guest.guest)
+    except Exception:  # noqa: BLE001 - the other guests' databases can be looked at all the same
+        say(f"A database cannot be looked at: {traceback.format_exc()}")
+        return None
     for line in wrong:
         say(f"CHECK TABLE: {line}")
     say(

@@ -174,8 +174,8 @@ def _by_libvirt(
 ) -> None:
     """Migrate as libvirt does without us."""
     parameters = {libvirt.VIR_MIGRATE_PARAM_PARALLEL_CONNECTIONS: 2} if mode == MULTIFD else {}
-    migration = guest.domain.begin_migration(flags=_FLAGS[mode], parameters=parameters)
     try:
+        migration = guest.domain.begin_migration(flags=_FLAGS[mode], parameters=parameters)
         if mode == POST_COPY:
             migration.start_post_copy()
             outcome.switched = time.monotonic()

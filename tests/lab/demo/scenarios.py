@@ -12,20 +12,21 @@ for all memory of its guests), KEEP (yes: what the report there has of other sce
 so that what takes hours can be done in parts).
 
 One guest plays all scenarios that want the same load and sizes; the report is written after each
-guest. Exit status: 0 all databases are whole, 1 not so, 2
-wrong settings.
+guest. Where one of them fails, that is told, what it has finished counts, and the next guest goes
+on. Exit status: 0 all databases are whole, 1 not so or something has failed, 2 wrong settings.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tests.lab import database_image
-from tests.lab.demo.clients import ClientError
 from tests.lab.demo.compare import Comparison, Scenario, compare, say
 from tests.lab.demo.load import SYSBENCH_LOADS
 from tests.lab.demo.measure import MODES, POST_COPY
@@ -40,7 +41,6 @@ from tests.lab.demo.settings import (
 from tests.lab.demo.stage import Shape
 from tests.lab.demo.troubles import background_traffic, failing_volume, narrow_network
 from tests.lab.demo.workloads import TPCC
-from tests.lab.guest import GuestError
 from tests.lab.processes import workspace
 
 REPORT = Path("scenarios-report")
@@ -142,6 +142,33 @@ def _parts(text: str, separator: str = ",") -> list[str]:
     return [part.strip() for part in text.split(separator) if part.strip()]
 
 
+def _play(chosen: Sequence[Scenario], result: Comparison, report: Path) -> bool:
+    """Play scenarios, and write the report after each guest; whether none of them has failed."""
+    failed: list[str] = []
+    done = 0
+    for _, played in itertools.groupby(chosen, lambda each: (each.guests, each.shape.guest)):
+        together = list(played)
+        names = "; ".join(each.name for each in together)
+        say(f"{done + 1} to {done + len(together)} of {len(chosen)} scenarios: {names}")
+        done += len(together)
+        with _told(failed), workspace() as directory:
+            compare(together, directory, result)
+        if result.runs:
+            with _told(failed):
+                result.write(report)
+    return not failed
+
+
+@contextlib.contextmanager
+def _told(failed: list[str]) -> Iterator[None]:
+    """An error in here is told and added; what follows goes on."""
+    try:
+        yield
+    except Exception:  # noqa: BLE001 - it may be of anything: libvirt, QEMU, a program, a file
+        failed.append(traceback.format_exc())
+        say(f"It has failed: {failed[-1]}")
+
+
 def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
@@ -164,30 +191,19 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 2
     release = available_release(usual.release, say)
+    chosen = [
+        dataclasses.replace(each, shape=dataclasses.replace(each.shape, release=release))
+        for each in chosen
+    ]
     result = Comparison.read(REPORT) if keep else Comparison()
-    failed = False
-    done = 0
+    well = False
     try:
-        for _, played in itertools.groupby(chosen, lambda each: (each.guests, each.shape.guest)):
-            together = [
-                dataclasses.replace(each, shape=dataclasses.replace(each.shape, release=release))
-                for each in played
-            ]
-            names = "; ".join(each.name for each in together)
-            say(f"{done + 1} to {done + len(together)} of {len(chosen)} scenarios: {names}")
-            done += len(together)
-            try:
-                with workspace() as directory:
-                    compare(together, directory, result)
-            except (ClientError, GuestError, TimeoutError) as error:
-                say(f"It has failed: {error}")
-                failed = True
-            if result.runs:
-                result.write(REPORT)
+        well = _play(chosen, result, REPORT)
     except KeyboardInterrupt:
         say("Interrupted; all of it has been removed")
-        failed = True
-    return 0 if result.whole and not failed else 1
+        if result.runs:
+            result.write(REPORT)
+    return 0 if result.whole and well else 1
 
 
 if __name__ == "__main__":
