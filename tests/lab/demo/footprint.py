@@ -18,7 +18,8 @@ ALLOWED = {"processes": 3, "threads": 3, "descriptors": 3, "sockets": 3, "files"
 #: The same, but of memory, where there have been so few migrations in between. Each host is the
 #: source of every second one: what it leaks then is more than that.
 FEW, _ALLOWED_OF_FEW = 4, 1
-#: Whole maps go through the operator's memory, of which its allocator gives only a part back.
+#: The operator is this program, which keeps what the load has told so far. Maps do not go through
+#: it: the source's service has the guest's port and writes their files.
 ALLOWED_OPERATOR = {**ALLOWED, _RSS: 10.0}
 COLUMNS = tuple(ALLOWED)
 _OPERATOR = "operator"
