@@ -8,7 +8,13 @@ database.
 """
 
 from nova_dmigrate.buffermap.codec import MapLimits
-from nova_dmigrate.buffermap.map import BufferMap, parts_to_chunks, put_chunk, save_parts
+from nova_dmigrate.buffermap.map import (
+    BufferMap,
+    framed_size,
+    parts_to_chunks,
+    put_chunk,
+    save_parts,
+)
 from nova_dmigrate.buffermap.volume import MAX_PAGES, PAGE_SIZE, VolumeExtents, VolumeMap
 
 __all__ = [
@@ -18,6 +24,7 @@ __all__ = [
     "MapLimits",
     "VolumeExtents",
     "VolumeMap",
+    "framed_size",
     "parts_to_chunks",
     "put_chunk",
     "save_parts",

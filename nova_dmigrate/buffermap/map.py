@@ -11,7 +11,7 @@ import pathlib
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
@@ -125,7 +125,7 @@ def save_parts(parts: Iterable[BufferMap], path: str | os.PathLike[str]) -> None
     ) as file:
         try:
             for chunk in parts_to_chunks(parts):
-                _write_chunk(file, chunk)
+                file.write(_framed(chunk))
             file.flush()
             os.replace(file.name, path)
         except BaseException:
@@ -133,24 +133,25 @@ def save_parts(parts: Iterable[BufferMap], path: str | os.PathLike[str]) -> None
             raise
 
 
-def put_chunk(path: str | os.PathLike[str], offset: int, chunk: bytes) -> int:
-    """Put a chunk at ``offset`` bytes of a file; where the next one goes.
+def put_chunk(descriptor: int, offset: int, chunk: bytes) -> int:
+    """Put a chunk at ``offset`` bytes of an open file; where the next one goes.
 
-    :raises OSError: as the file system does; the file has to be there, and not to be a link.
+    :raises OSError: as the file system does.
     """
-    with open(path, "r+b", opener=_open_no_link) as file:
-        file.seek(offset)
-        _write_chunk(file, chunk)
-        return file.tell()
+    data = memoryview(_framed(chunk))
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        offset, data = offset + written, data[written:]
+    return offset
 
 
-def _open_no_link(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW)
+def framed_size(chunk: bytes) -> int:
+    """Bytes that a chunk takes in a file."""
+    return _LENGTH.size + len(chunk)
 
 
-def _write_chunk(file: IO[bytes], chunk: bytes) -> None:
-    file.write(_LENGTH.pack(len(chunk)))
-    file.write(chunk)
+def _framed(chunk: bytes) -> bytes:
+    return _LENGTH.pack(len(chunk)) + chunk
 
 
 def _joined(pieces: list[volume.VolumeExtents]) -> volume.VolumeExtents:

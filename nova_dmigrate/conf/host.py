@@ -158,7 +158,8 @@ the Ceph client may read (``[volume]rbd_user``).
         default=[],
         help="""
 Directories below which the buffer maps and memory layouts lie that relays
-read, and the maps into which the service puts what comes over guests' ports.
+read. Into maps that lie in one of them itself the service puts what comes over
+guests' ports.
 Empty stands for ``maps`` in ``state_directory``, where whoever migrates with
 this configuration has them.
 """,

@@ -14,11 +14,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from nova_dmigrate import exception
-from nova_dmigrate.buffermap import put_chunk
+from nova_dmigrate.buffermap import framed_size, put_chunk
 from nova_dmigrate.host import permissions
 from nova_dmigrate.rpc.channel import ChannelTransport, open_port
 from nova_dmigrate.rpc.client import AgentClient, ClientSettings
 from nova_dmigrate.rpc.host_messages import (
+    LARGE_MAP,
     MAX_ANSWER,
     SAVING_SECONDS,
     AgentAnswer,
@@ -65,11 +66,12 @@ class AgentProxy:
             raise _refused("the agent's answer is too long", "nonsense")
         return AgentAnswer(text)
 
-    def save_chunks(self, request: SaveChunks) -> SavedChunks:
+    def save_chunks(self, request: SaveChunks, descriptor: int) -> SavedChunks:
         """Fetch chunks of a map for a second or so, and put them into a file.
 
+        :param descriptor: of the file.
         :raises RequestRefused: the agent cannot be reached or refuses, or the file cannot be
-            written.
+            written, or would become larger than it may.
         """
         way = _PortTransport(request.instance, self._ports, request.channel_path)
         settings = ClientSettings(timeout=request.timeout, attempts=1)
@@ -80,7 +82,11 @@ class AgentProxy:
             with _reached():
                 while chunks < request.behind:
                     data = client.chunk(request.map_id, chunks, request.max_chunk_bytes)
-                    size = put_chunk(request.buffer_map, size, data)
+                    if size + framed_size(data) > request.max_bytes:
+                        raise _refused(
+                            f"it would have more than {request.max_bytes} bytes", LARGE_MAP
+                        )
+                    size = put_chunk(descriptor, size, data)
                     chunks += 1
                     if time.monotonic() >= end:
                         break
@@ -167,6 +173,8 @@ class _Port:
             except exception.AgentUnreachable:
                 # The guest may have been stopped, and be another one by now
                 self._close()
+                if time.monotonic() >= end:
+                    raise
         self._transport = ChannelTransport(instance, lambda: open_port(self._path))
         try:
             return self._ask(self._transport, request, end)

@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nova_dmigrate import exception
@@ -81,6 +81,45 @@ def map_file(path: str, allowed: Sequence[str]) -> str:
             reason=f"{path} is not where this host has its buffer maps", code="map-not-allowed"
         )
     return real
+
+
+@contextlib.contextmanager
+def map_to_write(path: str, allowed: Sequence[str]) -> Iterator[int]:
+    """A descriptor of a buffer map into which the service may write.
+
+    The file has to be there, and to lie in one of the ``allowed`` directories itself. No name is
+    looked up twice, and no link is followed to it: others may change what is in the directory.
+
+    :raises RequestRefused: it may not be written, or cannot be opened.
+    """
+    parent, name = os.path.split(os.path.normpath(path))
+    real = os.path.realpath(parent)
+    directory = next((each for each in allowed if os.path.realpath(each) == real), None)
+    if directory is None or not name:
+        raise exception.RequestRefused(
+            reason=f"{path} is not where this host has its buffer maps", code="map-not-allowed"
+        )
+    try:
+        place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            # Whatever it is: nobody is waited for
+            descriptor = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=place)
+        finally:
+            os.close(place)
+    except OSError as error:
+        raise exception.RequestRefused(
+            reason=f"the buffer map cannot be opened: {error}", code="map-file"
+        ) from error
+    try:
+        status = os.fstat(descriptor)
+        # By a second link it would be some other file, which is no business of ours
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise exception.RequestRefused(
+                reason=f"{path} is no file with one name", code="map-not-allowed"
+            )
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def socket_directory(socket: str, directory: Path) -> str | None:

@@ -178,8 +178,9 @@ class HostService:
         return self._agents.ask(request)
 
     def save_chunks(self, request: SaveChunks) -> SavedChunks:
-        path = self._map_file(request.buffer_map)
-        return self._agents.save_chunks(dataclasses.replace(request, buffer_map=path))
+        allowed = self._settings.map_directories
+        with permissions.map_to_write(request.buffer_map, allowed) as descriptor:
+            return self._agents.save_chunks(request, descriptor)
 
     def _map_file(self, path: str) -> str:
         return permissions.map_file(path, self._settings.map_directories)

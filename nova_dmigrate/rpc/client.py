@@ -8,6 +8,7 @@ import binascii
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +24,8 @@ from nova_dmigrate.rpc.transport import Transport
 LOG = logging.getLogger(__name__)
 
 _UNKNOWN_MAP = "unknown-map"
-_VERSION = "version"
+#: Codes of a host that cannot put chunks into that file, though others may.
+_NO_SAVER = ("version", "map-file", "map-not-allowed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,13 +49,15 @@ class ClientSettings:
 @dataclasses.dataclass(frozen=True)
 class MapFile:
     """The file of a map that is being fetched: ``chunks`` of it are there, with ``size`` bytes;
-    what is behind them does not count. ``max_chunk_bytes``: of each chunk.
+    what is behind them does not count. ``max_chunk_bytes``: of each chunk; ``max_bytes``: that it
+    may have at most.
     """
 
     path: str
     max_chunk_bytes: int
     chunks: int = 0
     size: int = 0
+    max_bytes: int = MapLimits().max_bytes
 
     def behind(self, size: int) -> MapFile:
         """When one more chunk is there, which makes ``size`` bytes of all."""
@@ -62,8 +66,8 @@ class MapFile:
 
 #: Puts at least one more chunk of a map into its file, given the map's identifier, the number of
 #: its chunks, and the seconds that the agent has for each; what is in the file then. Raises as
-#: `AgentClient` does, OSError where the file cannot be written, and AgentRefused with code
-#: ``version`` if it cannot do that at all.
+#: `save_map` does, and AgentRefused with code ``version``, ``map-file`` or ``map-not-allowed``
+#: if it cannot do that, or cannot write that file.
 Saver = Callable[[str, int, MapFile, float], MapFile]
 
 
@@ -204,8 +208,9 @@ class AgentClient:
                 raise exception.BufferMapError(
                     reason=f"it has {state.pages} pages, allowed are {limits.max_pages}"
                 )
-            with _new_file(path):
-                self._save_chunks(state, MapFile(str(path), size), limits.max_bytes, wanted)
+            with _new_file(path) as descriptor:
+                file = MapFile(str(path), size, max_bytes=limits.max_bytes)
+                self._save_chunks(state, file, descriptor, wanted)
             return state
         finally:
             # The agent forgets an abandoned map by itself after some time
@@ -244,7 +249,7 @@ class AgentClient:
         self,
         state: messages.MapState,
         file: MapFile,
-        max_bytes: int,
+        descriptor: int,
         wanted: Callable[[], bool],
     ) -> None:
         end = self._clock() + self._settings.map_timeout
@@ -256,13 +261,13 @@ class AgentClient:
                     reason=f"{file.chunks} of {state.chunks} chunks of the buffer map after "
                     f"{self._settings.map_timeout:g} s",
                 )
-            file = self._save_more(state, file)
-            if file.size > max_bytes:
+            file = self._save_more(state, file, descriptor)
+            if file.size > file.max_bytes:
                 raise exception.BufferMapError(
                     reason=f"{file.chunks} of {state.chunks} chunks have {file.size} bytes already"
                 )
 
-    def _save_more(self, state: messages.MapState, file: MapFile) -> MapFile:
+    def _save_more(self, state: messages.MapState, file: MapFile, descriptor: int) -> MapFile:
         if (saver := self._saver) is not None:
             try:
                 return self._caller.insist(
@@ -270,21 +275,23 @@ class AgentClient:
                     lambda: saver(state.map_id, state.chunks, file, self._settings.timeout),
                 )
             except exception.AgentRefused as error:
-                if error.kwargs.get("code") != _VERSION:
+                if error.kwargs.get("code") not in _NO_SAVER:
                     raise
                 LOG.info("Instance %s: chunks come one by one: %s", self.instance, error)
                 self._saver = None
         data = self.chunk(state.map_id, file.chunks, file.max_chunk_bytes)
-        return file.behind(put_chunk(file.path, file.size, data))
+        return file.behind(put_chunk(descriptor, file.size, data))
 
 
 @contextlib.contextmanager
-def _new_file(path: Path) -> Iterator[None]:
-    """An empty file that only its owner may read; gone after an error."""
+def _new_file(path: Path) -> Iterator[int]:
+    """A descriptor of an empty file that only its owner may read; gone after an error."""
     path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        path.touch(mode=0o600, exist_ok=False)
-        yield
+        yield descriptor
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(descriptor)

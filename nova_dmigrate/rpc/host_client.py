@@ -29,8 +29,6 @@ _ATTEMPTS = 2
 _RETRY_DELAY = 0.2
 # What the way to the host may take beside the agent's own time
 _PROXY_SECONDS = 1.0
-#: Codes of refusals for which the file of a map is to blame, and not the agent.
-_NO_FILE = ("map-file", "map-not-allowed")
 _GZIP = 16 + zlib.MAX_WBITS
 
 
@@ -193,13 +191,14 @@ class HostChannelTransport(Transport):
             buffer_map=file.path,
             offset=file.size,
             timeout=timeout,
+            max_bytes=file.max_bytes,
         )
         with self._translated():
             try:
                 saved = self._client.save_chunks(request)
             except exception.HostRefused as error:
-                if error.kwargs.get("code") in _NO_FILE:
-                    raise OSError(str(error)) from error
+                if error.kwargs.get("code") == host_messages.LARGE_MAP:
+                    raise exception.BufferMapError(reason=str(error)) from error
                 raise
         return dataclasses.replace(file, chunks=saved.chunks, size=saved.size)
 

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Union
 
 from nova_dmigrate import exception
+from nova_dmigrate.buffermap import MapLimits
 from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.fields import (
     boolean,
@@ -27,7 +28,7 @@ from nova_dmigrate.rpc.fields import (
 )
 from nova_dmigrate.rpc.protocol import Method, Protocol
 
-VERSION = "1.2"
+VERSION = "1.3"
 #: The least that a migration through relays needs of both services; what is newer has another way.
 NEEDED = "1.1"
 
@@ -37,6 +38,8 @@ STATES = ("queued", "starting", "running", "delivered", "failed", "cancelled")
 FINAL = frozenset(STATES[3:])
 #: Code of a refusal that another attempt may not get: a relay that runs has not answered yet.
 RELAY_BUSY = "relay-busy"
+#: Code of a refusal: the file of a map would become larger than it may.
+LARGE_MAP = "large-map"
 #: How the message of a session begins that was in the queue for all its time.
 NO_ROOM = "no room in time"
 
@@ -198,7 +201,7 @@ class SaveChunks:
 
     ``first``: number of the first one that the file lacks, to be put at ``offset`` bytes;
     ``behind``: number behind the last one. ``max_chunk_bytes``: of each. ``buffer_map``: the file,
-    which is there. ``timeout``: seconds that each chunk may take.
+    which is there, and gets ``max_bytes`` at most. ``timeout``: seconds that each chunk may take.
     """
 
     instance: str = checked(token())
@@ -210,6 +213,7 @@ class SaveChunks:
     buffer_map: str = checked(path())
     offset: int = checked(_MEMORY)
     timeout: float = checked(number(0.1, 600))
+    max_bytes: int = checked(_MEMORY, default=MapLimits().max_bytes)
 
 
 # What methods return
@@ -312,7 +316,8 @@ METHODS = {
     # The agent itself knows repeated requests by their identifiers
     "agent": Method(AgentRequest, AgentAnswer),
     # Repeated without harm: it says where in the file the chunks belong
-    "save_chunks": Method(SaveChunks, SavedChunks, since="1.2"),
+    # Since 1.3 it says how large that may become; 1.2 takes no request that does
+    "save_chunks": Method(SaveChunks, SavedChunks, since="1.3"),
 }
 
 HOST = Protocol(

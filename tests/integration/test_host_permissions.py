@@ -134,12 +134,21 @@ class PermissionsTest(Hosts):
             self.addCleanup(shutil.rmtree, directory)
         outside.touch()
         (maps / "link").symlink_to(outside)
+        (maps / "deep").mkdir()
+        (maps / "deep" / "map").touch()
         with agent_at(ports / "port", Agent()):
             way = HostChannelTransport("an-instance", self.client_of(self.two), str(ports / "port"))
-            for path in (outside, maps / "link", self.place / "maps-2"):
+            for path, code in (
+                (outside, "map-not-allowed"),
+                (maps / "deep" / "map", "map-not-allowed"),
+                (maps / "link", "map-file"),
+                (self.place / "maps-2", "map-not-allowed"),
+            ):
                 file = client.MapFile(str(path), 4096)
-                error = self.assertRaises(OSError, way.save_chunks, "m", 1, file, 5.0)
-                self.assertIn("where this host has its buffer maps", str(error))
+                error = self.assertRaises(
+                    exception.AgentRefused, way.save_chunks, "m", 1, file, 5.0
+                )
+                self.assertEqual(code, error.kwargs["code"])
         self.assertEqual(b"", outside.read_bytes())
 
     def test_an_agent_is_asked_through_the_service(self) -> None:

@@ -168,6 +168,7 @@ class RelayedMigrationTest(host_base.Hosts):
         return {
             "host__socket_directory": cls.sockets,
             "host__channel_directories": cls.ports,
+            "host__map_directories": f"{cls.place}/maps",
             "wire__port": cls.relay_port,
             "wire__handshake_timeout": 120,
             "relay__connect_timeout": 600,

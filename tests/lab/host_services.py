@@ -67,7 +67,7 @@ class HostService:
             "host__socket_directory": self.sockets,
             # Each test has its files elsewhere
             "host__volume_directories": "/",
-            "host__map_directories": "/",
+            "host__map_directories": f"/,{self.state}/maps",
             # Guests have none
             "host__libvirt_uri": "",
             **options,

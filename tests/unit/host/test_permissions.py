@@ -3,6 +3,7 @@
 
 import os
 import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,70 @@ class PermissionsTest(base.TestCase):
         for path in (self.here / "outside", self.allowed / "link", f"{self.allowed}-2/m.map"):
             self.assert_refused("map-not-allowed", permissions.map_file, str(path), entries)
             self.assert_refused("map-not-allowed", permissions.map_file, str(path), ())
+
+    def write(self, path: Path | str, *allowed: Path) -> None:
+        with permissions.map_to_write(str(path), [str(each) for each in allowed]) as descriptor:
+            os.write(descriptor, b"a map")
+
+    def assert_not_written(self, code: str, path: Path | str, *allowed: Path) -> None:
+        error = self.assertRaises(exception.RequestRefused, self.write, path, *allowed)
+        self.assertEqual(code, error.kwargs["code"])
+
+    def test_maps_are_written_to_files_in_the_directories_themselves(self) -> None:
+        file = self._file(self.allowed / "m.map")
+        self.write(file, self.here / "nowhere", self.allowed)
+        self.assertEqual(b"a map", file.read_bytes()[:5])
+        deep = self.allowed / "deep"
+        deep.mkdir()
+        for path in (self._file(deep / "m.map"), self._file(self.here / "m.map"), "/"):
+            self.assert_not_written("map-not-allowed", path, self.allowed)
+        self.assert_not_written("map-not-allowed", file)
+
+    def test_what_is_no_file_of_its_own_is_not_written(self) -> None:
+        other = self._file(self.here / "other")
+        before = other.read_bytes()
+        (self.allowed / "link").symlink_to(other)
+        (self.allowed / "hard").hardlink_to(other)
+        (self.allowed / "directory").mkdir()
+        os.mkfifo(self.allowed / "pipe")
+        reader = os.open(self.allowed / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+        self.addCleanup(os.close, reader)
+        os.mknod(self.allowed / "null", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        for name, code in (
+            *(("link", "map-file"), ("directory", "map-file"), ("missing", "map-file")),
+            *(("hard", "map-not-allowed"), ("pipe", "map-not-allowed")),
+            ("null", "map-not-allowed"),
+        ):
+            self.assert_not_written(code, self.allowed / name, self.allowed)
+        self.assertEqual(before, other.read_bytes())
+        self.assertFalse((self.allowed / "missing").exists())
+
+    def test_a_directory_that_is_swapped_for_a_link_leads_nowhere(self) -> None:
+        outside = self.here / "outside"
+        outside.mkdir()
+        others = [self._file(outside / "m.map"), self._file(self.allowed / "m.map")]
+        before = [each.read_bytes() for each in others]
+        self.allowed.rename(self.here / "moved")
+        self.allowed.symlink_to(outside)
+        self.assert_not_written("map-file", self.allowed / "m.map", self.allowed)
+        self.assert_not_written("map-file", outside / "m.map", self.allowed)
+        moved = self.here / "moved" / "m.map"
+        self.assertEqual(before, [others[0].read_bytes(), moved.read_bytes()])
+
+    def test_a_map_is_written_where_it_was_opened_whatever_becomes_of_its_directory(self) -> None:
+        outside = self.here / "outside"
+        outside.mkdir()
+        self._file(self.allowed / "m.map")
+        other = self._file(outside / "m.map")
+        before = other.read_bytes()
+        with permissions.map_to_write(
+            str(self.allowed / "m.map"), [str(self.allowed)]
+        ) as descriptor:
+            self.allowed.rename(self.here / "moved")
+            self.allowed.symlink_to(outside)
+            os.write(descriptor, b"a map")
+        self.assertEqual(before, other.read_bytes())
+        self.assertEqual(b"a map", (self.here / "moved" / "m.map").read_bytes()[:5])
 
     def test_sockets_are_in_the_hosts_directory_or_one_of_their_own(self) -> None:
         self.assertIsNone(permissions.socket_directory(f"{self.here}/q", self.here))

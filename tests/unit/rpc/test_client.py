@@ -262,12 +262,13 @@ class ClientTest(base.TestCase):
         def chunk(map_id: str, index: int) -> dict[str, Any]:
             return {"result": {"index": index, "data": base64.b64encode(chunks[index]).decode()}}
 
-        older = exception.AgentRefused(instance="i", reason="no 1.2", code="version")
-        made = self.saved(older, chunks=len(chunks))
-        self.transport.answers["map_chunk"] = chunk
-        made.save_map(self.path, MapLimits())
-        self.assertEqual(1, len(self.saves))
-        self.assertEqual(built, BufferMap.load(self.path, MapLimits()))
+        for code in ("version", "map-file", "map-not-allowed"):
+            no = exception.AgentRefused(instance="i", reason="no", code=code)
+            made = self.saved(no, chunks=len(chunks))
+            self.transport.answers["map_chunk"] = chunk
+            made.save_map(self.path, MapLimits())
+            self.assertEqual(1, len(self.saves))
+            self.assertEqual(built, BufferMap.load(self.path, MapLimits()))
 
     def test_an_agent_that_speaks_of_another_map_is_refused(self) -> None:
         made = self.make(map_begin=state(state="building"), map_state=state(map_id="other"))

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nova_dmigrate import exception
+from nova_dmigrate.buffermap import MapLimits
 from nova_dmigrate.rpc import client, fields, host_client, host_messages
 from nova_dmigrate.rpc.host_messages import HOST
 from nova_dmigrate.rpc.protocol import Refusal
@@ -254,6 +255,7 @@ class HostClientTest(base.TestCase):
             (2, 5, 200), tuple(request[each] for each in ("first", "behind", "offset"))
         )
         self.assertEqual(("/maps/m", 7.0), (request["buffer_map"], request["timeout"]))
+        self.assertEqual(file.max_bytes, request["max_bytes"])
 
     def test_a_host_that_has_saved_none_or_too_many_makes_no_sense(self) -> None:
         for chunks in (1, 2, 6):
@@ -262,12 +264,21 @@ class HostClientTest(base.TestCase):
             )
             self.assertEqual("nonsense", error.kwargs["code"])
 
-    def test_a_file_that_cannot_be_written_is_not_the_agents_fault(self) -> None:
-        for code in ("map-file", "map-not-allowed"):
-            self.assertRaises(OSError, self.save, refused(code))
+    def test_a_map_that_would_become_too_large_is_a_map_error(self) -> None:
+        self.assertRaises(exception.BufferMapError, self.save, refused("large-map"))
+
+    def test_a_request_without_a_limit_gets_one(self) -> None:
+        order = fields.to_dict(
+            host_messages.SaveChunks("i", "/run/p", "m", 0, 5, 4096, "/maps/m", 0, 7.0)
+        )
+        del order["max_bytes"]
+        made = fields.parse(host_messages.SaveChunks, order, strict=True)
+        self.assertEqual(MapLimits().max_bytes, made.max_bytes)
+
+    def test_why_chunks_are_not_saved_is_told(self) -> None:
         self.assertRaises(exception.AgentUnreachable, self.save, LOST)
         self.assertEqual(1, len(self.transport.asked))
-        for code in ("version", "unknown-map"):
+        for code in ("version", "unknown-map", "map-file", "map-not-allowed"):
             error = self.assertRaises(exception.AgentRefused, self.save, refused(code))
             self.assertEqual(code, error.kwargs["code"])
 
