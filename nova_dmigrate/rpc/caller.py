@@ -18,6 +18,10 @@ LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+def _impatient() -> bool:
+    return False
+
+
 class Caller:
     """Asks one server, and believes nothing that it says.
 
@@ -54,16 +58,21 @@ class Caller:
         arguments: Any,
         attempts: int | None = None,
         timeout: float | None = None,
+        patient: Callable[[], bool] = _impatient,
     ) -> Any:
         """The result of one request.
 
+        :param patient: as in `insist`.
         :raises RpcError: the protocol's error for who is unreachable, or refuses.
         """
         request_id = uuid.uuid4().hex
         values = fields.to_dict(arguments)
         timeout = timeout or self._timeout
         answer = self.insist(
-            method, lambda: self._transport.call(method, request_id, values, timeout), attempts
+            method,
+            lambda: self._transport.call(method, request_id, values, timeout),
+            attempts,
+            patient,
         )
         try:
             result = self._protocol.result_of(method, answer)
@@ -75,20 +84,30 @@ class Caller:
             )
         return result
 
-    def insist(self, what: str, ask: Callable[[], T], attempts: int | None = None) -> T:
+    def insist(
+        self,
+        what: str,
+        ask: Callable[[], T],
+        attempts: int | None = None,
+        patient: Callable[[], bool] = _impatient,
+    ) -> T:
         """What ``ask`` returns, which is called once more while nobody is reached.
 
         :param what: its name, for the log.
+        :param patient: asked when there have been as many attempts, whether there shall be another
+            one all the same.
         :raises RpcError: as it does in the end.
         """
-        attempts = attempts or self._attempts
-        for _ in range(attempts - 1):
+        left = attempts or self._attempts
+        while True:
+            left -= 1
             try:
                 return ask()
             except self._protocol.unreachable as error:
+                if left <= 0 and not patient():
+                    raise
                 LOG.info("%s once more: %s", what, error)
-                self._sleep(self._retry_delay)
-        return ask()
+            self._sleep(self._retry_delay)
 
     def nonsense(self, method: str, what: str) -> Exception:
         """The error for an answer that cannot be."""

@@ -33,9 +33,10 @@ class ClientSettings:
     """``timeout``: seconds for one answer. ``attempts``: how often one request is sent at most,
     ``retry_delay``: seconds between them: an agent that is being restarted needs a moment.
 
-    ``map_timeout``: seconds for building a map, and again for fetching it. ``poll_interval``:
-    seconds between questions about a map that is being built. ``chunk_bytes``: size of a map's
-    chunks, in bytes; fewer if the limits of the map say so.
+    ``map_timeout``: seconds for building a map, and again for fetching it, in which what belongs to
+    it is sent as often as it takes. ``poll_interval``: seconds between questions about a map that
+    is being built. ``chunk_bytes``: size of a map's chunks, in bytes; fewer if the limits of the
+    map say so.
     """
 
     timeout: float = 10.0
@@ -171,9 +172,10 @@ class AgentClient:
         :param wanted: asked again and again; when it returns false there is an AgentRefused with
             code ``not-wanted``.
 
-        No more than one chunk is under way. A lost answer is asked for again; if the agent has
-        forgotten the map, because it was started anew, one more map is asked for. After any error
-        there is no file.
+        No more than one chunk is under way. A lost answer is asked for again, as long as there is
+        time for the map: whatever is on the way to the agent may be started anew meanwhile. If the
+        agent has forgotten the map, because it was started anew itself, one more map is asked for.
+        After any error there is no file.
 
         :raises BufferMapError: if there would be more than ``limits`` allow.
         :raises OSError: the file cannot be written.
@@ -186,9 +188,19 @@ class AgentClient:
             LOG.info("Instance %s: the agent has lost its buffer map; once more", self.instance)
             return self._save_map(path, limits, wanted)
 
-    def chunk(self, map_id: str, index: int, max_bytes: int) -> bytes:
-        """One chunk of a map that is ready."""
-        answer = self._caller.call("map_chunk", messages.ChunkArguments(map_id, index))
+    def chunk(
+        self,
+        map_id: str,
+        index: int,
+        max_bytes: int,
+        patient: Callable[[], bool] = lambda: False,
+    ) -> bytes:
+        """One chunk of a map that is ready.
+
+        :param patient: whether it is asked for again after all attempts.
+        """
+        arguments = messages.ChunkArguments(map_id, index)
+        answer = self._caller.call("map_chunk", arguments, patient=patient)
         try:
             data = base64.b64decode(answer.data, validate=True)
         except (binascii.Error, ValueError) as error:
@@ -201,36 +213,53 @@ class AgentClient:
         self, path: Path, limits: MapLimits, wanted: Callable[[], bool]
     ) -> messages.MapState:
         size = min(self._settings.chunk_bytes, limits.max_chunk_bytes, messages.MAX_CHUNK_BYTES)
-        state: messages.MapState = self._caller.call("map_begin", messages.MapArguments(size))
+        patient = self._patience(wanted)
+        arguments = messages.MapArguments(size)
+        state: messages.MapState = self._caller.call("map_begin", arguments, patient=patient)
         try:
-            state = self._wait_for_map(state, wanted)
+            state = self._wait_for_map(state, patient)
             if state.pages > limits.max_pages:
                 raise exception.BufferMapError(
                     reason=f"it has {state.pages} pages, allowed are {limits.max_pages}"
                 )
             with _new_file(path) as descriptor:
                 file = MapFile(str(path), size, max_bytes=limits.max_bytes)
-                self._save_chunks(state, file, descriptor, wanted)
+                self._save_chunks(state, file, descriptor, self._patience(wanted))
             return state
         finally:
             # The agent forgets an abandoned map by itself after some time
             with contextlib.suppress(exception.RpcError):
                 self._caller.call("map_end", messages.MapReference(state.map_id), attempts=1)
 
-    def _wait_for_map(
-        self, state: messages.MapState, wanted: Callable[[], bool]
-    ) -> messages.MapState:
+    def _patience(self, wanted: Callable[[], bool]) -> Callable[[], bool]:
+        """Tells whether there is time left for what begins now; raises AgentRefused when it is not
+        wanted any more.
+        """
         end = self._clock() + self._settings.map_timeout
+
+        def patient() -> bool:
+            if not wanted():
+                raise exception.AgentRefused(
+                    instance=self.instance,
+                    reason="its map is not wanted any more",
+                    code="not-wanted",
+                )
+            return self._clock() < end
+
+        return patient
+
+    def _wait_for_map(
+        self, state: messages.MapState, patient: Callable[[], bool]
+    ) -> messages.MapState:
         reference = messages.MapReference(state.map_id)
         while state.state == "building":
-            if self._clock() >= end:
+            if not patient():
                 raise exception.AgentUnreachable(
                     instance=self.instance,
                     reason=f"no buffer map after {self._settings.map_timeout:g} s",
                 )
-            self._check(wanted)
             self._sleep(self._settings.poll_interval)
-            state = self._caller.call("map_state", reference)
+            state = self._caller.call("map_state", reference, patient=patient)
             if state.map_id != reference.map_id:
                 raise self._caller.nonsense("map_state", "it speaks of another map")
         if state.state == "failed":
@@ -239,47 +268,46 @@ class AgentClient:
             )
         return state
 
-    def _check(self, wanted: Callable[[], bool]) -> None:
-        if not wanted():
-            raise exception.AgentRefused(
-                instance=self.instance, reason="its map is not wanted any more", code="not-wanted"
-            )
-
     def _save_chunks(
         self,
         state: messages.MapState,
         file: MapFile,
         descriptor: int,
-        wanted: Callable[[], bool],
+        patient: Callable[[], bool],
     ) -> None:
-        end = self._clock() + self._settings.map_timeout
         while file.chunks < state.chunks:
-            self._check(wanted)
-            if self._clock() >= end:
+            if not patient():
                 raise exception.AgentUnreachable(
                     instance=self.instance,
                     reason=f"{file.chunks} of {state.chunks} chunks of the buffer map after "
                     f"{self._settings.map_timeout:g} s",
                 )
-            file = self._save_more(state, file, descriptor)
+            file = self._save_more(state, file, descriptor, patient)
             if file.size > file.max_bytes:
                 raise exception.BufferMapError(
                     reason=f"{file.chunks} of {state.chunks} chunks have {file.size} bytes already"
                 )
 
-    def _save_more(self, state: messages.MapState, file: MapFile, descriptor: int) -> MapFile:
+    def _save_more(
+        self,
+        state: messages.MapState,
+        file: MapFile,
+        descriptor: int,
+        patient: Callable[[], bool],
+    ) -> MapFile:
         if (saver := self._saver) is not None:
             try:
                 return self._caller.insist(
                     "save_chunks",
                     lambda: saver(state.map_id, state.chunks, file, self._settings.timeout),
+                    patient=patient,
                 )
             except exception.AgentRefused as error:
                 if error.kwargs.get("code") not in _NO_SAVER:
                     raise
                 LOG.info("Instance %s: chunks come one by one: %s", self.instance, error)
                 self._saver = None
-        data = self.chunk(state.map_id, file.chunks, file.max_chunk_bytes)
+        data = self.chunk(state.map_id, file.chunks, file.max_chunk_bytes, patient)
         return file.behind(put_chunk(descriptor, file.size, data))
 
 

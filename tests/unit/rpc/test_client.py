@@ -127,6 +127,31 @@ class ClientTest(base.TestCase):
         self.assertIn("10 s", str(error))
         self.assertEqual("map_end", self.transport.asked[-1][0])
 
+    def test_an_outage_while_a_map_is_made_and_fetched_does_not_cost_it(self) -> None:
+        page = np.zeros(1, np.uint64)
+        extents = VolumeExtents("v", 1 << 30, page, page, page + np.uint64(4096))
+        (*chunks,) = BufferMap.build([extents]).to_chunks()
+        outage, ready = [LOST] * 8, state(chunks=len(chunks))
+        made = self.make(
+            map_begin=Then([*outage, state(state="building")]),
+            map_state=Then([state(state="building"), *outage, ready]),
+            map_chunk=lambda map_id, index: (
+                outage.pop()
+                if outage
+                else {"result": {"index": index, "data": base64.b64encode(chunks[index]).decode()}}
+            ),
+        )
+        self.assertEqual(1, fetch_map(made).page_count)
+        self.assertEqual([], outage)
+        begun = {asked[1] for asked in self.transport.asked if asked[0] == "map_begin"}
+        self.assertEqual(1, len(begun))
+
+    def test_an_agent_that_is_gone_while_it_makes_a_map_is_told_as_such(self) -> None:
+        made = self.make(map_begin=state(state="building"), map_state=LOST)
+        error = self.assertRaises(exception.AgentUnreachable, fetch_map, made)
+        self.assertIn("no answer in time", str(error))
+        self.assertGreaterEqual(self.now, 10)
+
     def test_chunks_are_asked_for_one_by_one_and_never_larger_than_agreed(self) -> None:
         big = base64.b64encode(bytes(5000)).decode()
         made = self.make(map_begin=state(), map_chunk={"result": {"index": 0, "data": big}})
@@ -215,14 +240,24 @@ class ClientTest(base.TestCase):
         self.assertEqual(["map_begin", "map_end"], [asked[0] for asked in self.transport.asked])
 
     def test_chunks_that_could_not_be_saved_are_asked_for_again_from_there(self) -> None:
-        made = self.saved(1, LOST, LOST, 4)
+        made = self.saved(1, *[LOST] * 8, 4)
         made.save_map(self.path, MapLimits())
-        self.assertEqual([0, 1, 1, 1], [each.chunks for each in self.saves])
+        self.assertEqual([0, *[1] * 9], [each.chunks for each in self.saves])
+
+    def test_an_outage_while_a_map_is_not_wanted_any_more_is_not_waited_for(self) -> None:
+        made = self.saved(1, *[LOST] * 8)
+        error = self.assertRaises(
+            exception.AgentRefused,
+            *(made.save_map, self.path, MapLimits(), lambda: len(self.saves) < 5),
+        )
+        self.assertEqual("not-wanted", error.kwargs["code"])
+        self.assertEqual(5, len(self.saves))
 
     def test_after_any_error_there_is_no_file(self) -> None:
         refused = exception.AgentRefused(instance="i", reason="no", code="agent-refused")
         for error, steps in (
-            (exception.AgentUnreachable, (1, LOST, LOST, LOST)),
+            # In all the time that there is
+            (exception.AgentUnreachable, (1, *[LOST] * 21)),
             (exception.AgentRefused, (1, refused)),
             (OSError, (1, OSError("no space"))),
         ):
