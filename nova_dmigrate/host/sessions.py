@@ -20,7 +20,7 @@ from nova_dmigrate.host.qemu_files import QemuFiles
 from nova_dmigrate.host.session import Session, SessionSettings
 from nova_dmigrate.host.store import Record, Store
 from nova_dmigrate.host.totals import Totals
-from nova_dmigrate.rpc.host_messages import RELAY_BUSY, SessionState
+from nova_dmigrate.rpc.host_messages import DRAINING, RELAY_BUSY, STOPPING, SessionState
 
 LOG = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Sessions:
         with self._lock:
             self._draining = True
             for session in turns.queue(self._sessions.values()):
-                session.finish("failed", "the host service is being stopped")
+                session.finish("failed", STOPPING)
 
     def wait_until_idle(self, seconds: float, hurry: Callable[[], bool]) -> bool:
         """Wait until no relay runs; whether that was so within ``seconds``, or before ``hurry``."""
@@ -161,9 +161,7 @@ class Sessions:
                     reason=f"there is never room for that guest: {lack}", code="no-memory"
                 )
             if self._draining:
-                raise exception.RequestRefused(
-                    reason="the host service is being stopped", code="draining"
-                )
+                raise exception.RequestRefused(reason=STOPPING, code=DRAINING)
             record.lease_seconds = min(record.lease_seconds, self._settings.max_lease)
             record.wait_seconds = min(record.wait_seconds, self._settings.queue_timeout)
             session = self._session(record)

@@ -49,6 +49,8 @@ class GuestMapFetch:
         self._thread = threading.Thread(target=self._run, name="guest-map", daemon=True)
         #: Why there is none, once that is known.
         self.failure: exception.FallBack | None = None
+        #: Whether it was abandoned before it was there.
+        self.late = False
         #: What the agent has found on the way.
         self.findings: tuple[Finding, ...] = ()
         #: Seconds from the request to the map, its preparation included; None as long as there is
@@ -98,6 +100,7 @@ class GuestMapFetch:
         began = time.monotonic()
         try:
             self._fetch()
+            self.late = self._needless.is_set()
             self.seconds = time.monotonic() - began
         except exception.FallBack as reason:
             late = self._needless.is_set()

@@ -247,8 +247,21 @@ class RelayedMigration:
         state = told.get("map")
         if state == "taken" and told.get("mapped_pages"):
             return None
-        refused = self._given is False or state in ("refused", "taken")
-        return because(Reason.MAP_REFUSED if refused else Reason.LATE_MAP, self._instance)
+        if self._given is False or state in ("refused", "taken"):
+            return because(Reason.MAP_REFUSED, self._instance)
+        undelivered = self._undelivered()
+        if undelivered is not None and state in (None, "none") and not self._mapping.late:
+            return undelivered
+        return because(Reason.LATE_MAP, self._instance)
+
+    def _undelivered(self) -> exception.FallBack | None:
+        """Why it is not known whether the source's host has taken the map; None if it is."""
+        pending = self._sessions.map_pending
+        if pending is None:
+            return None
+        refused = isinstance(pending, exception.HostRefused)
+        reason = Reason.HOST_REFUSED if refused else Reason.HOST_UNREACHABLE
+        return because(reason, self._instance, error=pending)
 
     # The beginning
 
@@ -270,14 +283,15 @@ class RelayedMigration:
         self._sessions.order_destination(
             self._guest.volumes, waiting=lambda: self._enter("waiting")
         )
-        # Not sooner: while others have the relays, what it maps would change
-        self._mapping.start()
         self._enter("starting relays")
-        self._sessions.open(
+        self._sessions.order_source(
             self._guest.domain,
             self._guest.connected,
             waiting=lambda: self._enter("starting relays"),
         )
+        # Not sooner: while others have the relays, what it maps would change
+        self._mapping.start()
+        self._sessions.open(waiting=lambda: self._enter("starting relays"))
         if self._map_first:
             self._enter("mapping")
             while not self._mapping.wait(0.5):
@@ -306,7 +320,7 @@ class RelayedMigration:
                 break
             time.sleep(_POLL)
             self._mapping_goes_on()
-        raise because(Reason.MAP_REFUSED, self._instance)
+        raise self._undelivered() or because(Reason.MAP_REFUSED, self._instance)
 
     def _mapping_goes_on(self) -> None:
         self._enter("mapping")

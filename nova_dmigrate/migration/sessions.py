@@ -87,6 +87,8 @@ class RelaySessions:
         self._volumes: tuple[host_messages.Volume, ...] = ()
         self._closed = threading.Event()
         self.failure: str | None = None
+        #: Why it is not known whether the source relay's host has taken the map that it was handed.
+        self.map_pending: exception.HostError | None = None
 
     def order_destination(self, volumes: Sequence[VolumeSpec], waiting: Waiting) -> None:
         """Have the destination relay started, and wait while it is queued.
@@ -105,8 +107,8 @@ class RelaySessions:
         )
         self._start(self._destination, order, waiting)
 
-    def open(self, domain: str | None, connected: bool, waiting: Waiting) -> None:
-        """Start the source relay, too, and wait until both are ready.
+    def order_source(self, domain: str | None, connected: bool, waiting: Waiting) -> None:
+        """Have the source relay started, too, and wait while it is queued.
 
         :param domain: libvirt's UUID of the guest; None for the instance's.
         :param connected: the destination has connected the volumes itself.
@@ -125,6 +127,12 @@ class RelaySessions:
             wait_seconds=self._terms.patience,
         )
         self._start(self._source, order, waiting)
+
+    def open(self, waiting: Waiting) -> None:
+        """Wait until both relays are ready.
+
+        :raises FallBack: one of them cannot be had.
+        """
         self._ready(self._source, waiting)
 
     def use_map(self, buffer_map: Path, memory_layout: Path) -> bool | None:
@@ -132,17 +140,22 @@ class RelaySessions:
         is not known: a service that is being restarted, or whose relay is busy, may be asked again.
         """
         session_id = self._common["session_id"]
+        if self.map_pending is None:
+            self.map_pending = exception.HostUnreachable(
+                host=self._source.host, reason="no answer whether its relay takes the buffer map"
+            )
         try:
             self._source.use_map(session_id, str(buffer_map), str(memory_layout))
-        except exception.HostUnreachable as error:
+        except exception.HostError as error:
+            refused = isinstance(error, exception.HostRefused)
+            if refused and error.kwargs.get("code") != host_messages.RELAY_BUSY:
+                LOG.warning("Instance %s: %s", self._instance, error)
+                self.map_pending = None
+                return False
             LOG.info("Instance %s: %s", self._instance, error)
+            self.map_pending = error
             return None
-        except exception.HostRefused as error:
-            if error.kwargs.get("code") == host_messages.RELAY_BUSY:
-                LOG.info("Instance %s: %s", self._instance, error)
-                return None
-            LOG.warning("Instance %s: %s", self._instance, error)
-            return False
+        self.map_pending = None
         return True
 
     def look(self) -> dict[str, Any] | None:
@@ -195,13 +208,15 @@ class RelaySessions:
         threading.Thread(
             target=self._keep, args=(host,), name=f"keep-{host.host}", daemon=True
         ).start()
-        with self._translated():
+        with self._translated(host):
             try:
                 state = answer_of(lambda: host.open_session(order), waiting)
             except exception.HostError:
                 self._open.remove(host)
                 raise
             state = self._past("queued", host, state, self._terms.patience, waiting)
+        if state.message == host_messages.STOPPING:
+            raise because(Reason.HOST_DRAINING, self._instance, host=host.host)
         # At the end of the same time the host itself gives up what is queued
         if state.state == "queued" or state.message.startswith(host_messages.NO_ROOM):
             raise because(
@@ -210,7 +225,7 @@ class RelaySessions:
 
     def _ready(self, host: HostClient, waiting: Waiting) -> SessionState:
         """Wait until a relay that was ordered runs."""
-        with self._translated():
+        with self._translated(host):
             state = answer_of(lambda: self._renewed(host), waiting)
             state = self._past("starting", host, state, _START_PATIENCE, waiting)
         if state.state != "running":
@@ -235,13 +250,15 @@ class RelaySessions:
         return host.renew(self._common["session_id"], self._lease)
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
+    def _translated(self, host: HostClient) -> Iterator[None]:
         """What a host answers, or not, as a reason for the ordinary migration."""
         try:
             yield
         except exception.HostUnreachable as error:
             raise because(Reason.HOST_UNREACHABLE, self._instance, error=error) from error
         except exception.HostRefused as error:
+            if error.kwargs.get("code") == host_messages.DRAINING:
+                raise because(Reason.HOST_DRAINING, self._instance, host=host.host) from error
             raise because(Reason.HOST_REFUSED, self._instance, error=error) from error
 
     def _keep(self, host: HostClient) -> None:

@@ -38,6 +38,9 @@ STATES = ("queued", "starting", "running", "delivered", "failed", "cancelled")
 FINAL = frozenset(STATES[3:])
 #: Code of a refusal that another attempt may not get: a relay that runs has not answered yet.
 RELAY_BUSY = "relay-busy"
+#: Code of a refusal by a host that takes no new session, and message of one that was queued then.
+DRAINING = "draining"
+STOPPING = "the host service is being stopped"
 #: Code of a refusal: the file of a map would become larger than it may.
 LARGE_MAP = "large-map"
 #: How the message of a session begins that was in the queue for all its time.

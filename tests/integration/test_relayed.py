@@ -27,7 +27,7 @@ from nova_dmigrate.migration.sessions import Terms
 from nova_dmigrate.migration.settings import OrchestrationSettings
 from nova_dmigrate.migration.waiting import Question
 from nova_dmigrate.rpc import messages
-from nova_dmigrate.rpc.client import AgentClient
+from nova_dmigrate.rpc.client import AgentClient, ClientSettings
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 from nova_dmigrate.rpc.host_client import HostChannelTransport, HostClient
 from nova_dmigrate.rpc.host_messages import (
@@ -36,6 +36,7 @@ from nova_dmigrate.rpc.host_messages import (
     AgentRequest,
     HelloArguments,
     HostState,
+    OpenSource,
 )
 from tests.integration import host_base
 from tests.lab.agent_port import agent_at
@@ -77,6 +78,7 @@ class Agent:
     :ivar asked: the methods, in the order of the requests.
     :ivar speaks: while it is not set, it does not answer.
     :ivar chunks: of its map.
+    :ivar gives: while it is not set, it gives none of them.
     """
 
     def __init__(self) -> None:
@@ -84,6 +86,8 @@ class Agent:
         self.chunks: list[bytes] = []
         self.speaks = threading.Event()
         self.speaks.set()
+        self.gives = threading.Event()
+        self.gives.set()
 
     def ping(self, arguments: messages.Nothing) -> messages.Pong:
         self.speaks.wait(PATIENCE)
@@ -106,6 +110,8 @@ class Agent:
         return self._map()
 
     def map_chunk(self, arguments: messages.ChunkArguments) -> messages.Chunk:
+        self.asked.append("map_chunk")
+        self.gives.wait(PATIENCE)
         data = base64.b64encode(self.chunks[arguments.index]).decode()
         return messages.Chunk(arguments.index, data)
 
@@ -339,6 +345,97 @@ class RelayedMigrationTest(host_base.Hosts):
             self.assertTrue(waited.is_set())
             wait_until(lambda: "map_begin" in asked, "the map is asked for")
         self.assert_nothing_left()
+
+    def test_the_map_is_asked_for_when_there_is_a_place_at_the_source_as_well(self) -> None:
+        self.restart(self.one, host__max_relays=1)
+        self.addCleanup(self.restart, self.one)
+        asked, one = self.agents["one"].asked, self.client_of(self.one)
+        socket_path = str(self.sockets / "another" / "qemu")
+        order = dataclasses.replace(self.pair().order, qemu_socket=socket_path)
+        port = free_ports(1)[0]
+        waited = threading.Event()
+
+        def enter(phase: str) -> None:
+            if phase == "starting relays" and not waited.is_set() and one.hello(PATIENCE).queued:
+                self.assertNotIn("map_begin", asked)
+                waited.set()
+                one.close_session(order.session_id)
+
+        with mute_listener(port, lambda: None):
+            one.open_session(OpenSource(**vars(order), host=MUTE, port=port))
+            with self.migration(enter):
+                self.assertTrue(waited.is_set())
+                wait_until(lambda: "map_begin" in asked, "the map is asked for")
+        self.assert_nothing_left()
+
+    def test_a_host_that_is_stopped_while_a_migration_waits_for_it(self) -> None:
+        self.restart(self.two, host__max_relays=1)
+        other = self.pair()
+        other.order = dataclasses.replace(
+            other.order, qemu_socket=str(self.sockets / "another" / "qemu")
+        )
+        # Before the pair is closed
+        self.addCleanup(self.two.start)
+        other.open_destination()
+        other.destination.wait("running")
+        two = self.client_of(self.two)
+        stopping = threading.Event()
+
+        def enter(phase: str) -> None:
+            if phase == "waiting" and not stopping.is_set() and two.hello(PATIENCE).queued:
+                self.two.terminate()
+                stopping.set()
+
+        reason = self.assertRaises(exception.FallBack, self.migration(enter).__enter__)
+        self.assertEqual("host-draining", reason.kwargs["code"])
+        two.close_session(other.order.session_id)
+        self.assertEqual(0, self.two.wait())
+        self.two.configure(**self.options())
+        self.assert_nothing_left()
+
+    def test_a_service_that_is_killed_while_a_map_is_made_and_fetched_costs_nothing(self) -> None:
+        self.fetch_with_outages(self.one.kill, self.one.start)
+
+    def test_a_broker_that_is_killed_while_a_map_is_made_and_fetched_costs_nothing(self) -> None:
+        self.fetch_with_outages(self.broker.kill, self.broker.start)
+
+    def fetch_with_outages(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
+        agent, host = self.agents["one"], self.client_of(self.one)
+        way = HostChannelTransport(INSTANCE, host, str(self.ports / "one"))
+        # As whoever migrates asks
+        settings = ClientSettings(timeout=5, attempts=2, map_timeout=PATIENCE)
+        client = AgentClient(INSTANCE, way, settings, saver=way.save_chunks)
+        path = self.place / "maps" / "map"
+        path.parent.mkdir(exist_ok=True)
+        self.addCleanup(path.unlink, missing_ok=True)
+        agent.gives.clear()
+        self.addCleanup(agent.gives.set)
+        saved: list[messages.MapState] = []
+        fetch = threading.Thread(
+            target=lambda: saved.append(client.save_map(path, MapLimits())), daemon=True
+        )
+        fetch.start()
+        for method in ("map_begin", "map_chunk"):
+            wait_until(lambda each=method: each in agent.asked, f"{method} is asked for")
+            begin()
+            # Longer than a few attempts take
+            time.sleep(3)
+            agent.chunks = chunks_of_a_map()
+            if method == "map_chunk":
+                agent.gives.set()
+            end()
+        fetch.join(PATIENCE)
+        self.assertEqual(["ready"], [each.state for each in saved])
+        self.assertEqual(MIB // 4096, BufferMap.load(path, MapLimits()).page_count)
+        self.assertNotIn("chunks come one by one", self.log.output)
+
+    def test_a_map_that_the_service_may_not_write_is_handed_on(self) -> None:
+        self.agents["one"].chunks = chunks_of_a_map()
+        way = HostChannelTransport(INSTANCE, self.client_of(self.one), str(self.ports / "one"))
+        path = self.make_directory() / "map"
+        AgentClient(INSTANCE, way, saver=way.save_chunks).save_map(path, MapLimits())
+        self.assertEqual(MIB // 4096, BufferMap.load(path, MapLimits()).page_count)
+        self.assertIn("chunks come one by one", self.log.output)
 
     def test_a_service_that_cannot_save_chunks_yet_hands_them_on(self) -> None:
         self.agents["one"].chunks = chunks_of_a_map()

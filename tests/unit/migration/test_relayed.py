@@ -15,6 +15,7 @@ from nova_dmigrate.migration.job import Job
 from nova_dmigrate.migration.relayed import Guest, Peers, RelayedMigration
 from nova_dmigrate.migration.sessions import Terms
 from nova_dmigrate.migration.settings import OrchestrationSettings
+from nova_dmigrate.rpc import host_messages
 from nova_dmigrate.rpc.client import AgentClient
 from nova_dmigrate.volumes import VolumeSpec
 from tests import base
@@ -106,6 +107,31 @@ class RelayedMigrationTest(base.TestCase):
     def test_what_it_has_told_counts_where_it_says_nothing_at_its_end(self) -> None:
         self.assertIsNone(self.summary_of(USED, {}).fallback_reason)
         self.assertEqual("late-map", self.summary_of({"map": "offered"}, {}).fallback_reason)
+
+    def undelivered(self, answer: Any, **last: Any) -> Any:
+        """Of a migration whose map is there, while the source's service gives that answer when it
+        is handed over.
+        """
+        account = self.account()
+        with self.make() as relayed:
+            self.source.answers["use_map"] = answer
+            relayed._given = None  # whether or not it was there by then
+            self.source.changes["progress"] = json.dumps(last)
+            assert relayed._mapping is not None
+            self.assertTrue(relayed._mapping.wait(PATIENCE))
+            end = time.monotonic() + PATIENCE
+            while relayed.follow(None) != last or relayed._sessions.map_pending is None:
+                self.assertLess(time.monotonic(), end)
+            account.note_map(relayed, completed=True)
+        account.note_relays(relayed)
+        return account.summary("completed", None, None, Job())
+
+    def test_a_map_that_does_not_get_through_to_the_relay_has_not_come_late(self) -> None:
+        busy = {"error": {"code": host_messages.RELAY_BUSY, "message": "it does not answer"}}
+        for answer, code in ((LOST, "host-unreachable"), (busy, "host-refused")):
+            self.assertEqual(code, self.undelivered(answer, map="none").fallback_reason)
+        # It has got through: the answer was lost
+        self.assertEqual("late-map", self.undelivered(LOST, map="offered").fallback_reason)
 
     def test_an_agent_that_goes_with_its_guest_makes_a_map_too_late(self) -> None:
         gone = threading.Event()

@@ -30,7 +30,8 @@ class RelaySessionsTest(base.TestCase):
 
     def open(self) -> None:
         self.sessions.order_destination((), waiting=lambda: None)
-        self.sessions.open(None, connected=False, waiting=lambda: None)
+        self.sessions.order_source(None, connected=False, waiting=lambda: None)
+        self.sessions.open(waiting=lambda: None)
 
     def test_a_failure_is_known_though_there_is_no_summary_of_it(self) -> None:
         self.open()
@@ -55,6 +56,18 @@ class RelaySessionsTest(base.TestCase):
         reason = self.in_vain(f"{host_messages.NO_ROOM}: 4 destination relays run")
         self.assertEqual("no-room", reason.kwargs["code"])
         self.assertIn("4 destination relays run", str(reason))
+
+    def test_who_waited_when_the_host_was_stopped_is_told_so(self) -> None:
+        reason = self.in_vain(host_messages.STOPPING)
+        self.assertEqual("host-draining", reason.kwargs["code"])
+        self.assertIn("host two", str(reason))
+
+    def test_who_comes_when_the_host_is_being_stopped_is_told_so(self) -> None:
+        refusal = {"code": host_messages.DRAINING, "message": host_messages.STOPPING}
+        self.source.answers["open_source"] = {"error": refusal}
+        reason = self.assertRaises(exception.FallBack, self.open)
+        self.assertEqual("host-draining", reason.kwargs["code"])
+        self.assertIn("host one", str(reason))
 
     def test_a_relay_that_cannot_be_started_has_failed_though_it_was_queued(self) -> None:
         reason = self.in_vain("the relay cannot be started: no such file")
