@@ -161,7 +161,8 @@ Seconds of silence of the other relay after which a relay gives the migration
 up. The guest goes on at the source.
 
 Relays that have nothing to say send each other keepalives, so only a broken
-network or a dead process is silent.
+network or a dead process is silent. Whoever migrates aborts what stands still
+for longer.
 """,
     ),
     cfg.IntOpt(

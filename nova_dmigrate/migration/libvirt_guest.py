@@ -35,6 +35,9 @@ _RUNS_ELSEWHERE = (
     libvirt.VIR_DOMAIN_PAUSED_POSTCOPY_FAILED,
 )
 _USUAL_DOWNTIME_MS = 300
+_UNENDED = (
+    "libvirt does not end it: see whether its QEMU hangs, and on which host the guest runs then"
+)
 
 _loop_lock = threading.Lock()
 _loop_runs = False
@@ -57,15 +60,18 @@ class LibvirtGuest:
             self._connection = self._open()
         except libvirt.libvirtError as error:
             raise self._error(f"libvirt at {connect} cannot be reached", error) from error
+        # Questions ask in threads of their own
+        self._lock = threading.Lock()
+        self._closed = False
         self._handle: Any = None
         self._job = Question(self._look_at_job)
         self._aborting = Question(self._abort)
         self._limiting: tuple[int, Question[bool]] | None = None
         try:
             self._handle = self._look_up(name)
-            if not self._domain.isActive():
+            if not self._handle.isActive():
                 raise exception.MigrationError(instance=name, reason="the domain does not run")
-            self.facts: Domain = parse_domain(self._domain.XMLDesc())
+            self.facts: Domain = parse_domain(self._handle.XMLDesc())
         except libvirt.libvirtError as error:
             self.close()
             raise self._error("its domain cannot be looked at", error) from error
@@ -85,9 +91,11 @@ class LibvirtGuest:
         self.close()
 
     def close(self) -> None:
-        """Give the connection back."""
-        # libvirt keeps a connection as long as there is a handle from it
-        self._handle = None
+        """Give the connection back. What is still being asked is answered, and nothing more."""
+        with self._lock:
+            self._closed = True
+            # libvirt keeps a connection as long as there is a handle from it
+            self._handle = None
         _close(self._connection)
 
     @property
@@ -197,18 +205,31 @@ class LibvirtGuest:
     def _domain(self) -> Any:
         """libvirt's handle of it.
 
-        :raises libvirtError: there is no libvirt, or no such domain any more.
+        :raises libvirtError: there is no libvirt, or no such domain any more, or it was closed.
         """
-        if not self._connection.isAlive():
-            connection = self._open()
-            try:
-                handle = connection.lookupByUUIDString(self.facts.uuid)
-            except libvirt.libvirtError:
-                _close(connection)
-                raise
-            self.close()
-            self._connection, self._handle = connection, handle
-        return self._handle
+        with self._lock:
+            connection, handle = self._connection, self._handle
+        if handle is None:
+            raise libvirt.libvirtError("the connection was given back")
+        return handle if connection.isAlive() else self._connect_anew(connection)
+
+    def _connect_anew(self, dead: Any) -> Any:
+        """A handle from a connection that takes the place of one; from that of another thread that
+        was quicker, if there is one. Nobody waits for another meanwhile.
+        """
+        connection = self._open()
+        surplus = connection
+        try:
+            handle = connection.lookupByUUIDString(self.facts.uuid)
+            with self._lock:
+                if self._connection is dead and not self._closed:
+                    self._connection, self._handle, surplus = connection, handle, dead
+                handle = self._handle
+        finally:
+            _close(surplus)
+        if handle is None:
+            raise libvirt.libvirtError("the connection was given back")
+        return handle
 
     def _open(self) -> Any:
         connection = open_libvirt(self._connect)
@@ -282,8 +303,8 @@ class RunningMigration:
 
     @property
     def error(self) -> str | None:
-        """After the end: why it failed, None if it has not."""
-        return self._error
+        """After the end: why it failed, None if it has not. Before, that it does not end."""
+        return _UNENDED if self._thread.is_alive() else self._error
 
     def _run(self) -> None:
         try:

@@ -3,7 +3,7 @@
 
 Up to the moment at which libvirt is told to migrate, whatever is amiss makes the migration the
 ordinary one (`FallBack`). After that it succeeds or fails as one of libvirt's does, and the guest
-runs on exactly one side.
+runs on exactly one side. What hangs on the way, a relay or a QEMU, does not hold it for ever.
 """
 
 import contextlib
@@ -24,12 +24,20 @@ from nova_dmigrate.migration.progress import Progress
 from nova_dmigrate.migration.relayed import Guest, Peers, RelayedMigration, Report
 from nova_dmigrate.migration.request import MigrationRequest, Mode
 from nova_dmigrate.migration.settings import OrchestrationSettings
+from nova_dmigrate.migration.stall import Stall
 from nova_dmigrate.migration.summary import CANCELLED, COMPLETED, FAILED, MigrationSummary
 
 LOG = logging.getLogger(__name__)
 
 _POLL = 0.25
 _CANCELLED = "it was cancelled"
+#: Seconds for libvirt to end what was cancelled.
+_CANCEL_PATIENCE = 60.0
+#: The same where a relay hangs. At a switchover that holds QEMU, which heeds nobody then: only the
+#: relay's end helps, and the guest stands still until then.
+_HUNG_PATIENCE = 10.0
+#: Seconds for libvirt to see that the relays are gone.
+_LAST_PATIENCE = 20.0
 
 
 class Migration:
@@ -67,6 +75,9 @@ class Migration:
         )
         self._phases = self._account.phases
         self._job: Job | None = None
+        self._job_now: Job | None = None
+        self._running: RunningMigration | None = None
+        self._given_up: float | None = None
         self._cancelled = cancelled
 
     def run(self) -> MigrationSummary:
@@ -105,9 +116,13 @@ class Migration:
             relayed = self._prepare(stack)
             ends = stack.pop_all()
         try:
-            return self._migrate_relayed(relayed)
+            running, hung = self._migrate_relayed(relayed)
         finally:
             self._leave(ends)
+        # Perhaps it was a relay that kept it from its end
+        if running.wait(_LAST_PATIENCE) and running.error is not None and hung is not None:
+            return f"{hung} ({running.error})"
+        return running.error
 
     def _prepare(self, stack: contextlib.ExitStack) -> RelayedMigration:
         """Relays that are ready, until the stack is closed.
@@ -188,7 +203,7 @@ class Migration:
         request = self._request
         self._job = None
         self._phases.enter("migrating")
-        running = self._guest.migrate(
+        running = self._begin(
             Order(
                 request.destination_uri,
                 uri=f"tcp:{request.migration_address}" if request.migration_address else None,
@@ -211,11 +226,14 @@ class Migration:
 
     # Its steps
 
-    def _migrate_relayed(self, relayed: RelayedMigration) -> str | None:
+    def _migrate_relayed(self, relayed: RelayedMigration) -> tuple[RunningMigration, str | None]:
+        """libvirt's migration, which has come to its end or will not; and why it was given up, if a
+        relay hangs.
+        """
         request = self._request
         self._enter("migrating")
         # QEMU itself is not capped: the relays are, and only what goes over the network counts
-        running = self._guest.migrate(
+        running = self._begin(
             Order(
                 request.destination_uri,
                 uri=relayed.uri,
@@ -223,23 +241,54 @@ class Migration:
                 post_copy=request.post_copy,
             )
         )
+        stall = Stall(self._settings.stall_timeout)
+        hung: str | None = None
         while not self._over(running):
             told = relayed.follow(self._guest.set_max_downtime if self._job is not None else None)
             if relayed.converging and self._phases.current == "migrating":
                 self._phases.enter("converging")
             self._report(told, relayed.applied_downtime_limit)
+            why = stall.reason(self._job_now, relayed.failure, relayed.silence)
+            if why is not None:
+                hung = why
+                relayed.give_up(why)
+                if self._aborted_in_vain(_HUNG_PATIENCE):
+                    break
         self._phases.enter("ended")
         self._account.note_map(relayed, completed=running.error is None)
-        return running.error
+        return running, hung
+
+    def _begin(self, order: Order) -> RunningMigration:
+        self._given_up = None
+        self._running = self._guest.migrate(order)
+        return self._running
 
     def _over(self, running: RunningMigration) -> bool:
-        """Wait a moment; whether libvirt is done."""
+        """Wait a moment; whether libvirt is done, or does not end what was cancelled."""
         if running.wait(_POLL):
             return True
-        self._job = self._guest.job() or self._job
-        if self._cancelled.is_set():
-            self._guest.abort()
-        return False
+        self._job_now = self._guest.job()
+        self._job = self._job_now or self._job
+        return self._cancelled.is_set() and self._aborted_in_vain(_CANCEL_PATIENCE)
+
+    def _aborted_in_vain(self, patience: float) -> bool:
+        """Have libvirt end it; whether it has not done so for so many seconds.
+
+        A switchover stands: post-copy has all the time that it takes.
+        """
+        if not self._guest.runs_here:
+            return False
+        self._guest.abort()
+        now = time.monotonic()
+        if self._given_up is None:
+            LOG.info("Instance %s: the migration is aborted", self._instance)
+            self._given_up = now
+        return now > self._given_up + patience
+
+    @property
+    def _ended(self) -> bool:
+        """Whether there is nothing that libvirt still carries out."""
+        return self._running is None or self._running.wait(0)
 
     def _enter(self, phase: str) -> None:
         """The next phase begins, unless the migration was cancelled.
@@ -258,6 +307,7 @@ class Migration:
             self._settings.retry_ordinary
             and self._request.mode is Mode.AUTO
             and not self._cancelled.is_set()
+            and self._ended
             and self._account.worth_another_try
             and self._guest.runs_here
         )
@@ -296,5 +346,6 @@ class Migration:
 
     def _summary(self, fallback: exception.FallBack | None, error: str | None) -> MigrationSummary:
         job = self._guest.completed_job() or self._job or Job()
-        state = COMPLETED if error is None else CANCELLED if self._cancelled.is_set() else FAILED
+        cancelled = self._cancelled.is_set() and self._ended
+        state = COMPLETED if error is None else CANCELLED if cancelled else FAILED
         return self._account.summary(state, error, fallback, job)

@@ -40,6 +40,7 @@ def settings_from(config: cfg.ConfigOpts) -> OrchestrationSettings:
         host_timeout=options.host_timeout,
         queue_time=options.queue_time,
         lease=options.lease,
+        stall_timeout=config.relay.stall_timeout,
         max_downtime_ms=options.max_downtime,
         retry_ordinary=options.retry_ordinary,
         map_limits=MapLimits(

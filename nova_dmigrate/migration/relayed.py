@@ -27,6 +27,7 @@ from nova_dmigrate.migration.waiting import Question, answer_of, answer_within
 from nova_dmigrate.retention import Retention
 from nova_dmigrate.rpc.client import AgentClient
 from nova_dmigrate.rpc.host_client import HostClient
+from nova_dmigrate.rpc.host_messages import FINAL
 from nova_dmigrate.volumes import VolumeSpec
 
 LOG = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class RelayedMigration:
         self._handing_over = Question(self._hand_over_map)
         self._progress = Question(self._sessions.look)
         self._told: Report = {}
-        self._heard = 0.0
+        self._heard = self._news = 0.0
         self._blind = False
         self._held = False
         self.downtime_limit = downtime_limit
@@ -153,7 +154,7 @@ class RelayedMigration:
         with contextlib.ExitStack() as stack:
             self._open(stack)
             self._ends = stack.pop_all()
-        self._heard = time.monotonic()
+        self._heard = self._news = time.monotonic()
         return self
 
     def __exit__(
@@ -172,6 +173,19 @@ class RelayedMigration:
     @property
     def failure(self) -> str | None:
         return self._sessions.failure
+
+    @property
+    def silence(self) -> float:
+        """Seconds for which the source relay has told nothing; 0 for one that has ended.
+
+        What it has told before, its host repeats.
+        """
+        ended = self._told.get("state") in FINAL
+        return 0.0 if ended else time.monotonic() - self._news
+
+    def give_up(self, why: str) -> None:
+        """Whatever its relays tell, one of them has failed."""
+        self._sessions.note_failure(why)
 
     @property
     def converging(self) -> bool:
@@ -230,7 +244,10 @@ class RelayedMigration:
             self._database.moved()  # post-copy: libvirt is not done yet
         told = self._progress.answer()
         if told is not None:
-            self._told, self._heard = told, time.monotonic()
+            now = time.monotonic()
+            if told != self._told:
+                self._news = now
+            self._told, self._heard = told, now
             if told.get("passes", 0) > 1 and self._mapping is not None:
                 self._mapping.abandon()
         return told

@@ -172,6 +172,10 @@ class RelaySessions:
             return None
         return progress if isinstance(progress, dict) else None
 
+    def note_failure(self, why: str) -> None:
+        """A relay has failed; the first one counts."""
+        self.failure = self.failure or why
+
     def close(self) -> dict[str, dict[str, Any]]:
         """End both; their summaries by role, of those that have told one."""
         summaries = {}
@@ -278,5 +282,5 @@ class RelaySessions:
         return state
 
     def _note(self, state: SessionState) -> None:
-        if state.state == "failed" and self.failure is None:
-            self.failure = f"{state.role} relay: {state.message}"
+        if state.state == "failed":
+            self.note_failure(f"{state.role} relay: {state.message}")

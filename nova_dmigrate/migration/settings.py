@@ -11,6 +11,7 @@ from nova_dmigrate.buffermap import MapLimits
 class OrchestrationSettings:
     """Seconds, bytes, shares of 1, milliseconds; see ``[migration]`` of the configuration.
 
+    :ivar stall_timeout: the relays' own.
     :ivar state_directory: where buffer map and memory layout are put for the source relay.
     :ivar map_limits: what a buffer map may be at most.
     """
@@ -24,6 +25,7 @@ class OrchestrationSettings:
     host_timeout: float = 2.0
     queue_time: float = 60.0
     lease: float = 30.0
+    stall_timeout: float = 30.0
     max_downtime_ms: int = 0
     retry_ordinary: bool = True
     map_limits: MapLimits = dataclasses.field(default_factory=MapLimits)

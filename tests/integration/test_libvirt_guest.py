@@ -4,6 +4,8 @@
 import contextlib
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 
 from nova_dmigrate.migration.libvirt_guest import LibvirtGuest
@@ -55,6 +57,44 @@ class TestLibvirtGuest(base.TestCase):
         wait_until(lambda: guest.job() is None and guest.runs_here, "the domain is seen")
         guest.close()
         wait_until(lambda: _sockets() <= before, "both connections are closed")
+
+    def test_threads_that_ask_it_meet_neither_its_restart_nor_its_end(self) -> None:
+        self.look().close()
+        before = _sockets()
+        guest = self.look()
+        over = threading.Event()
+        trouble: list[BaseException] = []
+        asked = [0] * 6
+
+        def ask(number: int) -> None:
+            try:
+                while not over.is_set():
+                    self.assertTrue(guest.runs_here)
+                    guest.job()
+                    asked[number] += 1
+            except BaseException as error:  # noqa: BLE001 - raised again below
+                trouble.append(error)
+
+        threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(asked))]
+        for each in threads:
+            each.start()
+        try:
+            for _ in range(2):
+                self.host.kill_libvirtd()
+                self.host.start_libvirtd()
+                seen = list(asked)
+                wait_until(
+                    lambda seen=seen: all(new > old for new, old in zip(asked, seen, strict=True)),
+                    "all of them have their answers",
+                )
+            guest.close()
+            time.sleep(0.5)
+        finally:
+            over.set()
+            for each in threads:
+                each.join()
+        self.assertEqual([], trouble)
+        wait_until(lambda: _sockets() <= before, "all connections are closed")
 
     def test_one_whose_libvirtd_is_gone_has_no_version_known(self) -> None:
         with self.look() as guest:

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a migration through relays has come to a standstill that nobody will end.
+
+QEMU waits without end for a source relay that hangs, and libvirt for QEMU.
+"""
+
+import time
+from collections.abc import Callable
+
+from nova_dmigrate.migration.job import Job
+
+#: Seconds for libvirt to notice by itself that a relay has failed, as it does where QEMU is left by
+#: the relay at its end.
+_GRACE = 5.0
+#: Seconds beyond the relays' own: they give up first, where they can.
+_MARGIN = 10.0
+#: Seconds without a word of libvirt, after which it is not known what QEMU has sent meanwhile.
+_GAP = 3.0
+
+
+class Stall:
+    """Watches one migration. Memory that moves is never a standstill, whoever is silent.
+
+    :param stall_timeout: seconds of silence after which relays give each other up.
+    :param clock: monotonic seconds.
+    """
+
+    def __init__(self, stall_timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._patience = stall_timeout + _MARGIN
+        self._clock = clock
+        self._sent: int | None = None
+        self._seen = self._moved = clock()
+        self._failed: float | None = None
+
+    def reason(self, job: Job | None, failure: str | None, silence: float) -> str | None:
+        """Why it will not go on; None as long as it may. To be called several times a second.
+
+        :param job: what libvirt tells at this moment; None if nothing.
+        :param failure: why a relay has failed, if one has.
+        :param silence: seconds for which the source relay has told nothing.
+        """
+        now = self._clock()
+        if job is not None:
+            if job.transferred != self._sent or now > self._seen + _GAP:
+                self._sent, self._moved = job.transferred, now
+            self._seen = now
+        if failure is not None:
+            self._failed = self._failed or now
+            return failure if now > max(self._failed, self._moved) + _GRACE else None
+        still = min(silence, now - self._moved)
+        if job is None or still <= self._patience:
+            return None
+        return f"source relay: it tells nothing, and QEMU has sent nothing, for {still:.0f} s"
