@@ -25,6 +25,13 @@ from tests.lab.relays import wait_until
 
 #: MB/s, so that there is time in the middle, and bytes of the guest before it.
 _SLOW, _MIDDLE = 30, 48 << 20
+#: So that there is much to send while the guest is paused.
+_CHANGES = """
+head -c 16M /dev/urandom >/tmp/changes
+(while [ -e /tmp/changes ]; do dd if=/tmp/changes of=/tmp/changed bs=1M conv=notrunc; done
+rm /tmp/changed) </dev/null >/dev/null 2>&1 3>&- &
+renice -n 19 $!
+"""
 #: Seconds, in place of those for which whoever migrates waits as a rule.
 _PATIENCE = 4.0
 
@@ -125,6 +132,26 @@ class HangsTest(base.TestCase):
         with self.scene.services.operating(relay__stall_timeout=2):
             summary = self.migrate(self.stop_the_relay)
         self.assert_ordinary(summary, "source relay: it tells nothing")
+
+    def test_one_that_hangs_at_the_switchover_does_not_hold_the_guest(self) -> None:
+        self.patience(orchestrator, _HUNG_PATIENCE=_PATIENCE)
+        self.patience(stall, _GRACE=1.0)
+        self.scene.guest.run(_CHANGES)
+        paused = threading.Event()
+
+        def stop_when_paused() -> None:
+            domain = self.scene.domain.on(self.source)
+            while domain.state()[0] != libvirt.VIR_DOMAIN_PAUSED:
+                time.sleep(0.01)
+            self.stop_the_relay()
+            paused.set()
+
+        thread = threading.Thread(target=stop_when_paused, daemon=True)
+        with self.scene.services.changed(self.destination, relay__stall_timeout=2):
+            summary = self.migrate(thread.start, max_downtime_ms=20000)
+            self.assertTrue(paused.is_set(), summary)
+            self.assert_ordinary(summary, "destination relay: ")
+        self.scene.guest.run("rm /tmp/changes")
 
     def test_a_service_that_is_away_ends_nothing(self) -> None:
         self.patience(stall, _MARGIN=_PATIENCE - 2)
