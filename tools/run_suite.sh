@@ -40,8 +40,8 @@ guests)
     config=tests/guests/stestr.conf
     concurrency=2
     workers=(--worker-file tests/guests/workers.yaml)
-    test_timeout=300
-    suite_timeout=1500
+    test_timeout=600
+    suite_timeout=2400
     ;;
 openstack)
     # The scenario tests, in a cloud that a program of the lab's brings up and removes

@@ -278,7 +278,7 @@ def _agent_stopped_later(place: Place) -> Iterator[Options]:
             place.domain.guest.run(f"kill -{signal} $(</run/agent.pid)")
 
     def on_progress(progress: Progress) -> None:
-        if progress.phase == "waiting":  # the map has just been asked for
+        if progress.phase == "waiting":  # the map is asked for in a moment
             send_once("STOP")
         elif progress.phase == "converging":
             # When the guest has moved before it could answer, it has been done all the same

@@ -31,7 +31,8 @@ from tests.lab.libvirt_host import LibvirtHost
 from tests.lab.relays import wait_until
 
 CANCEL = "cancel"
-#: Meanwhile, and for a while in the next, the guest's database is prepared and its memory mapped.
+#: Before memory is sent. Once there is a place for the relays, the guest's database is prepared and
+#: its memory mapped, which may go on while memory is sent.
 EARLY = ("checking", "waiting", "starting relays")
 MIGRATING, CONVERGING = "migrating", "converging"
 PHASES = (*EARLY, MIGRATING, CONVERGING)
