@@ -172,10 +172,10 @@ class AgentClient:
         :param wanted: asked again and again; when it returns false there is an AgentRefused with
             code ``not-wanted``.
 
-        No more than one chunk is under way. A lost answer is asked for again, as long as there is
-        time for the map: whatever is on the way to the agent may be started anew meanwhile. If the
-        agent has forgotten the map, because it was started anew itself, one more map is asked for.
-        After any error there is no file.
+        No more than one chunk is under way. Once the map is begun, a lost answer is asked for again
+        as long as there is time: whatever is on the way to the agent may be started anew meanwhile.
+        If the agent has forgotten the map, because it was started anew itself, one more map is
+        asked for. After any error there is no file.
 
         :raises BufferMapError: if there would be more than ``limits`` allow.
         :raises OSError: the file cannot be written.
@@ -213,11 +213,10 @@ class AgentClient:
         self, path: Path, limits: MapLimits, wanted: Callable[[], bool]
     ) -> messages.MapState:
         size = min(self._settings.chunk_bytes, limits.max_chunk_bytes, messages.MAX_CHUNK_BYTES)
-        patient = self._patience(wanted)
-        arguments = messages.MapArguments(size)
-        state: messages.MapState = self._caller.call("map_begin", arguments, patient=patient)
+        # An agent that has never answered is not waited for
+        state: messages.MapState = self._caller.call("map_begin", messages.MapArguments(size))
         try:
-            state = self._wait_for_map(state, patient)
+            state = self._wait_for_map(state, self._patience(wanted))
             if state.pages > limits.max_pages:
                 raise exception.BufferMapError(
                     reason=f"it has {state.pages} pages, allowed are {limits.max_pages}"
