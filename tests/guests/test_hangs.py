@@ -20,18 +20,12 @@ from nova_dmigrate.migration.request import Mode
 from nova_dmigrate.migration.summary import COMPLETED, DMIGRATE, FAILED, ORDINARY, MigrationSummary
 from tests import base
 from tests.lab import database_image, processes
+from tests.lab.demo.drills import CHANGES
 from tests.lab.demo.scene import Scene, small_scene
 from tests.lab.relays import wait_until
 
 #: MB/s, so that there is time in the middle, and bytes of the guest before it.
 _SLOW, _MIDDLE = 30, 48 << 20
-#: So that there is much to send while the guest is paused.
-_CHANGES = """
-head -c 16M /dev/urandom >/tmp/changes
-(while [ -e /tmp/changes ]; do dd if=/tmp/changes of=/tmp/changed bs=1M conv=notrunc; done
-rm /tmp/changed) </dev/null >/dev/null 2>&1 3>&- &
-renice -n 19 $!
-"""
 #: Seconds, in place of those for which whoever migrates waits as a rule.
 _PATIENCE = 4.0
 
@@ -136,7 +130,7 @@ class HangsTest(base.TestCase):
     def test_one_that_hangs_at_the_switchover_does_not_hold_the_guest(self) -> None:
         self.patience(orchestrator, _HUNG_PATIENCE=_PATIENCE)
         self.patience(stall, _GRACE=1.0)
-        self.scene.guest.run(_CHANGES)
+        self.scene.guest.run(CHANGES.format(16))  # much to send while it is paused
         paused = threading.Event()
 
         def stop_when_paused() -> None:

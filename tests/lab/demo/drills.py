@@ -40,9 +40,9 @@ PHASES = (*EARLY, MIGRATING, CONVERGING)
 _SLOW, _MIDDLE = 60, 48 << 20
 #: The downtime limit, in ms, with which a guest that changes its memory does not switch over.
 _HELD = 1
-#: It changes some MB as quickly as others let it.
-_CHANGES = """
-head -c 4M /dev/urandom >/tmp/changes
+#: It changes so many MB as quickly as others let it.
+CHANGES = """
+head -c {}M /dev/urandom >/tmp/changes
 (while [ -e /tmp/changes ]; do dd if=/tmp/changes of=/tmp/changed bs=1M conv=notrunc; done
 rm /tmp/changed) </dev/null >/dev/null 2>&1 3>&- &
 renice -n 19 $!
@@ -154,7 +154,7 @@ def _as_it_is() -> Iterator[int]:
 @contextlib.contextmanager
 def _held_back(scene: Scene) -> Iterator[int]:
     """The guest does not switch over at the limit that this gives, but soon with the usual one."""
-    scene.guest.run(_CHANGES)
+    scene.guest.run(CHANGES.format(4))
     try:
         yield _HELD
     finally:
