@@ -183,10 +183,10 @@ def _pages(guest: AttachedDatabase) -> int:
 
 
 def _keep_list(guest: AttachedDatabase) -> None:
-    """Have the agent make a list of hot pages now: it makes one when it starts."""
+    """Have the agent make a list of hot pages now: it does when it starts, if there is none."""
     guest.run(
         "agent=$(</run/agent.pid); kill $agent; while kill -0 $agent; do sleep 0.1; done;"
-        " touch /run/before; start_agent"
+        f" rm -f {_LIST}; touch /run/before; start_agent"
     )
     wait_until(
         lambda: bool(guest.run(f"find {_LIST} -newer /run/before 2>/dev/null").strip()),
