@@ -28,25 +28,29 @@ from oslo_config import cfg
 from oslo_log import log
 
 from nova_dmigrate import conf, exception, version
-from nova_dmigrate.agent import (
-    database,
-    describe,
-    hot_pages,
-    hotlist_keeper,
-    options,
-    processes,
-    service,
-    warm_up,
-)
-from nova_dmigrate.agent.preparation import PreparationSettings
 from nova_dmigrate.buffermap import PAGE_SIZE, save_parts
+from nova_dmigrate.cmd import extras
 from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.dispatcher import Dispatcher
 
+PROGRAM = "nova-dmigrate-agent"
+
+with extras.needed(PROGRAM, "agent"):
+    from nova_dmigrate.agent import (
+        database,
+        describe,
+        hot_pages,
+        hotlist_keeper,
+        options,
+        processes,
+        service,
+        warm_up,
+    )
+    from nova_dmigrate.agent.preparation import PreparationSettings
+
 LOG = log.getLogger(__name__)
 
-PROGRAM = "nova-dmigrate-agent"
 _WELL, _TROUBLE, _WRONG_USAGE = 0, 1, 2
 _MIB = 1 << 20
 _FOLLOW_SECONDS = 0.5
@@ -193,7 +197,8 @@ def _serve(config: cfg.ConfigOpts, settings: service.AgentSettings) -> int:
             path = config.agent.channel_path
             return channel.ChannelServer(dispatcher, lambda: channel.open_port(path))
         # The other commands, and the channel, do without oslo.messaging
-        from nova_dmigrate.rpc import broker
+        with extras.needed(PROGRAM, "agent"):
+            from nova_dmigrate.rpc import broker
 
         broker.set_defaults(config)
         return broker.BrokerServer(instance, dispatcher, config)

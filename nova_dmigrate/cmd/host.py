@@ -9,6 +9,7 @@ Exit status: 0 stopped, 2 wrong configuration.
 """
 
 import functools
+import importlib
 import logging
 import os
 import socket
@@ -20,6 +21,7 @@ from oslo_config import cfg
 from oslo_log import log
 
 from nova_dmigrate import conf, exception, version
+from nova_dmigrate.cmd import extras
 from nova_dmigrate.cmd.signals import Signals
 from nova_dmigrate.host import qemu_account
 from nova_dmigrate.host.capacity import Limits, Load, Rates, shortage
@@ -152,7 +154,8 @@ def versions_from(config: cfg.ConfigOpts) -> Callable[[], Versions]:
 
 def _without_libvirt(error: ImportError) -> exception.ConfigurationError:
     return exception.ConfigurationError(
-        reason=f"[host]libvirt_uri needs the Python binding of libvirt: {error}"
+        reason="[host]libvirt_uri needs the Python binding of libvirt, of the extra 'host':"
+        f" {error}"
     )
 
 
@@ -171,6 +174,9 @@ def main(arguments: list[str] | None = None) -> int:
         if not (config.log_file or config.log_dir or config.use_journal):
             config.set_override("use_stderr", True)
         log.setup(config, "nova-dmigrate")
+        # Relays do without oslo.messaging, and so does whoever reads this module's settings
+        with extras.needed(PROGRAM, "host"):
+            importlib.import_module("nova_dmigrate.rpc.broker")
         name = config.host.name or socket.gethostname()
         settings = session_settings_from(config, name)
         disks, versions = disks_from(config), versions_from(config)
@@ -196,7 +202,6 @@ def _serve(
     sessions: Sessions,
     presence: Presence,
 ) -> None:
-    # Relays do without oslo.messaging, and so does whoever reads this module's settings
     from nova_dmigrate.rpc import broker, calm
 
     signals = Signals()

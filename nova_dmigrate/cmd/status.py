@@ -16,17 +16,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from oslo_config import cfg
-from oslo_upgradecheck import upgradecheck
 
 from nova_dmigrate import exception, version
-
-with warnings.catch_warnings():
-    # What oslo.messaging imports warns of eventlet, which nothing here uses
-    warnings.filterwarnings("ignore", r"\s*Eventlet is deprecated")
-    from nova_dmigrate.cmd.checks import configuration, hypervisor, nova, services
-    from nova_dmigrate.cmd.checks.base import CheckedHost, warning
+from nova_dmigrate.cmd import extras
 
 PROGRAM = "nova-dmigrate-status"
+
+with warnings.catch_warnings(), extras.needed(PROGRAM, "host"):
+    # What oslo.messaging imports warns of eventlet, which nothing here uses
+    warnings.filterwarnings("ignore", r"\s*Eventlet is deprecated")
+    from oslo_upgradecheck import upgradecheck
+
+    from nova_dmigrate.cmd.checks import configuration, hypervisor, nova, services
+    from nova_dmigrate.cmd.checks.base import CheckedHost, warning
 
 OPTIONS = [
     cfg.MultiStrOpt(

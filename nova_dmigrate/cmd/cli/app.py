@@ -10,13 +10,17 @@ missing, 2 wrong usage or configuration.
 import sys
 from typing import Any
 
-from cliff.command import Command
 from oslo_config import cfg
 
 from nova_dmigrate import exception
-from nova_dmigrate.cmd.cli.base import WRONG_USAGE, CommandLine, UsageError
-from nova_dmigrate.cmd.cli.history import History, Report, Show
-from nova_dmigrate.cmd.cli.migrate import Check, Migrate
+from nova_dmigrate.cmd import extras
+
+with extras.needed("nova-dmigrate", "host"):
+    from cliff.command import Command
+
+    from nova_dmigrate.cmd.cli.base import WRONG_USAGE, CommandLine, UsageError
+    from nova_dmigrate.cmd.cli.history import History, Report, Show
+    from nova_dmigrate.cmd.cli.migrate import Check, Migrate
 
 _COMMANDS: dict[str, type[Command]] = {
     "migrate": Migrate,
