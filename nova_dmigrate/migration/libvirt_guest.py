@@ -20,7 +20,7 @@ import libvirt_qemu  # type: ignore[import-untyped]
 from nova_dmigrate import exception
 from nova_dmigrate.migration.domain import Domain, parse_domain
 from nova_dmigrate.migration.job import Job
-from nova_dmigrate.migration.waiting import Question, Waiting, answer_within
+from nova_dmigrate.migration.waiting import Question, Setting, Waiting, answer_within
 
 LOG = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class LibvirtGuest:
         self._handle: Any = None
         self._job = Question(self._look_at_job)
         self._aborting = Question(self._abort)
-        self._limiting: tuple[int, Question[bool]] | None = None
+        self._limit = Setting(self._set_max_downtime)
         try:
             self._handle = self._look_up(name)
             if not self._handle.isActive():
@@ -149,14 +149,7 @@ class LibvirtGuest:
 
     def set_max_downtime(self, milliseconds: int) -> bool:
         """Set QEMU's downtime limit; whether that has been done. To be called until it has."""
-        # One after the other: the last one that was asked for has to be the last one set
-        if self._limiting is None:
-            self._limiting = milliseconds, Question(lambda: self._set_max_downtime(milliseconds))
-        value, question = self._limiting
-        done = question.answer()
-        if done is not None:
-            self._limiting = None
-        return bool(done) and value == milliseconds
+        return self._limit.set(milliseconds)
 
     def _set_max_downtime(self, milliseconds: int) -> bool:
         try:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from nova_dmigrate import exception
-from nova_dmigrate.migration import leftovers, preflight
+from nova_dmigrate.migration import leftovers, preflight, stall
 from nova_dmigrate.migration.account import Account
 from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.job import Job
@@ -24,7 +24,6 @@ from nova_dmigrate.migration.progress import Progress
 from nova_dmigrate.migration.relayed import Guest, Peers, RelayedMigration, Report
 from nova_dmigrate.migration.request import MigrationRequest, Mode
 from nova_dmigrate.migration.settings import OrchestrationSettings
-from nova_dmigrate.migration.stall import Stall
 from nova_dmigrate.migration.summary import CANCELLED, COMPLETED, FAILED, MigrationSummary
 
 LOG = logging.getLogger(__name__)
@@ -33,9 +32,6 @@ _POLL = 0.25
 _CANCELLED = "it was cancelled"
 #: Seconds for libvirt to end what was cancelled.
 _CANCEL_PATIENCE = 60.0
-#: The same where a relay hangs. At a switchover that holds QEMU, which heeds nobody then: only the
-#: relay's end helps, and the guest stands still until then.
-_HUNG_PATIENCE = 10.0
 #: Seconds for libvirt to see that the relays are gone.
 _LAST_PATIENCE = 20.0
 
@@ -241,18 +237,18 @@ class Migration:
                 post_copy=request.post_copy,
             )
         )
-        stall = Stall(self._settings.stall_timeout)
+        watch = stall.Stall(self._settings.stall_timeout)
         hung: str | None = None
         while not self._over(running):
             told = relayed.follow(self._guest.set_max_downtime if self._job is not None else None)
             if relayed.converging and self._phases.current == "migrating":
                 self._phases.enter("converging")
             self._report(told, relayed.applied_downtime_limit)
-            why = stall.reason(self._job_now, relayed.failure, relayed.silence)
+            why = watch.reason(self._job_now, relayed.failure, relayed.silence)
             if why is not None:
                 hung = why
                 relayed.give_up(why)
-                if self._aborted_in_vain(_HUNG_PATIENCE):
+                if self._aborted_in_vain(stall.HUNG_PATIENCE):
                     break
         self._phases.enter("ended")
         self._account.note_map(relayed, completed=running.error is None)

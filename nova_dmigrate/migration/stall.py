@@ -16,6 +16,9 @@ _GRACE = 5.0
 _MARGIN = 10.0
 #: Seconds without a word of libvirt, after which it is not known what QEMU has sent meanwhile.
 _GAP = 3.0
+#: Seconds for libvirt to end what a relay that hangs holds. At a switchover that is QEMU, which
+#: heeds nobody then: only the relay's end helps, and the guest stands still until then.
+HUNG_PATIENCE = 10.0
 
 
 class Stall:

@@ -58,6 +58,32 @@ class Question(Generic[_T]):
         self._answer = None
         return answer.result()
 
+    def wait(self, seconds: float) -> bool:
+        """Wait so long at most until nothing is being asked; whether that is so."""
+        return self._answer is None or bool(futures.wait((self._answer,), seconds).done)
+
+
+class Setting(Generic[_T]):
+    """One value that is set by somebody who has more to do than to wait.
+
+    :param put: sets it; whether that was possible. It may never come to its end.
+    """
+
+    def __init__(self, put: Callable[[_T], bool]) -> None:
+        self._put = put
+        self._putting: tuple[_T, Question[bool]] | None = None
+
+    def set(self, value: _T) -> bool:
+        """Set it; whether that has been done. To be called until it has."""
+        # One after the other: the last one that was asked for has to be the last one set
+        if self._putting is None:
+            self._putting = value, Question(lambda: self._put(value))
+        put, question = self._putting
+        done = question.answer()
+        if done is not None:
+            self._putting = None
+        return bool(done) and put == value
+
 
 def _asked(ask: Callable[[], _T]) -> futures.Future[_T]:
     answer: futures.Future[_T] = futures.Future()

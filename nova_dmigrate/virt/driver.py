@@ -211,7 +211,8 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
         migrate_data: Any,
         guest: Any,
     ) -> Any:
-        from nova_dmigrate.virt.relaying import Order, Relaying
+        from nova_dmigrate.virt.preparing import Order
+        from nova_dmigrate.virt.relaying import Relaying
 
         order = Order(
             instance=instance,

@@ -12,12 +12,14 @@ from nova.virt.libvirt import driver as libvirt_driver
 from nova_dmigrate import exception
 from nova_dmigrate.migration.domain import Domain, parse_domain
 from nova_dmigrate.migration.job import Job
+from nova_dmigrate.migration.waiting import Question, Setting
 
 LOG = logging.getLogger(__name__)
 
 
 class NovaGuest:
-    """What there is to ask of a domain.
+    """What there is to ask of a domain, and to have done, by the guest's methods as they are now,
+    whatever becomes of them later.
 
     :param guest: a nova.virt.libvirt.guest.Guest.
     :raises MigrationError: libvirt does not describe it.
@@ -25,8 +27,12 @@ class NovaGuest:
 
     def __init__(self, guest: Any) -> None:
         self._guest = guest
-        self._set_max_downtime = guest.migrate_configure_max_downtime
-        self._job = guest.get_job_info
+        self._set_limit = guest.migrate_configure_max_downtime
+        self._get_job = guest.get_job_info
+        self._abort_job = guest.abort_job
+        self._job = Question(self._look_at_job)
+        self._limit = Setting(self._set_max_downtime)
+        self._aborting = Question(self._abort)
         try:
             self.facts: Domain = parse_domain(guest.get_xml_desc())
         except libvirt_driver.libvirt.libvirtError as error:
@@ -60,20 +66,43 @@ class NovaGuest:
         except libvirt_driver.libvirt.libvirtError as error:
             return bool(error.get_error_code() != libvirt_driver.libvirt.VIR_ERR_NO_DOMAIN)
 
+    # libvirt asks QEMU's monitor without any limit of time: nobody waits for these
+
     def set_max_downtime(self, milliseconds: int) -> bool:
-        """Set QEMU's downtime limit, whatever Nova's way of doing so has been turned into; whether
-        that was possible."""
+        """Set QEMU's downtime limit; whether that has been done. To be called until it has."""
+        return self._limit.set(milliseconds)
+
+    def _set_max_downtime(self, milliseconds: int) -> bool:
         try:
-            self._set_max_downtime(milliseconds)
+            self._set_limit(milliseconds)
         except libvirt_driver.libvirt.libvirtError as error:
             LOG.debug("%s: no downtime limit of %d ms: %s", self.facts.name, milliseconds, error)
             return False
         return True
 
-    def job(self) -> Job | None:
-        """How far the migration is; None unless one is under way."""
+    def abort(self) -> None:
+        """Have libvirt end the migration, if there is one, sooner or later."""
+        self._aborting.answer()
+
+    def abort_is_over(self, seconds: float) -> bool:
+        """Wait so long at most until nothing is being aborted that might be the next migration;
+        whether that is so."""
+        return self._aborting.wait(seconds)
+
+    def _abort(self) -> None:
         try:
-            info = self._job()
+            self._abort_job()
+        except libvirt_driver.libvirt.libvirtError as error:
+            LOG.info("%s: the migration cannot be aborted: %s", self.facts.name, error)
+
+    def job(self) -> Job | None:
+        """How far the migration is; None unless one is under way, or if it is not told in a
+        moment."""
+        return self._job.answer()
+
+    def _look_at_job(self) -> Job | None:
+        try:
+            info = self._get_job()
         except libvirt_driver.libvirt.libvirtError:
             return None
         if info.type != libvirt_driver.libvirt.VIR_DOMAIN_JOB_UNBOUNDED:

@@ -1,31 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """One live migration through the relays, around Nova's own operation.
 
-Nova's operation builds the destination's XML and calls ``guest.migrate``; Nova's monitor has the
-same guest, asks it for the job's state, sets its downtime limit, aborts or pauses it. So all that
-is changed is that one guest: it migrates to the source relay's socket, and takes a downtime limit
-as the one that counts once the bulk is resolved.
+Nova's operation is run with a guest that is changed (`steering`), in a thread beside which Nova's
+monitor runs; a third one looks after the relays (`following`). Where they fail, Nova's operation is
+run once more, with the guest almost as it was.
 """
 
 import contextlib
-import dataclasses
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-from nova.virt.libvirt import driver as libvirt_driver
-from nova.virt.libvirt import guest as libvirt_guest
 from oslo_config import cfg
 
 from nova_dmigrate import exception
-from nova_dmigrate.migration import leftovers, preflight
+from nova_dmigrate.migration import leftovers
 from nova_dmigrate.migration.account import Account
 from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.job import Job
-from nova_dmigrate.migration.peers import ask_host, open_peers, settings_from, terms_of
-from nova_dmigrate.migration.relayed import Guest, RelayedMigration
+from nova_dmigrate.migration.relayed import RelayedMigration
 from nova_dmigrate.migration.summary import (
     CANCELLED,
     COMPLETED,
@@ -33,39 +27,19 @@ from nova_dmigrate.migration.summary import (
     MigrationSummary,
     new_id,
 )
-from nova_dmigrate.virt import conditions, volumes
+from nova_dmigrate.virt.following import HungRelays, followed
 from nova_dmigrate.virt.guest import NovaGuest
 from nova_dmigrate.virt.policy import Policy
+from nova_dmigrate.virt.preparing import Order, Prepared, prepare
+from nova_dmigrate.virt.steering import Steering
 
 LOG = logging.getLogger(__name__)
 
-_POLL = 0.25  # seconds
+#: Seconds for libvirt to have done with an abort when the migration has ended.
+_ABORT_PATIENCE = 20.0
 _CANCELLED = "it was cancelled"
 
 Operation = Callable[[], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Order:
-    """What Nova wants of one live migration.
-
-    :ivar instance: a nova.objects.Instance; :ivar guest: its nova.virt.libvirt.guest.Guest, the
-        one that Nova's monitor has.
-    :ivar flags: of virDomainMigrateToURI3, as Nova has them.
-    :ivar destination: the host's name.
-    :ivar migrate_data: a nova.objects.LibvirtLiveMigrateData, filled by the destination.
-    :ivar bandwidth: the most that goes over the network, in bytes a second; 0 for no cap.
-    :ivar downtime_limit: QEMU's, in milliseconds, until Nova sets one.
-    """
-
-    instance: Any
-    guest: Any
-    policy: Policy
-    flags: int
-    destination: str
-    migrate_data: Any
-    bandwidth: int
-    downtime_limit: int
 
 
 class Relaying:
@@ -89,15 +63,13 @@ class Relaying:
         self._account = Account(
             self._id, instance.uuid, instance.name, instance.host, order.destination
         )
-        self._ends = contextlib.ExitStack()
         self._guest: NovaGuest | None = None
         self._job: Job | None = None
-        self._retry = False
-        self._post_copy = False
         self._put_back: int | None = None
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
         self._begun = False
+        self._steering = Steering(order.guest, self._begin, self._cancelled)
 
     def run(self, operation: Operation, disks: Sequence[str] = ()) -> None:
         """Migrate, or have the monitor told why not. What ``operation`` raises is raised here, too.
@@ -107,13 +79,13 @@ class Relaying:
         """
         try:
             try:
-                relayed = self._prepare(disks)
+                prepared = self._prepare(disks)
             except exception.FallBack as reason:
                 self._run_ordinary(operation, reason)
             else:
-                self._run_relayed(operation, relayed)
+                self._run_relayed(operation, prepared)
         except exception.MigrationCancelled:
-            self._pretend("VIR_DOMAIN_JOB_CANCELLED")
+            self._steering.pretend("VIR_DOMAIN_JOB_CANCELLED")
             self._tell(CANCELLED, _CANCELLED)
 
     def cancel(self) -> bool:
@@ -127,27 +99,38 @@ class Relaying:
 
     # The two ways
 
-    def _run_relayed(self, operation: Operation, relayed: RelayedMigration) -> None:
+    def _run_relayed(self, operation: Operation, relays: Prepared) -> None:
+        uuid = self._order.instance.uuid
+        hung = HungRelays(
+            uuid,
+            relays.relayed,
+            relays.guest,
+            relays.settings.stall_timeout,
+            leave=lambda: self._end(relays),
+        )
         failure: Exception | None = None
         try:
-            with self._steered(relayed):
+            with self._steered(relays.relayed, lambda: self._look_at(relays, hung)):
                 operation()
         except exception.MigrationCancelled:
-            self._leave(relayed, completed=False)
+            self._leave(relays, completed=False)
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, Nova's own way deals with it
             failure = error
-        self._leave(relayed, completed=failure is None)
+        self._leave(relays, completed=failure is None)
         if failure is None:
             self._tell(COMPLETED)
-        elif self._may_retry():
-            why = self._account.relay_failure or str(failure)
-            reason = because(Reason.RELAY_FAILED, self._order.instance.uuid, error=why)
+            return
+        failed = self._account.relay_failure
+        if self._may_retry(relays):
+            reason = because(Reason.RELAY_FAILED, uuid, error=failed or failure)
             # Nova, which has set it once, does not know that QEMU was held back
-            self._put_back = relayed.downtime_limit
+            self._put_back = relays.relayed.downtime_limit
             self._run_ordinary(operation, reason)
-        else:
-            self._tell(self._state_of_failure(), str(failure))
+            return
+        self._tell(self._state_of_failure(), f"{failed} ({failure})" if failed else str(failure))
+        # As where it is refused: a server that relays have done no harm to is not broken
+        if failed is None or not self._unharmed(relays.guest):
             raise failure
 
     def _run_ordinary(self, operation: Operation, reason: exception.FallBack) -> None:
@@ -157,7 +140,7 @@ class Relaying:
         LOG.info("%s; the migration is the ordinary one", reason)
         self._begin()
         try:
-            with self._steered(None):
+            with self._steered(None, self._look):
                 self._operate(operation)
         except exception.MigrationCancelled:
             raise
@@ -190,12 +173,12 @@ class Relaying:
         rolls back.
         """
         LOG.error("%s; without the relays it is not migrated (policy: required)", reason)
-        self._pretend("VIR_DOMAIN_JOB_FAILED")
+        self._steering.pretend("VIR_DOMAIN_JOB_FAILED")
         self._tell(FAILED, f"required, but {reason.kwargs['reason']}")
 
     # Before libvirt is asked for anything
 
-    def _prepare(self, disks: Sequence[str]) -> RelayedMigration:
+    def _prepare(self, disks: Sequence[str]) -> Prepared:
         """Relays that are ready.
 
         :raises FallBack: the migration has to be the ordinary one.
@@ -203,10 +186,9 @@ class Relaying:
         """
         instance = self._order.instance.uuid
         try:
-            with contextlib.ExitStack() as stack:
-                relayed = self._open(stack, conditions.NovasWay(self._order.flags, disks))
-                self._ends = stack.pop_all()
-                return relayed
+            config = self._configuration()
+            guest = self._guest = NovaGuest(self._order.guest)
+            return prepare(self._id, self._order, guest, disks, config, self._enter)
         except (exception.FallBack, exception.MigrationCancelled):
             raise
         except exception.ConfigurationError as error:
@@ -216,55 +198,6 @@ class Relaying:
             LOG.exception("Instance %s: the relays cannot be prepared", instance)
             why = f"{type(error).__name__}: {error}"
             raise because(Reason.UNEXPECTED, instance, error=why) from error
-
-    def _open(self, stack: contextlib.ExitStack, way: conditions.NovasWay) -> RelayedMigration:
-        order, config = self._order, self._configuration()
-        self._enter("checking")
-        settings = settings_from(config)
-        self._retry = settings.retry_ordinary
-        guest = self._guest = NovaGuest(order.guest)
-        request = conditions.request_for(
-            guest.facts,
-            order.policy,
-            config,
-            order.instance.host,
-            order.destination,
-            volumes.address_in(order.migrate_data),
-            order.bandwidth,
-        )
-        conditions.examine(guest.facts, way, request)
-        uuid = order.instance.uuid
-        peers = stack.enter_context(
-            open_peers(request, config, settings, uuid, guest.facts.channel)
-        )
-        source, destination = (
-            ask_host(host, uuid, settings.host_timeout, lambda: self._enter("checking"))
-            for host in (peers.source, peers.destination)
-        )
-        preflight.hosts_agree(guest.facts, source, destination)
-        preflight.encrypted_as_well(guest.facts, way.tls, source)
-        subject = Guest(
-            memory=guest.facts.memory,
-            volumes=preflight.volumes_of(
-                guest.facts, destination.drivers, volumes.of_destination(order.migrate_data)
-            ),
-            layout=guest.memory_layout,
-            runs_here=guest.runs_here,
-            connected=True,
-        )
-        relayed = RelayedMigration(
-            self._id,
-            uuid,
-            subject,
-            peers,
-            settings,
-            terms_of(request, settings, source, destination),
-            source.socket_directory,
-            order.downtime_limit,
-            enter=self._enter,
-            map_first=order.policy is Policy.REQUIRED,
-        )
-        return stack.enter_context(relayed)
 
     def _enter(self, phase: str) -> None:
         """The next step of the preparation begins.
@@ -292,104 +225,83 @@ class Relaying:
     # While libvirt migrates
 
     @contextlib.contextmanager
-    def _steered(self, relayed: RelayedMigration | None) -> Iterator[None]:
+    def _steered(
+        self, relayed: RelayedMigration | None, look: Callable[[], None]
+    ) -> Iterator[None]:
         """The guest does what the relays need, if there are any, and is looked after."""
-        guest, over = self._order.guest, threading.Event()
-        original = {name: getattr(guest, name) for name in ("migrate", *_NOTED)}
-
-        def migrate(*arguments: Any, **options: Any) -> None:
-            self._begin()
-            if relayed is not None:
-                options = rerouted(options, relayed.uri)
-            original["migrate"](*arguments, **options)
-
-        def set_limit(milliseconds: int) -> None:
-            if relayed is not None:
-                relayed.downtime_limit = milliseconds
-
-        def abort_job() -> None:
-            self._cancelled.set()
-            original["abort_job"]()
-
-        def start_post_copy() -> None:
-            original["migrate_start_postcopy"]()
-            self._post_copy = True
-
-        changes: dict[str, Any] = {
-            "migrate": migrate,
-            "abort_job": abort_job,
-            "migrate_start_postcopy": start_post_copy,
-        }
-        if relayed is not None:
-            changes["migrate_configure_max_downtime"] = set_limit
-        follower = threading.Thread(
-            target=self._follow, args=(relayed, over), name="dmigrate-follow", daemon=True
-        )
-        vars(guest).update(changes)
-        follower.start()
         try:
-            yield
+            with self._steering.through(relayed), followed(self._order.instance.uuid, look):
+                yield
         finally:
-            over.set()
-            follower.join()
             self._account.phases.enter("ended")
-            for name in changes:
-                del vars(guest)[name]
 
-    def _follow(self, relayed: RelayedMigration | None, over: threading.Event) -> None:
-        """Look after the migration until it is over: the thread of this name."""
-        while not over.wait(_POLL):
-            try:
-                self._look(relayed)
-            except Exception:  # noqa: BLE001 - the migration goes on in any case
-                LOG.exception("Instance %s cannot be followed", self._order.instance.uuid)
-
-    def _look(self, relayed: RelayedMigration | None) -> None:
-        guest, phases = self._guest, self._account.phases
+    def _look(self) -> None:
+        """How far the ordinary migration is."""
+        guest = self._guest
         if guest is None:
             return
-        job = guest.job()
-        self._job = job or self._job
-        if relayed is not None:
-            relayed.follow(None if job is None else guest.set_max_downtime)
-            if relayed.converging and phases.current == "migrating":
-                phases.enter("converging")
-        elif job is not None:
+        job = self._note_job(guest)
+        if job is not None:
             self._account.note_job(job)
             if self._put_back is not None and guest.set_max_downtime(self._put_back):
                 self._put_back = None
 
+    def _look_at(self, relays: Prepared, hung: HungRelays) -> None:
+        """How far the migration through relays is, and what they need of it."""
+        relayed, guest = relays.relayed, relays.guest
+        job = self._note_job(guest)
+        relayed.follow(None if job is None else guest.set_max_downtime)
+        if relayed.converging and self._account.phases.current == "migrating":
+            self._account.phases.enter("converging")
+        if not self._steering.post_copy:
+            hung.look(job)
+
+    def _note_job(self, guest: NovaGuest) -> Job | None:
+        job = guest.job()
+        self._job = job or self._job
+        return job
+
     # The end
 
-    def _leave(self, relayed: RelayedMigration, completed: bool) -> None:
-        """Give up the relays. The guest is where it is, so nothing of this may fail."""
+    def _leave(self, relays: Prepared, completed: bool) -> None:
+        """Give up the relays, and note what they and the buffer map have come to."""
+        self._account.note_map(relays.relayed, completed)
+        self._end(relays)
+        self._account.note_relays(relays.relayed)
+
+    def _end(self, relays: Prepared) -> None:
+        """Have the relays ended. The guest is where it is, so nothing of this may fail."""
         try:
-            self._account.note_map(relayed, completed)
-            self._ends.close()
+            relays.ends.close()
         except Exception:  # noqa: BLE001
             LOG.exception("Instance %s: the relays are left alone", self._order.instance.uuid)
-        self._account.note_relays(relayed)
 
-    def _may_retry(self) -> bool:
+    def _may_retry(self, relays: Prepared) -> bool:
         """Whether a migration that has failed was the relays' failure, or never began, and nothing
         is lost."""
-        return bool(
-            self._retry
+        if not (
+            relays.settings.retry_ordinary
             and self._order.policy is Policy.PREFERRED
-            and not self._cancelled.is_set()
-            and not self._post_copy
             and self._account.worth_another_try
-            and self._guest is not None
-            and self._guest.runs_here()
+            and self._unharmed(relays.guest)
+        ):
+            return False
+        with self._lock:
+            # Until the next one begins, whoever cancels has nothing that libvirt could abort
+            self._begun = self._cancelled.is_set()
+            return not self._begun
+
+    def _unharmed(self, guest: NovaGuest) -> bool:
+        """Whether the guest runs as if nothing had been, and will go on doing so."""
+        return bool(
+            not self._cancelled.is_set()
+            and not self._steering.post_copy
+            and guest.abort_is_over(_ABORT_PATIENCE)
+            and guest.runs_here()
         )
 
     def _state_of_failure(self) -> str:
         return CANCELLED if self._cancelled.is_set() else FAILED
-
-    def _pretend(self, job: str) -> None:
-        """Have Nova's monitor see a job that has ended so. There has been none."""
-        kind = getattr(libvirt_driver.libvirt, job)
-        self._order.guest.get_job_info = lambda: libvirt_guest.JobInfo(type=kind)
 
     def _tell(
         self, state: str, error: str | None = None, fallback: exception.FallBack | None = None
@@ -397,21 +309,3 @@ class Relaying:
         if self._account.phases.current != "ended":
             self._account.phases.enter("ended")
         self._tell_all(self._account.summary(state, error, fallback, self._job or Job()))
-
-
-#: What else of a guest Nova's monitor calls that has to be noted.
-_NOTED = ("abort_job", "migrate_start_postcopy")
-
-
-def rerouted(options: dict[str, Any], uri: str) -> dict[str, Any]:
-    """Nova's options for ``guest.migrate`` with the source relay as the destination of the stream.
-
-    The relays keep the cap of the bandwidth, of which only what goes over the network counts, and
-    they encrypt; QEMU's own encryption and further connections would hide pages from them.
-    """
-    libvirt = libvirt_driver.libvirt
-    hidden = libvirt.VIR_MIGRATE_TLS | getattr(libvirt, "VIR_MIGRATE_PARALLEL", 0)
-    changed = dict(options, migrate_uri=uri, bandwidth=0, flags=options["flags"] & ~hidden)
-    if "parallel" in options:
-        changed["parallel"] = 0
-    return changed

@@ -8,7 +8,7 @@ from nova_dmigrate import exception
 from nova_dmigrate.migration.domain import Domain
 from nova_dmigrate.migration.request import AgentTransport, MigrationRequest
 from nova_dmigrate.virt.conditions import NovasWay, examine
-from nova_dmigrate.virt.relaying import rerouted
+from nova_dmigrate.virt.steering import rerouted
 from tests import base
 
 LIVE = libvirt.VIR_MIGRATE_LIVE | libvirt.VIR_MIGRATE_PEER2PEER

@@ -81,9 +81,6 @@ class SourceTest(base.MigrationTest):
             self.end_if_killed()
             time.sleep(0.05)
 
-    def domain(self, server: Any) -> Any:
-        return self.src.driver._host.get_connection().lookupByUUIDString(server["id"])
-
     def left_behind(self) -> list[Path]:
         return sorted((self.directory / "state/maps").iterdir())
 

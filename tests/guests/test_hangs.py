@@ -128,8 +128,7 @@ class HangsTest(base.TestCase):
         self.assert_ordinary(summary, "source relay: it tells nothing")
 
     def test_one_that_hangs_at_the_switchover_does_not_hold_the_guest(self) -> None:
-        self.patience(orchestrator, _HUNG_PATIENCE=_PATIENCE)
-        self.patience(stall, _GRACE=1.0)
+        self.patience(stall, _GRACE=1.0, HUNG_PATIENCE=_PATIENCE)
         self.scene.guest.run(CHANGES.format(16))  # much to send while it is paused
         paused = threading.Event()
 
