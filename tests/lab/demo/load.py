@@ -93,6 +93,10 @@ class Load(Client):
                 return max(float(after[first, 0]) - 1.0 - since, 0.0)
         return None
 
+    def begin_anew(self) -> None:
+        """End its program, which may wait for a server that is gone; another one follows."""
+        self._process.kill()
+
     def stop(self) -> None:
         self._stopped.set()
         while self._reader.is_alive():

@@ -13,10 +13,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests.lab.demo.clients import ClientError
+from tests.lab.demo.midway import midway
 from tests.lab.demo.stage import Stage
 from tests.lab.loop_device import LoopDevice
 from tests.lab.processes import end
@@ -104,31 +104,15 @@ def failing_volume(stage: Stage) -> Iterator[None]:
 def _for_a_while(
     stage: Stage, begin: Callable[[], None], finish: Callable[[], None]
 ) -> Iterator[None]:
-    over = threading.Event()
-    enough = sum(stage.hosts.link.counters()) + COMES * stage.shape.network * 1e6
-
-    def came() -> bool:
-        while sum(stage.hosts.link.counters()) < enough:
-            if over.wait(0.2):
-                return False
+    def come(over: threading.Event) -> None:
         try:
             begin()
             over.wait(STAYS)
         finally:
             finish()
-        return True
 
-    with ThreadPoolExecutor(1, "trouble") as pool:
-        trouble = pool.submit(came)
-        try:
-            yield
-        finally:
-            over.set()
-    try:
-        if not trouble.result():
-            raise ClientError("the trouble never came: the network has carried too little")
-    except (OSError, subprocess.SubprocessError) as error:
-        raise ClientError(f"the trouble did not come, or did not go: {error}") from error
+    with midway(stage.hosts.link, COMES * stage.shape.network * 1e6, come):
+        yield
 
 
 def _limit(device: Path, size: int) -> None:
