@@ -144,6 +144,11 @@ class LibvirtHost(Host):
         except (OSError, ValueError):
             raise LibvirtHostError(f"libvirtd does not run on {self.name}") from None
 
+    @property
+    def runs_libvirtd(self) -> bool:
+        """Whether it has been started and has not ended."""
+        return self._libvirtd is not None and self._libvirtd.poll() is None
+
     def stop_libvirtd(self) -> None:
         """End libvirtd as an administrator would; guests run on."""
         if self._libvirtd is not None:

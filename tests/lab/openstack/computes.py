@@ -3,10 +3,17 @@
 the way from there to the control plane.
 """
 
+import contextlib
+import os
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from nova_dmigrate import exception
+from nova_dmigrate.rpc.broker import BrokerTransport
+from nova_dmigrate.rpc.host_client import HostClient
+from nova_dmigrate.rpc.host_messages import HOST
 from tests.lab.libvirt_host import LibvirtHost
 from tests.lab.openstack import nova, taps
 from tests.lab.openstack.configuration import Options, write
@@ -15,6 +22,8 @@ from tests.lab.openstack.storage import Storage
 from tests.lab.openstack.venv import program
 
 _RUN = Path("/run/nova-dmigrate")
+#: Where libvirt has the process numbers of its guests.
+_PIDS = Path("/run/libvirt/qemu")
 #: Of emulated guests on a busy machine.
 _PATIENCE = {"agent_timeout": 60, "host_timeout": 30, "map_time": 600}
 
@@ -47,21 +56,67 @@ class Compute:
         for each in (_RUN, self._history):
             host.run(["mkdir", "-p", str(each)])
         dmigrate = self._configure_dmigrate()
-        self.start_host_service()
-        file = self._site.configure(
-            f"{self.name}/nova.conf",
+        self._site.configure(
+            self._nova_conf,
             nova.asks_others(self._site),
             self._nova_options(dmigrate),
             *(each.nova_options() for each in self._storages),
         )
-        services.start(
-            self.nova_compute, [program("nova-compute"), "--config-file", str(file)], host
-        )
+        self.ensure_running()
 
-    def start_host_service(self) -> None:
-        """Start DMigrate's host service; it may not be reached yet."""
-        argv = [program("nova-dmigrate-host"), "--config-file", str(self._dmigrate)]
-        self._site.services.start(self.host_service, argv, self.host)
+    def ensure_running(self) -> None:
+        """Start what of it does not run: libvirtd, DMigrate's host service, nova-compute. The
+        latter two may not be reached yet.
+
+        :raises LibvirtHostError: libvirtd does not start.
+        """
+        services, host = self._site.services, self.host
+        if not host.runs_libvirtd:
+            host.start_libvirtd()
+        conf = self._site.directory / self._nova_conf
+        for name, argv in (
+            (self.host_service, [program("nova-dmigrate-host"), "--config-file", self._dmigrate]),
+            (self.nova_compute, [program("nova-compute"), "--config-file", conf]),
+        ):
+            if not services.runs(name):
+                services.start(name, [str(each) for each in argv], host)
+
+    def die(self) -> None:
+        """Kill all that serves here, and all guests. The network of the guests stays, and what is
+        mounted.
+        """
+        for name in (self.nova_compute, self.host_service):
+            if self._site.services.runs(name):
+                self._site.services.kill(name)
+        self.host.kill_libvirtd()
+        for file in self.host.outside(_PIDS).glob("instance-*.pid"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(file.read_text()), signal.SIGKILL)
+
+    def serves(self) -> bool:
+        """Whether DMigrate's host service answers."""
+        transport = BrokerTransport(self.name, self._site.broker.services_url(), HOST)
+        with HostClient(self.name, transport) as client:
+            try:
+                return client.hello().host == self.name
+            except exception.HostUnreachable:
+                return False
+
+    def guests(self) -> list[str]:
+        """UUIDs of the guests that libvirt knows here.
+
+        :raises libvirt.libvirtError: it does not answer.
+        """
+        connection = self.host.connect()
+        try:
+            return [each.UUIDString() for each in connection.listAllDomains()]
+        finally:
+            connection.close()
+
+    def said(self, words: str) -> int:
+        """How often nova-compute has said something in its log."""
+        log = self._site.services.log(self.nova_compute)
+        return log.read_text(errors="replace").count(words)
 
     @property
     def nova_compute(self) -> str:
@@ -77,6 +132,11 @@ class Compute:
     def _dmigrate(self) -> Path:
         """The configuration of DMigrate."""
         return self._directory / "nova-dmigrate.conf"
+
+    @property
+    def _nova_conf(self) -> str:
+        """Its name in the site's directory."""
+        return f"{self.name}/nova.conf"
 
     @property
     def _history(self) -> Path:
@@ -118,6 +178,8 @@ class Compute:
                 "reserved_host_memory_mb": 0,
                 "reserved_host_disk_mb": 0,
                 "graceful_shutdown_timeout": 5,
+                # All servers of a host are migrated at once
+                "max_concurrent_live_migrations": 4,
                 "cpu_allocation_ratio": 16,
                 "ram_allocation_ratio": 4,
                 "disk_allocation_ratio": 16,

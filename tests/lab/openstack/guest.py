@@ -9,6 +9,7 @@ agent's: it is asked over the network of the servers, on which the broker listen
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tests.lab.demo.clients import Server
 from tests.lab.demo.volume import create_volume
 from tests.lab.guest import KERNEL_ARGUMENTS
 from tests.lab.guest_network import CLIENTS_ADDRESS, guest_address
-from tests.lab.openstack import seed
+from tests.lab.openstack import seed, shell
 from tests.lab.openstack.account import AgentAccount
 from tests.lab.openstack.cloud import OpenStack
 from tests.lab.openstack.service import PATIENCE
@@ -26,6 +27,8 @@ from tests.lab.openstack.service import PATIENCE
 _SCRIPTS = Path(__file__).with_name("guest_scripts")
 #: The agent speaks with the broker, for which it needs more than for a port.
 RELEASE = dataclasses.replace(MARIADB, packages=(*MARIADB.packages, "python3-oslo.messaging"))
+#: Image and flavor of servers that do nothing.
+_TINY = "nothing"
 _TINY_INIT = b"""#!/bin/busybox sh
 # Nothing but a server that runs
 /bin/busybox mkdir -p /proc
@@ -33,6 +36,24 @@ _TINY_INIT = b"""#!/bin/busybox sh
 echo "init: READY"
 while true; do /bin/busybox sleep 1000; done
 """
+
+
+def tiny_server(cloud: OpenStack, name: str, host: str) -> Any:
+    """A server that does nothing, without a network, on a host.
+
+    :raises CloudError: it does not come to run.
+    """
+    sdk = cloud.client.sdk
+    found = sdk.image.find_image(_TINY) or tiny_image(cloud, _TINY)
+    flavor = sdk.compute.find_flavor(_TINY) or seed.flavor(cloud.client, _TINY, 128, 1)
+    ordered = sdk.compute.create_server(
+        name=name,
+        flavor_id=flavor.id,
+        image_id=found.id,
+        networks="none",
+        availability_zone=f"nova:{host}",
+    )
+    return cloud.client.wait_for_server(ordered, "ACTIVE")
 
 
 def tiny_image(cloud: OpenStack, name: str) -> Any:
@@ -113,6 +134,22 @@ class DatabaseServer:
             return str(output["output"])
         return ""
 
+    def run(self, script: str) -> str:
+        """Run a script of bash in it, with what ``guest.sh`` has; what it says.
+
+        :raises ShellError: it failed.
+        """
+        return shell.run(self._cloud.guests.clients, self.address, script)
+
+    @contextlib.contextmanager
+    def agent_stopped(self) -> Iterator[None]:
+        """There is no agent meanwhile."""
+        try:
+            self.run("touch /run/agent.stopped; kill $(</run/agent.pid)")
+            yield
+        finally:
+            self.run("rm -f /run/agent.stopped")
+
     def _filled_volume(self) -> Any:
         content = self._cloud.directory / f"{self._name}-volume.raw"
         create_volume(RELEASE, self._load, self._pool_mb, content)
@@ -125,7 +162,7 @@ class DatabaseServer:
     def _arguments(self) -> str:
         return (
             f"{KERNEL_ARGUMENTS} ndm.pool={self._pool_mb}M ndm.hugepages=0"
-            f" ndm.address={self.address} ndm.options="
+            f" ndm.address={self.address} ndm.shell={shell.PORT} ndm.options="
         )
 
     def _initramfs(self, made: DatabaseImage) -> bytes:
@@ -135,6 +172,7 @@ class DatabaseServer:
         own = image.cpio(
             [
                 ("payload/init.sh", 0o100755, (_SCRIPTS / "init.sh").read_bytes()),
+                ("payload/shell.py", 0o100755, shell.SERVER.read_bytes()),
                 ("payload/agent.conf", 0o100600, self._agent_configuration().encode()),
             ]
         )

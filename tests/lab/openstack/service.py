@@ -79,9 +79,16 @@ class Services:
 
     def stop(self, name: str) -> None:
         """End a service, and what it has started."""
-        process = self._processes.pop(name)
-        end(process, [(signal.SIGTERM, _STOP_PATIENCE)])
-        _end_session(process.pid)
+        self._end(name, [(signal.SIGTERM, _STOP_PATIENCE)])
+
+    def kill(self, name: str) -> None:
+        """The same by SIGKILL, as when its host dies."""
+        self._end(name, [])
+
+    def runs(self, name: str) -> bool:
+        """Whether a service has been started and has not ended."""
+        process = self._processes.get(name)
+        return process is not None and process.poll() is None
 
     def close(self) -> None:
         """End all services."""
@@ -150,6 +157,11 @@ class Services:
         status = self._processes[name].poll()
         if status is not None:
             raise ServiceError(f"{name} has ended with {status}:\n{self.last_words(name)}")
+
+    def _end(self, name: str, signals: Sequence[tuple[int, float]]) -> None:
+        process = self._processes.pop(name)
+        end(process, signals)
+        _end_session(process.pid)
 
 
 def _end_session(leader: int) -> None:

@@ -27,13 +27,17 @@ def table_errors(server: Server) -> list[str]:
 
     :raises ClientError: the server does not say.
     """
-    names = rows(
-        server,
-        "SELECT CONCAT(table_schema, '.', table_name) FROM information_schema.tables"
-        f" WHERE table_type = 'BASE TABLE' AND table_schema IN ({SCHEMAS})",
-    )
-    checked = rows(server, f"CHECK TABLE {', '.join(name for (name,) in names)} EXTENDED")
+    checked = rows(server, f"CHECK TABLE {_tables(server)} EXTENDED")
     return ["\t".join(row) for row in checked if row[2:] != ["status", "OK"]]
+
+
+def checksums(server: Server) -> dict[str, str]:
+    """Of all that is in each table, by its name.
+
+    :raises ClientError: the server does not say.
+    """
+    found = rows(server, f"CHECKSUM TABLE {_tables(server)}")
+    return {row[0]: row[1] for row in found}
 
 
 def wait_until_filled(server: Server) -> None:
@@ -53,6 +57,16 @@ def wait_until_filled(server: Server) -> None:
         if time.monotonic() > deadline:
             raise error
         time.sleep(2)
+
+
+def _tables(server: Server) -> str:
+    """Names of the tables that are checked, as statements have them."""
+    names = rows(
+        server,
+        "SELECT CONCAT(table_schema, '.', table_name) FROM information_schema.tables"
+        f" WHERE table_type = 'BASE TABLE' AND table_schema IN ({SCHEMAS})",
+    )
+    return ", ".join(name for (name,) in names)
 
 
 def main() -> None:

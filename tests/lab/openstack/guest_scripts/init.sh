@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: Apache-2.0
 # Process 1 of a server of Nova's: mounts its volume, which Nova has attached, and starts database
-# and agent. It has no port for commands of a test's: clients ask the database, hosts ask the agent.
+# and agent. Clients ask the database, hosts ask the agent, and the lab has a shell (shell.py).
 export BASH_ENV=/run/payload/guest.sh
 source $BASH_ENV
 mount -t tmpfs tmpfs /tmp
@@ -31,9 +31,11 @@ start_server || give_up "no server"
 start_agent
 echo "init: READY $instance"
 tail -n +1 -F /tmp/agent.log &
-# As systemd does
+python3 /run/payload/shell.py "$(parameter shell)" &
+# As systemd does, which may be told to stop it
 while true; do
     wait "$(</run/agent.pid)"
     sleep 1
+    while [ -e /run/agent.stopped ]; do sleep 1; done
     start_agent
 done
