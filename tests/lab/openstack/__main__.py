@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A database server in a whole OpenStack, live-migrated by Nova as ever and through the relays, on
-Ceph.
+Ceph and on NFS, and what goes wrong meanwhile.
 
 NETWORK (MB/s), RAM, POOL (MiB), RATE and LOAD choose the server's shape, ONLY=part,... rows by
 parts of their names. Prints the table of the migrations, and what became of each row; writes
@@ -24,13 +24,14 @@ from tests.lab.demo.machine import bare_machine
 from tests.lab.openstack.ceph_storage import CephStorage
 from tests.lab.openstack.cloud import OpenStack
 from tests.lab.openstack.guest import RELEASE
-from tests.lab.openstack.rows import ROWS, Result, Row, carry_out, check
+from tests.lab.openstack.rows import ROWS, Result, Row, carry_out, check, not_set
 from tests.lab.openstack.scene import Scene
+from tests.lab.openstack.storage import SharedDirectory
 from tests.lab.openstack.working import Shape
 from tests.lab.processes import workspace
 
 REPORT = Path("openstack-report")
-_KINDS = (CephStorage,)
+_KINDS = (CephStorage, SharedDirectory)
 
 
 def shape_from_environment() -> Shape:
@@ -64,14 +65,21 @@ def play(rows: Sequence[Row], shape: Shape, comparison: Comparison) -> Iterator[
                 say(" ".join(f"{name}: {took:.0f} s;" for name, took in cloud.seconds.items()))
                 for storage in dict.fromkeys(row.storage for row in rows):
                     own = [row for row in rows if row.storage == storage]
-                    with Scene(cloud, storage, shape, say) as scene:
-                        try:
-                            yield from (carry_out(row, scene) for row in own)
-                            yield check(scene)
-                        finally:
-                            comparison.runs += scene.runs
+                    try:
+                        yield from _play_scene(Scene(cloud, storage, shape, say), own, comparison)
+                    except Exception as error:  # noqa: BLE001 - the other storage's can be played
+                        yield not_set(storage, error)
         finally:
             _keep_logs(directory / "logs")
+
+
+def _play_scene(scene: Scene, rows: Sequence[Row], comparison: Comparison) -> Iterator[Result]:
+    with scene:
+        try:
+            yield from (carry_out(row, scene) for row in rows)
+            yield check(scene)
+        finally:
+            comparison.runs += scene.runs
 
 
 def _keep_logs(logs: Path) -> None:

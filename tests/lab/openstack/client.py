@@ -6,14 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import openstack
+from openstack import exceptions
 
+from tests.lab.openstack.move import CANCELLED, COMPLETED
 from tests.lab.openstack.service import PATIENCE
 from tests.lab.openstack.site import ADMIN, REGION, Site
 
 #: Of Nova's API: shows the details of events.
 _MICROVERSION = "2.90"
-COMPLETED = "completed"
-_OVER = (COMPLETED, "failed", "error", "cancelled", "done")
+#: Its power state.
+_RUNNING = 1
+_OVER = (COMPLETED, "failed", "error", CANCELLED, "done")
 
 
 class CloudError(Exception):
@@ -104,16 +107,71 @@ class Client:
         """Of a server, as Nova has them."""
         return list(self.sdk.compute.migrations(server_id=server.id))
 
+    def force_down(self, host: str) -> None:
+        """Say that a host is dead, as whoever has fenced it does."""
+        if not self._force(host, True):
+            raise CloudError(f"{host} cannot be said to be down")
+
+    def bring_up(self, host: str) -> None:
+        """Take it back, once the host has come back and has removed the servers that have left it.
+
+        :raises CloudError: it does not come.
+        """
+        self.wait(lambda: self._force(host, False), f"{host} has no servers that have left it")
+        self.wait_for_computes([host], lambda: None)
+
+    def evacuate(self, server: Any, version: str) -> None:
+        """Order it, whose host is dead.
+
+        :param version: of Nova's API.
+        """
+        response = self.sdk.compute.post(
+            f"/servers/{server.id}/action", json={"evacuate": {}}, microversion=version
+        )
+        exceptions.raise_from_response(response)
+
+    def settle(self, server: Any) -> Any:
+        """Have a server run that was left in some state; the server.
+
+        :raises CloudError: it does not.
+        """
+        compute = self.sdk.compute
+        self.wait(lambda: not compute.get_server(server.id).task_state, f"{server.name} is at rest")
+        now = compute.get_server(server.id)
+        if now.status == "SHUTOFF":
+            compute.start_server(server.id)
+        elif now.power_state != _RUNNING:
+            compute.reset_server_state(server.id, "active")
+            compute.reboot_server(server.id, "HARD")
+        elif now.status != "ACTIVE":
+            compute.reset_server_state(server.id, "active")
+        return self.wait_for_server(server, "ACTIVE")
+
+    def _force(self, host: str, down: bool) -> bool:
+        """Whether Nova takes it."""
+        compute = self.sdk.compute
+        (service,) = compute.services(binary="nova-compute", host=host)
+        response = compute.put(
+            f"/os-services/{service.id}", json={"forced_down": down}, microversion=_MICROVERSION
+        )
+        return bool(response.ok)
+
     @staticmethod
-    def wait(condition: Callable[[], bool], what: str, interval: float = 1.0) -> None:
+    def wait(
+        condition: Callable[[], bool],
+        what: str,
+        interval: float = 1.0,
+        patience: float = PATIENCE,
+    ) -> None:
         """Wait until something is so.
 
+        :param interval, patience: seconds.
         :raises CloudError: it is not in time.
         """
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + patience
         while not condition():
             if time.monotonic() > deadline:
-                raise CloudError(f"not so after {PATIENCE:.0f} s: {what}")
+                raise CloudError(f"not so after {patience:.0f} s: {what}")
             time.sleep(interval)
 
 

@@ -2,10 +2,16 @@
 """What `make openstack` does, row by row, and what must be true after each."""
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
-from tests.lab.openstack.scene import CEPH, Scene
-from tests.lab.openstack.truths import Truth, Way, described, places
+from tests.lab.openstack import troubles
+from tests.lab.openstack.deeds import SLOW, Deed, Emptied, Migrated
+from tests.lab.openstack.evacuation import STARTS, STOPS, Evacuated
+from tests.lab.openstack.isolation import Isolated
+from tests.lab.openstack.move import CANCELLED
+from tests.lab.openstack.scene import CEPH, NFS, Scene
+from tests.lab.openstack.truths import Truth, Way
 from tests.lab.openstack.working import DMIGRATE, STOCK
 
 
@@ -28,56 +34,90 @@ class Result:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """The database server on a storage is migrated under load.
-
-    :ivar truth: what must be true then.
-    """
+    """Something is done with the database server on a storage, under load."""
 
     name: str
     storage: str
-    mode: str
-    truth: Truth
+    deed: Deed
 
 
-ROWS = tuple(
-    Row(f"{CEPH}, {name} {way}", CEPH, mode, truth)
-    for name, mode, truth in (
-        ("stock", STOCK, Truth(Way.STOCK)),
-        ("DMigrate", DMIGRATE, Truth(Way.VOLUME)),
-    )
-    for way in ("there", "back")
+_VOLUME = Truth(Way.VOLUME)
+
+
+def _there_and_back(storage: str) -> Iterator[Row]:
+    for name, mode, truth in (("stock", STOCK, Truth(Way.STOCK)), ("DMigrate", DMIGRATE, _VOLUME)):
+        for way in ("there", "back"):
+            yield Row(f"{storage}, {name} {way}", storage, Migrated(mode, truth))
+
+
+def _in_trouble(trouble: troubles.Trouble, truth: Truth, network: float | None = None) -> Migrated:
+    return Migrated(DMIGRATE, truth, trouble, network)
+
+
+_NO_AGENT = Truth(Way.BARE, "agent-unreachable")
+_TROUBLES: dict[str, Deed] = {
+    "abort": _in_trouble(troubles.abort, Truth(Way.VOLUME, status=CANCELLED), SLOW),
+    "after the abort": Migrated(DMIGRATE, _VOLUME),
+    "batch": Emptied(DMIGRATE, _VOLUME),
+    "agent missing": _in_trouble(troubles.agent_stopped, _NO_AGENT),
+    "wrong credentials": _in_trouble(troubles.wrong_password, _NO_AGENT),
+    "host service missing": _in_trouble(
+        troubles.no_host_service, Truth(Way.ORDINARY, "host-unreachable")
+    ),
+    "Ceph slow": _in_trouble(troubles.slow_ceph, _VOLUME, SLOW),
+    "OSD restarted": _in_trouble(troubles.osd_restarted, _VOLUME, SLOW),
+    "broker isolation": Isolated(),
+    "evacuation": Evacuated(STARTS),
+    "evacuation, started by hand": Evacuated(STOPS),
+}
+#: Those of one storage come together: a server is made for them.
+ROWS = (
+    *_there_and_back(CEPH),
+    *(Row(f"{CEPH}, {name}", CEPH, deed) for name, deed in _TROUBLES.items()),
+    *_there_and_back(NFS),
 )
 
 
 def carry_out(row: Row, scene: Scene) -> Result:
     """Carry out a row, and look at what must be true after any of them."""
+    scene.say(row.name)
     try:
-        move, run = scene.working.migrate(row.mode, f"Nova, {row.storage}")
-        if run["completed"]:
-            scene.runs.append(run)
-        was, wrong = described(move), row.truth.lies(move) + _always_wrong(scene)
+        scene.mend()
+        done = row.deed(scene)
+        if done.run is not None:
+            scene.runs.append(done.run)
+        was, wrong = done.was, done.wrong + scene.wrong_with_server()
     except Exception as error:  # noqa: BLE001 - the others are to be carried out as well
-        was, wrong = "not carried out to its end", [f"{type(error).__name__}: {error}"]
-    return Result(row.name, str(row.truth), was, tuple(wrong))
+        was, wrong = _unfinished(error)
+    return Result(row.name, str(row.deed), was, tuple(wrong))
 
 
 def check(scene: Scene) -> Result:
     """Look at the data of a scene, whose rows have all been carried out."""
-    wrong = scene.wrong_with_data()
-    for run in scene.runs:
-        run["check_ok"] = not wrong
-    commits = scene.working.ledger.acknowledged()
+    scene.say("Checking the database")
+    try:
+        scene.mend()
+        wrong = scene.wrong_with_data()
+        for run in scene.runs:
+            run["check_ok"] = not wrong
+        wrong += scene.wrong_with_volume()
+        was = f"{scene.working.ledger.acknowledged()} commits were acknowledged"
+    except Exception as error:  # noqa: BLE001 - there may be other scenes
+        was, wrong = _unfinished(error)
     return Result(
         f"{scene.storage}, the data at the end",
-        "no table has errors, no commit is lost",
-        f"{commits} commits were acknowledged",
+        "no table has errors, no commit is lost; each table has the same checksum on the other"
+        " host, and from the volume",
+        was,
         tuple(wrong),
     )
 
 
-def _always_wrong(scene: Scene) -> list[str]:
-    """What of a server must never be: that it is in two places, or has lost commits."""
-    found = places(scene.cloud, scene.server)
-    here = scene.cloud.client.host_of(scene.server)
-    wrong = [] if found == [here] else [f"Nova has it on {here}, libvirt on {found}"]
-    return wrong + scene.wrong_with_ledger()
+def not_set(storage: str, error: Exception) -> Result:
+    """There is no scene for a storage's rows."""
+    was, wrong = _unfinished(error)
+    return Result(f"{storage}, its server", "it works", was, tuple(wrong))
+
+
+def _unfinished(error: Exception) -> tuple[str, list[str]]:
+    return "not carried out to its end", [f"{type(error).__name__}: {error}"]

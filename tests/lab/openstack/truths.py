@@ -3,11 +3,8 @@
 
 import dataclasses
 import enum
-from typing import Any
 
-from tests.lab.openstack.client import COMPLETED
-from tests.lab.openstack.cloud import OpenStack
-from tests.lab.openstack.working import Move
+from tests.lab.openstack.move import COMPLETED, Move, Summary
 
 
 class Way(enum.Enum):
@@ -15,52 +12,55 @@ class Way(enum.Enum):
 
     STOCK = "by Nova's own driver"
     VOLUME = "through the relays, with pages from the volume"
+    #: It may be known before the migration begins, or only then.
+    BARE = "in any way, without pages from the volume"
+    ORDINARY = "in the ordinary way"
 
 
 @dataclasses.dataclass(frozen=True)
 class Truth:
-    """What must be true once a migration is over. ``way``: how the memory has travelled."""
+    """What must be true once a migration is over.
+
+    :ivar way: how the memory has travelled, or was about to.
+    :ivar reason: DMigrate's code for why not otherwise.
+    :ivar status: Nova's word for the end.
+    """
 
     way: Way
+    reason: str | None = None
+    status: str = COMPLETED
 
     def __str__(self) -> str:
-        return f"completed {self.way.value}"
+        why = f", because {self.reason}" if self.reason else ""
+        return f"{self.status} {self.way.value}{why}"
 
     def lies(self, move: Move) -> list[str]:
         """What is not so."""
         told = move.summary
         found = []
-        if move.status != COMPLETED:
+        if move.status != self.status:
             found.append(f"Nova says {move.status}")
-        if move.source == move.host:
-            found.append(f"the server is still on {move.host}")
+        if (move.source == move.host) == (self.status == COMPLETED):
+            found.append(f"the server, which was on {move.source}, is on {move.host}")
         if bool(told) != (self.way is not Way.STOCK):
             found.append(f"DMigrate tells {told or 'nothing'}")
         elif told:
-            reason, pages = told["fallback_reason"], told["pages_referenced"]
-            if not pages or reason is not None:
-                found.append(f"{pages} pages were references, {reason or 'for no reason'}")
+            found += self._untold(told)
         return found
 
-
-def described(move: Move) -> str:
-    """What became of it, in a sentence."""
-    told = move.summary
-    if not told:
-        return f"{move.status}, DMigrate says nothing"
-    why = f", {told['fallback_reason']}" if told["fallback_reason"] else ""
-    pages = f", {told['pages_referenced']} references" if told["pages_referenced"] else ""
-    return f"{move.status}, {told['mode']} {told['state']} in {told['total_s']:.1f} s{why}{pages}"
-
-
-def places(cloud: OpenStack, server: Any) -> list[str]:
-    """Names of the hosts on which libvirt has a server's guest."""
-    found = []
-    for name, compute in cloud.computes.items():
-        connection = compute.host.connect()
-        try:
-            if server.id in [each.UUIDString() for each in connection.listAllDomains()]:
-                found.append(name)
-        finally:
-            connection.close()
-    return found
+    def _untold(self, told: Summary) -> list[str]:
+        """What DMigrate tells that is not so."""
+        state, reason, mode = told["state"], told["fallback_reason"], told["mode"]
+        pages = told["pages_referenced"]
+        found = []
+        if state != self.status:
+            found.append(f"DMigrate says {state}")
+        if reason != self.reason:
+            found.append(f"it is so {f'because of {reason}' if reason else 'for no reason'}")
+        wanted = {Way.VOLUME: "dmigrate", Way.ORDINARY: "ordinary"}.get(self.way, mode)
+        if mode != wanted:
+            found.append(f"the mode is {mode}")
+        # One that is not completed may not have come so far
+        if bool(pages) != (self.way is Way.VOLUME) and self.status == COMPLETED:
+            found.append(f"{pages} pages were references")
+        return found

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from tests.lab.demo.load import Load
 from tests.lab.demo.measure import CALM, load_series, network_series
 from tests.lab.demo.probe import Probe
 from tests.lab.demo.workloads import command
-from tests.lab.openstack.client import COMPLETED, CloudError, Order
+from tests.lab.openstack.client import CloudError, Order
 from tests.lab.openstack.cloud import OpenStack
 from tests.lab.openstack.guest import RELEASE, DatabaseServer
+from tests.lab.openstack.move import COMPLETED, Move, Summary
+from tests.lab.openstack.service import PATIENCE
 
 STOCK, DMIGRATE = "pre-copy", "dmigrate"
 #: The policy of a server's migrations, by the name of the mode.
@@ -29,7 +32,6 @@ _NOTIFICATION = re.compile(
 
 #: As reports have it.
 Run = dict[str, Any]
-Summary = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +45,6 @@ class Shape:
     network: float = 50
     rate: float = 10
     load: str = "oltp_read_write"
-
-
-@dataclasses.dataclass(frozen=True)
-class Move:
-    """How a live migration went.
-
-    :ivar status: Nova's word.
-    :ivar source, host: where the server was before, and is afterwards.
-    :ivar summary: DMigrate's; empty if it has had nothing to do with it.
-    :ivar event: what DMigrate tells of it as an event of Nova's; empty as well.
-    """
-
-    status: str
-    source: str
-    host: str
-    summary: Summary
-    event: str = ""
 
 
 class Migration:
@@ -125,18 +110,28 @@ class WorkingServer:
     def __exit__(self, *_: object) -> None:
         self._ends.close()
 
-    def migrate(self, mode: str, scenario: str) -> tuple[Move, Run]:
+    def choose(self, mode: str) -> None:
+        """Have its migrations be of that mode."""
+        self._cloud.client.sdk.compute.set_server_metadata(
+            self.database.server.id, dmigrate_policy=POLICIES[mode]
+        )
+
+    def migrate(
+        self, mode: str, scenario: str, ordered: Callable[[], None] = lambda: None
+    ) -> tuple[Move, Run]:
         """Have Nova migrate it to the other host.
 
         :param scenario: of the run.
+        :param ordered: is called as soon as Nova has the order.
         :raises CloudError: it does not end, or what is told is not what shall be.
         """
         client, server, link = self._cloud.client, self.database.server, self._cloud.hosts.link
-        client.sdk.compute.set_server_metadata(server.id, dmigrate_policy=POLICIES[mode])
+        self.choose(mode)
         time.sleep(CALM)
         with network_series(link) as network:
             begin = time.monotonic()
             migration = Migration(self._cloud, server)
+            ordered()
             client.wait(migration.order.over, f"the migration of {server.name} is over", 0.5)
             end = time.monotonic()
         move = migration.end(told=POLICIES[mode] != "disabled")
@@ -169,6 +164,26 @@ class WorkingServer:
                 "downtime": [silence.begin - begin, silence.end - begin],
             },
         }
+
+    def wait_for_commit(self, patience: float = PATIENCE) -> None:
+        """Wait until the database acknowledges one more commit.
+
+        :param patience: seconds.
+        :raises CloudError: it does not.
+        """
+        known = self.ledger.acknowledged()
+        self._cloud.client.wait(
+            lambda: self.ledger.acknowledged() > known, "a commit is acknowledged", 0.5, patience
+        )
+
+    def outlive(self) -> None:
+        """Let the clients go on once the database's host has died and it serves elsewhere.
+
+        :raises CloudError: it does not serve.
+        """
+        # It may wait for an answer, without end; the others have a limit
+        self._load.begin_anew()
+        self.wait_for_commit()
 
     def stop_clients(self) -> None:
         """Let the clients finish; what they have noted stays."""
