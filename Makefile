@@ -18,6 +18,7 @@ export SCALE_ONLY SCALE_POOL_GIB SCALE_LAYOUT SCALE_HOSTS
 export NETWORK VOLUME POOL LOAD RATE DB RAM COMPRESSION ONLY MODES POOLS DEADLINE KEEP
 # "make evacuation": READS=300 (reads a second of the volume) VOLUME=50 (MB/s) and DB RAM POOL LOAD RATE
 # "make soak": COUNT=50 DRILLS=all|none|part of a name,... and what "make demo" takes
+# "make openstack": ONLY=part of a row's name,... NETWORK RAM POOL=512 (MiB) LOAD RATE
 export COUNT DRILLS READS
 # Which tests of a suite: make unit TESTS=stream
 TESTS ?=
