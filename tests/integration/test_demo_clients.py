@@ -108,3 +108,17 @@ class DemoClientTests(base.TestCase):
             wait_until(lambda: load.reports()[count:, 1].any(), "it works again")
             recovered = load.recovered(begin, 0.001)
             self.assertIsNotNone(recovered)
+
+    def test_a_load_that_waits_for_an_answer_can_begin_anew(self) -> None:
+        running, server = self.start()
+        running.fill(4, _ROWS)
+        with Load(server, sysbench(server, "oltp_read_write", _ROWS), self.directory) as load:
+            os.kill(running.pid, signal.SIGSTOP)
+            try:
+                former = load._process
+                load.begin_anew()
+                wait_until(lambda: load._process is not former, "there is another program")
+            finally:
+                os.kill(running.pid, signal.SIGCONT)
+            count = len(load.reports())
+            wait_until(lambda: load.reports()[count:, 1].any(), "it works again")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the OpenStack lab says of live migrations that are not as they must be, without any cloud."""
+"""What the OpenStack lab says of live migrations that are not as they must be."""
 
 from typing import Any
 
