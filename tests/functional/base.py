@@ -2,12 +2,15 @@
 """Two computes with our driver, one server with a volume, and what there is around."""
 
 import os
+import sys
 import threading
 import time
+import types
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fixtures
 from lxml import etree
@@ -20,7 +23,6 @@ from nova_dmigrate.rpc.channel import PORT_NAME
 from nova_dmigrate.rpc.host_messages import HOST
 from nova_dmigrate.rpc.messages import AGENT
 from nova_dmigrate.virt.driver import DMigrateDriver
-from nova_dmigrate.virt.guest import NovaGuest
 from tests.base import guard
 from tests.functional import services
 
@@ -35,6 +37,15 @@ min_mapped_share = 0
 history_directory = {directory}/history
 [host]
 state_directory = {directory}/state
+[relay]
+stall_timeout = {stall}
+"""
+
+
+#: A domain's port for the agent.
+PORT = f"""
+<channel type='unix'><source mode='bind' path='/run/channel'/>
+  <target type='virtio' name='{PORT_NAME}'/></channel>
 """
 
 
@@ -50,6 +61,8 @@ class MigrationTest(
     """Servers on host ``src``, which migrate to ``dest``.
 
     :ivar hosts: the stand-ins by name. :ivar calls: what libvirt was asked for, one each.
+    :ivar devices: in XML, that the domain has besides those that Nova gives it.
+    :ivar monitor: QEMU's answer.
     :ivar during: called while libvirt migrates; what it raises libvirt does.
     :ivar failed_during: what it has raised that is not libvirt's, and which Nova takes for that.
     :ivar volumes: of the server that was made last.
@@ -65,16 +78,22 @@ class MigrationTest(
     AGENT = True
     #: Seconds for answers. Short where one is waited for in vain.
     PATIENCE = 20
+    #: Seconds of silence of relays.
+    STALL_TIMEOUT = 30
 
     def setUp(self) -> None:
         # Nova's cleanups wait for all of its threads, without a limit
         guard(self, float(os.environ.get("OS_TEST_TIMEOUT") or 0))
         self.directory = Path(self.useFixture(fixtures.TempDir()).path)
-        file = self.directory / "nova-dmigrate.conf"
-        file.write_text(_CONFIGURATION.format(directory=self.directory, patience=self.PATIENCE))
+        self.file = self.directory / "nova-dmigrate.conf"
+        self.file.write_text(
+            _CONFIGURATION.format(
+                directory=self.directory, patience=self.PATIENCE, stall=self.STALL_TIMEOUT
+            )
+        )
         super().setUp()
         self._keep_messages()
-        self.flags(config_file=[str(file)], group="dmigrate")
+        self.flags(config_file=[str(self.file)], group="dmigrate")
         # Nova's half an hour is longer than any test: what is never answered has to be told
         self.flags(long_rpc_timeout=60)
         # Nova's stand-in of os-brick has it at /dev/sda on each host
@@ -82,6 +101,7 @@ class MigrationTest(
         self.calls: list[dict[str, Any]] = []
         self.downtimes: list[int] = []
         self.aborted, self.paused = threading.Event(), threading.Event()
+        self.devices: list[str] = []
         self.during: Any = lambda: None
         self.failed_during: list[BaseException] = []
         self._fake_hypervisor()
@@ -122,11 +142,9 @@ class MigrationTest(
             return test._described(domain, original_xml(domain, flags))
 
         def parse(element: Any) -> dict[str, Any]:
-            disk = original_parse(element)
-            disk["serial"] = element.findtext("serial")
-            driver = element.find("driver")
-            disk["cache"] = None if driver is None else driver.get("cache")
-            return disk
+            # Up to Nova 33 it misses a source that is neither a file nor a device
+            given = {"source": None, "given": etree.tostring(element)}
+            return {**given, **original_parse(element)}
 
         def abort(domain: Any) -> None:
             test.aborted.set()
@@ -150,24 +168,27 @@ class MigrationTest(
             (domain + "migrateSetMaxDowntime", limit),
         ):
             self.useFixture(fixtures.MonkeyPatch(name, function))
-        self.with_port = False
-        # There is no QEMU whose monitor could be asked
-        self.useFixture(fixtures.MockPatchObject(NovaGuest, "memory_layout", lambda _: "mtree"))
+        self._fake_monitor()
+
+    def _fake_monitor(self) -> None:
+        """There is no QEMU whose monitor could be asked."""
+        self.monitor = lambda: "mtree"
+        binding = types.SimpleNamespace(
+            qemuMonitorCommand=lambda *arguments: self.monitor(),
+            VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP=1,
+        )
+        modules = mock.patch.dict(sys.modules, libvirt_qemu=binding)
+        modules.start()
+        self.addCleanup(modules.stop)
 
     def _described(self, domain: Any, text: str) -> str:
-        """The domain's XML with what the fake forgets of disks."""
+        """The domain's XML with disks as they were given, of which the fake forgets much."""
         tree = etree.fromstring(text)
-        known = {disk["target_dev"]: disk for disk in domain._def["devices"]["disks"]}
-        for element in tree.iterfind("devices/disk"):
-            disk = known[element.find("target").get("dev")]
-            if disk.get("serial"):
-                etree.SubElement(element, "serial").text = disk["serial"]
-            if disk.get("cache"):
-                element.find("driver").set("cache", disk["cache"])
-        if self.with_port:
-            channel = etree.SubElement(tree.find("devices"), "channel", type="unix")
-            etree.SubElement(channel, "source", mode="bind", path="/run/channel")
-            etree.SubElement(channel, "target", type="virtio", name=PORT_NAME)
+        given = {disk["target_dev"]: disk["given"] for disk in domain._def["devices"]["disks"]}
+        for element in tree.findall("devices/disk"):
+            disk = etree.fromstring(given[element.find("target").get("dev")])
+            element.getparent().replace(element, disk)
+        tree.find("devices").extend(map(etree.fromstring, self.devices))
         return etree.tostring(tree, encoding="unicode")
 
     def _migrate_stub(self, domain: Any, destination: str, params: Any, flags: int) -> None:
@@ -189,11 +210,23 @@ class MigrationTest(
 
     # What tests do
 
-    def make_server(self, volumes: int = 1, **more: Any) -> dict[str, Any]:
-        """A server on ``src`` with volumes, and its agent."""
+    def configure(self, group: str, **options: object) -> None:
+        """Change our configuration, which nova-compute reads when it first needs it."""
+        with self.file.open("a") as file:
+            file.write(f"[{group}]\n")
+            file.writelines(f"{name} = {value}\n" for name, value in options.items())
+
+    def make_server(
+        self, volumes: int = 1, connections: Sequence[Any] = (), **more: Any
+    ) -> dict[str, Any]:
+        """A server on ``src`` with volumes, and its agent.
+
+        :param connections: how its first volumes are connected, as Cinder tells it.
+        """
         flavor = self._create_flavor(extra_spec=self.EXTRA_SPECS or None)
         server = self._create_server(flavor_id=flavor, host="src", networks="none", **more)
-        self.volumes = [str(uuid.uuid4()) for _ in range(volumes)]
+        self.volumes = [str(uuid.uuid4()) for _ in range(max(volumes, len(connections)))]
+        self.cinder.VOLUME_CONNECTION_INFO.update(zip(self.volumes, connections, strict=False))
         for volume in self.volumes:
             attachment = {"volumeAttachment": {"volumeId": volume}}
             self.api.post_server_volume(server["id"], attachment)
@@ -262,6 +295,15 @@ class MigrationTest(
         """Whether a live migration is still somewhere between its threads."""
         tasks = getattr(self.src.manager, "_in_progress_tasks", {}).values()
         return any("live_migration" in str(task) for task in tasks)
+
+    def domain(self, server: dict[str, Any]) -> Any:
+        """It at the source, as the fake of libvirt has it."""
+        return self.src.driver._host.get_connection().lookupByUUIDString(server["id"])
+
+    def assert_closed(self) -> None:
+        """Nothing is left of relays."""
+        for host in self.hosts.values():
+            self.assertEqual([order.session_id for order in host.orders], host.closed)
 
     def host_of(self, server: dict[str, Any]) -> str:
         host: str = self.api.get_server(server["id"])["OS-EXT-SRV-ATTR:host"]

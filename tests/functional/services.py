@@ -7,6 +7,7 @@ import base64
 import gzip
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Host:
     :ivar orders: of relays, in their order.
     :ivar state: what a relay that was ordered is: ``running``, ``queued``, ``failed``, ...
     :ivar hello_changes: fields of `HostState` that are different.
+    :ivar refused: what is answered instead, by the method's name.
     """
 
     def __init__(self, name: str, socket_directory: str) -> None:
@@ -49,6 +51,7 @@ class Host:
         self.state, self.message = "running", ""
         self.progress: dict[str, Any] = dict(PROGRESS)
         self.hello_changes: dict[str, Any] = {}
+        self.refused: dict[str, exception.RequestRefused] = {}
         self._socket_directory = socket_directory
 
     def hello(self, arguments: Any) -> host_messages.HostState:
@@ -69,6 +72,7 @@ class Host:
         return host_messages.HostState(**{**fields, **self.hello_changes})
 
     def open_destination(self, order: Any) -> host_messages.SessionState:
+        _refuse("open", self.refused)
         self.orders.append(order)
         return self._state(order.session_id)
 
@@ -80,6 +84,7 @@ class Host:
     renew = session
 
     def use_map(self, request: Any) -> host_messages.SessionState:
+        _refuse("use_map", self.refused)
         self.maps.append(Path(request.buffer_map).read_bytes())
         Path(request.memory_layout).read_text()
         return self._state(request.session_id)
@@ -115,23 +120,32 @@ class Host:
         )
 
 
+def _refuse(name: str, refused: Mapping[str, exception.RequestRefused]) -> None:
+    if name in refused:
+        raise refused[name]
+
+
 class Agent:
     """The agent of one instance, with a map of 1 MiB of its memory.
 
     :ivar outcome: of making the map: ``ready``, ``building`` or ``failed``.
+    :ivar chunks: of the map.
+    :ivar refused: what is answered instead, by the method's name.
     :ivar warmed_up: set when it was asked for that.
     """
 
     def __init__(self, volume: str) -> None:
         self.outcome = "ready"
+        self.refused: dict[str, exception.RequestRefused] = {}
         self.warmed_up = threading.Event()
         step = np.array([0], np.uint64)
         extents = buffermap.VolumeExtents(
             volume, 1 << 30, step + np.uint64(16 * MIB), step, step + np.uint64(MIB)
         )
-        self._chunks = list(buffermap.BufferMap.build([extents]).to_chunks())
+        self.chunks = list(buffermap.BufferMap.build([extents]).to_chunks())
 
     def ping(self, arguments: Any) -> messages.Pong:
+        _refuse("ping", self.refused)
         return messages.Pong("1", messages.VERSION, "one")
 
     def health(self, arguments: Any) -> messages.Health:
@@ -142,9 +156,9 @@ class Agent:
         return messages.MapState(
             map_id="map",
             state=self.outcome,
-            chunks=len(self._chunks),
+            chunks=len(self.chunks),
             pages=256,
-            size=sum(map(len, self._chunks)),
+            size=sum(map(len, self.chunks)),
             seconds=0.1,
             message="no database server runs" if failed else "",
         )
@@ -152,13 +166,14 @@ class Agent:
     map_state = map_begin
 
     def map_chunk(self, arguments: Any) -> messages.Chunk:
-        data = base64.b64encode(self._chunks[arguments.index]).decode()
+        data = base64.b64encode(self.chunks[arguments.index]).decode()
         return messages.Chunk(arguments.index, data)
 
     def map_end(self, arguments: Any) -> messages.Done:
         return messages.Done()
 
     def warm_up(self, arguments: Any) -> messages.WarmUpState:
+        _refuse("warm_up", self.refused)
         self.warmed_up.set()
         return messages.WarmUpState("running")
 
