@@ -7,7 +7,36 @@ from typing import Any
 from nova.tests.functional.api import client
 
 from tests.functional import base
+from tests.functional.changes import (
+    Change,
+    agent_refuses,
+    changed,
+    configured,
+    device_passed_through,
+    nothing,
+)
 
+#: What is different, and what the refusal of a migration with required relays says of it.
+REFUSED: dict[str, tuple[Change, str]] = {
+    "confined_at_the_source": (changed("src", obstacle="AppArmor"), "AppArmor"),
+    "draining_destination": (
+        changed("dest", draining=True),
+        "the service of host dest is being shut down",
+    ),
+    "old_libvirt_at_the_destination": (
+        changed("dest", libvirt_version=6_007_001),
+        "libvirt 6.7.1 at host dest",
+    ),
+    "device_passed_through": (device_passed_through, "devices of the host are passed through"),
+    "no_way_to_an_agent": (configured("migration", agent_url=""), "the guest has no agent"),
+    "no_driver_for_the_volumes": (changed("src", drivers=("rbd",)), "no disk can be read"),
+    "agent_refuses": (agent_refuses, "not you"),
+    "no_such_broker": (configured("migration", agent_url="pigeon://"), "pigeon"),
+    "configuration_that_cannot_be_read": (
+        lambda test: test.flags(config_file=["/nowhere.conf"], group="dmigrate"),
+        "/nowhere.conf",
+    ),
+}
 IMAGE = "155d900f-4e14-4e4c-a73d-069cbf4541e6"
 
 
@@ -95,8 +124,9 @@ class RefusalTest(base.MigrationTest):
 
     EXTRA_SPECS = {"dmigrate:policy": "required"}
 
-    def assert_refused(self, why: str) -> None:
+    def assert_refused(self, why: str, change: Change = nothing) -> None:
         server = self.make_server()
+        change(self)
         self.migrate(server, refused=True)
         self._wait_for_migration_status(server, ["error"])
         server = self._wait_for_state_change(server, "ACTIVE")
@@ -137,13 +167,36 @@ class RequiredTest(RefusalTest):
         self.assertEqual([], self.calls)
         self.assertIn("no database server runs", self.event(server)["details"])
 
-    def test_a_source_that_cannot_refuses_before_anything_is_done(self):
-        self.hosts["src"].hello_changes = {"obstacle": "AppArmor"}
-        self.assert_refused("AppArmor")
 
-    def test_a_destination_that_cannot_refuses_before_anything_is_done(self):
-        self.hosts["dest"].hello_changes = {"draining": True}
-        self.assert_refused("the service of host dest is being shut down")
+class RefusedTest(RefusalTest):
+    """Before anything is done; one test for each row."""
+
+
+def _test(change: Change, why: str) -> Any:
+    return lambda self: self.assert_refused(why, change)
+
+
+for _name, _row in REFUSED.items():
+    setattr(RefusedTest, f"test_{_name}", _test(*_row))
+
+
+class RequiredAndTunnelledTest(RefusalTest):
+    def setUp(self):
+        # Read when a compute starts
+        self.flags(live_migration_tunnelled=True, group="libvirt")
+        super().setUp()
+
+    def test_what_libvirt_tunnels_is_refused(self):
+        self.assert_refused("libvirt tunnels the migration")
+
+
+class RequiredAndEncryptedTest(RefusalTest):
+    def setUp(self):
+        self.flags(live_migration_with_native_tls=True, group="libvirt")
+        super().setUp()
+
+    def test_relays_that_do_not_encrypt_are_refused(self):
+        self.assert_refused("the relays do not encrypt")
 
 
 class RequiredWithoutAgentTest(RefusalTest):
