@@ -3,7 +3,9 @@
 
 from typing import Any
 
-from tests.functional import base
+from nova_dmigrate import exception
+from nova_dmigrate.rpc.messages import AGENT
+from tests.functional import base, services
 
 
 class LostHostTest(base.MigrationTest):
@@ -30,6 +32,37 @@ class EvacuationTest(LostHostTest):
         self._evacuate_server(server, expected_host="dest", expected_state="SHUTOFF")
         self._start_server(server)
         self.assertTrue(self.agent.warmed_up.wait(20))
+
+    def test_one_that_refuses_is_not_asked_again(self):
+        self.api.microversion = self.admin_api.microversion = "2.94"
+        server = self.lose()
+        error = exception.RequestRefused(reason="there is no list of hot pages", code="no-list")
+        self.agent.refused["warm_up"] = error
+        self._evacuate_server(server, expected_host="dest", expected_state="ACTIVE")
+        told = f"Instance {server['id']} is not warmed up: "
+        self.wait_for(lambda: told in self.stdlog.logger.output)
+        self.assertIn("there is no list of hot pages", self.stdlog.logger.output)
+        self.assertEqual(set(), self.dest.driver._evacuations._cold)
+
+    def test_a_server_that_is_rebuilt_where_it_is_has_lost_no_host(self):
+        server = self.make_server()
+        self._rebuild_server(server, "155d900f-4e14-4e4c-a73d-069cbf4541e6")
+        self.assertIsNone(self.src.driver._evacuations)
+        self.assertFalse(self.agent.warmed_up.is_set())
+
+
+class LateAgentTest(LostHostTest):
+    AGENT = False
+    PATIENCE = 2
+
+    def test_an_agent_that_comes_later_is_waited_for(self):
+        self.api.microversion = self.admin_api.microversion = "2.94"
+        server = self.lose()
+        self._evacuate_server(server, expected_host="dest", expected_state="ACTIVE")
+        agent = services.Agent(self.volumes[0][:20])
+        self.assertEqual({server["id"]}, self.dest.driver._evacuations._cold)
+        self.useFixture(services.Served(server["id"], agent, AGENT))
+        self.assertTrue(agent.warmed_up.wait(40))
 
 
 class DisabledTest(LostHostTest):
