@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tests.lab.openstack import troubles
-from tests.lab.openstack.deeds import SLOW, Deed, Emptied, Migrated
+from tests.lab.openstack.deeds import FAST, SLOW, Deed, Emptied, Migrated
 from tests.lab.openstack.evacuation import STARTS, STOPS, Evacuated
 from tests.lab.openstack.isolation import Isolated
 from tests.lab.openstack.move import CANCELLED
@@ -50,7 +50,7 @@ def _there_and_back(storage: str) -> Iterator[Row]:
             yield Row(f"{storage}, {name} {way}", storage, Migrated(mode, truth))
 
 
-def _in_trouble(trouble: troubles.Trouble, truth: Truth, network: float | None = None) -> Migrated:
+def _in_trouble(trouble: troubles.Trouble, truth: Truth, network: float) -> Migrated:
     return Migrated(DMIGRATE, truth, trouble, network)
 
 
@@ -59,10 +59,10 @@ _TROUBLES: dict[str, Deed] = {
     "abort": _in_trouble(troubles.abort, Truth(Way.VOLUME, status=CANCELLED), SLOW),
     "after the abort": Migrated(DMIGRATE, _VOLUME),
     "batch": Emptied(DMIGRATE, _VOLUME),
-    "agent missing": _in_trouble(troubles.agent_stopped, _NO_AGENT),
-    "wrong credentials": _in_trouble(troubles.wrong_password, _NO_AGENT),
+    "agent missing": _in_trouble(troubles.agent_stopped, _NO_AGENT, FAST),
+    "wrong credentials": _in_trouble(troubles.wrong_password, _NO_AGENT, FAST),
     "host service missing": _in_trouble(
-        troubles.no_host_service, Truth(Way.ORDINARY, "host-unreachable")
+        troubles.no_host_service, Truth(Way.ORDINARY, "host-unreachable"), FAST
     ),
     "Ceph slow": _in_trouble(troubles.slow_ceph, _VOLUME, SLOW),
     "OSD restarted": _in_trouble(troubles.osd_restarted, _VOLUME, SLOW),

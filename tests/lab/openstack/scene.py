@@ -99,9 +99,9 @@ class Scene:
             self._delete(server)
 
     @contextlib.contextmanager
-    def slower(self, network: float) -> Iterator[None]:
-        """The migration network carries so many MB/s at most meanwhile."""
-        self.cloud.hosts.shape(min(network, self._shape.network))
+    def network(self, mb_per_s: float | None) -> Iterator[None]:
+        """The migration network carries so much meanwhile; what it does else if None."""
+        self.cloud.hosts.shape(mb_per_s or self._shape.network)
         try:
             yield
         finally:
