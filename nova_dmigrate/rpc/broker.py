@@ -38,6 +38,9 @@ _DEFAULTS = {
     "heartbeat_timeout_threshold": 15,
     "kombu_reconnect_delay": 0.2,
     "rabbit_interval_max": 5,
+    # A requester's queue outlives it by so many seconds (1800 without this), and each instance's
+    # virtual host takes a few only
+    "rabbit_transient_queues_ttl": 15,
     # An answer whose requester has gone must not hold one of the few threads for a minute
     "kombu_missing_consumer_retry_timeout": 2,
     "rabbit_qos_prefetch_count": 8,

@@ -439,6 +439,20 @@ class IsolationTest(base.TestCase):
         error = self.assertRaises(exception.AgentUnreachable, asked.ping)
         self.assertIn("ACCESS_REFUSED", str(error))
 
+    def test_what_a_host_leaves_at_the_broker_soon_makes_room(self) -> None:
+        def left() -> list[str]:
+            host = isolation.virtual_host(OTHER)
+            listed = self.broker.control("list_queues", "-p", host, "name", "consumers")
+            rows = (line.split() for line in listed.splitlines())
+            return [name for name, count in rows if name.startswith("reply_") and count == "0"]
+
+        self.serve(OTHER)
+        asked = self.make_client(self.broker.host_url(OTHER), OTHER)
+        wait_for(asked.ping, "an answer")
+        asked.close()
+        wait_for(left, "nobody waits for answers there")
+        wait_for(lambda: not left(), "its queue is gone")
+
     def test_a_guest_cannot_read_the_answers_that_the_hosts_expect(self) -> None:
         self.serve(ONE)
         host = self.make_client(self.broker.host_url(ONE))
