@@ -42,7 +42,7 @@ class Shape:
 
     ram_mb: int = 1024
     pool_mb: int = 512
-    network: float = 50
+    network: float = 10
     rate: float = 10
     load: str = "oltp_read_write"
 
