@@ -7,8 +7,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from tests.scale.cluster import Cluster, Simulation, summary
+from tests.scale.cluster import Cluster
 from tests.scale.options import product_limits, product_settings
+from tests.scale.outcome import summary
+from tests.scale.simulation import Simulation
 
 GB = 1e9
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import base64
 import contextlib
 import dataclasses
+import gzip
 import json
+import random
 import secrets
 import socket
 import threading
@@ -50,12 +52,29 @@ _PROGRESS = {
                 "held": 0.0, "network_busy": 22.1413, "network_blocked": 3.1241},
 }  # fmt: skip
 
+#: Rows that a relay notes in a minute.
+_ROWS = 600
+
+
+def _summary() -> bytes:
+    """What a source relay leaves of a minute, compressed."""
+    rows = []
+    moment, figures = 0.0, dict.fromkeys(("guest_bytes", "wire_bytes", "volume_bytes"), 0)
+    chosen = random.Random(1)
+    for _ in range(_ROWS):
+        moment += chosen.uniform(0.1, 0.101)
+        figures = {name: each + chosen.randrange(118 << 20) for name, each in figures.items()}
+        rows.append({"t": round(moment, 3), **figures, "window_pages": chosen.randrange(65536)})
+    text = json.dumps({**_PROGRESS, "series": rows})
+    return gzip.compress(text.encode(), compresslevel=1, mtime=0)
+
 
 class _Host:
     """Answers as a host's service in the midst of a migration."""
 
     def __init__(self) -> None:
         self._chunk = base64.b64encode(secrets.token_bytes(_CHUNK_BYTES)).decode()
+        self._summary = _summary()
 
     def hello(self, arguments: host_messages.HelloArguments) -> host_messages.HostState:
         return host_messages.HostState(
@@ -75,6 +94,13 @@ class _Host:
     def close(self, arguments: host_messages.SessionReference) -> host_messages.SessionState:
         return self._state(arguments.session_id)
 
+    def use_map(self, arguments: host_messages.UseMap) -> host_messages.SessionState:
+        return self._state(arguments.session_id)
+
+    def summary(self, arguments: host_messages.SummaryArguments) -> host_messages.SummaryChunk:
+        data = base64.b64encode(self._summary).decode()
+        return host_messages.SummaryChunk(len(self._summary), arguments.offset, data)
+
     @staticmethod
     def save_chunks(request: host_messages.SaveChunks) -> host_messages.SavedChunks:
         return host_messages.SavedChunks(request.behind, 1 << 28)
@@ -83,11 +109,17 @@ class _Host:
         answers: dict[str, Any] = {
             "ping": lambda: messages.Pong("1.0.0", messages.VERSION, uuid.uuid4().hex),
             "health": self._health,
-            "map_state": lambda: messages.MapState(uuid.uuid4().hex, "building", 0, 0, 0, 0.0, ""),
+            "map_begin": self._map_state,
+            "map_state": self._map_state,
             "map_chunk": lambda: messages.Chunk(0, self._chunk),
+            "map_end": messages.Done,
         }
         result = dataclasses.asdict(answers[request.method]())
         return host_messages.AgentAnswer(json.dumps({"id": uuid.uuid4().hex, "result": result}))
+
+    @staticmethod
+    def _map_state() -> messages.MapState:
+        return messages.MapState(uuid.uuid4().hex, "building", 0, 0, 0, 0.0, "")
 
     @staticmethod
     def _health() -> messages.Health:
@@ -160,7 +192,9 @@ def measure(calls: int, chunks: int) -> dict[str, Report]:
             "guest_memory": 64 << 30,
         }
         source = host_messages.OpenSource(host="192.0.2.17", port=49152, **common)
-        chunk = {"map_id": uuid.uuid4().hex, "index": 1}
+        map_id = uuid.uuid4().hex
+        reference = {"map_id": map_id}
+        chunk = {"map_id": map_id, "index": 1}
         file = MapFile(f"/var/lib/nova-dmigrate/maps/{uuid.uuid4()}.map", _CHUNK_BYTES)
         requests: dict[str, tuple[Callable[[], Any], int]] = {
             "hello": (client.hello, calls),
@@ -173,9 +207,13 @@ def measure(calls: int, chunks: int) -> dict[str, Report]:
             "close": (lambda: client.close_session(session), calls),
             "ping": (agent.ping, calls),
             "health": (agent.health, calls),
-            "map_state": (_asking(way, "map_state", {"map_id": uuid.uuid4().hex}), calls),
+            "map_begin": (_asking(way, "map_begin", {"max_chunk_bytes": _CHUNK_BYTES}), calls),
+            "map_state": (_asking(way, "map_state", reference), calls),
             "map_chunk": (_asking(way, "map_chunk", chunk), chunks),
-            "save_chunks": (lambda: way.save_chunks(uuid.uuid4().hex, 400, file, 5.0), calls),
+            "save_chunks": (lambda: way.save_chunks(map_id, 400, file, 5.0), calls),
+            "map_end": (_asking(way, "map_end", reference), calls),
+            "use_map": (lambda: client.use_map(session, file.path, f"{file.path}.mtree"), calls),
+            "summary": (lambda: client.summary(session), calls),
         }
         return {
             name: _cost(ask, count, counters, rabbit) for name, (ask, count) in requests.items()

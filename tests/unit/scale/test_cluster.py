@@ -5,8 +5,10 @@ import dataclasses
 from typing import Any
 
 from tests import base
-from tests.scale.cluster import Cluster, Guest, Simulation, Work, summary
+from tests.scale.cluster import Cluster, Guest, Work
 from tests.scale.evacuations import product, simulate
+from tests.scale.outcome import summary
+from tests.scale.simulation import Simulation
 
 #: Of 1000 bytes, of which 800 are on the volume, and nothing changes.
 GUEST = Guest(memory=1000, pool=800, mapped=1.0, other=200, dirty=0.0)
@@ -119,6 +121,18 @@ class ClusterTest(base.TestCase):
             _, told = run(simple(**changes))
             self.assertEqual({why: 1}, told["fallbacks"])
             self.assertEqual(0.0, told["volume_share"])
+
+    def test_a_map_is_asked_for_when_both_hosts_have_a_place(self) -> None:
+        # Two targets with a place for each guest, a source with a place for one
+        cluster = product(
+            simple(targets=2, guests=2, concurrency=2, start_s=1.0, network=1.0, storage=1.0),
+            host__max_relays=1,
+            migration__queue_time=3600,
+        )
+        first, second = run(cluster)[0].migrations
+        # Checks, the destination's relay, then the source's and the map
+        self.assertEqual(2.0, first.map_wake)
+        self.assertEqual(first.ended, second.map_wake)
 
     def test_maps_are_what_the_broker_carries(self) -> None:
         cluster = simple(page_bytes=1e7, network=1.0, storage=3.0, by_broker=True)
