@@ -28,20 +28,20 @@ class Cost:
 
 #: Measured, see doc/source/contributor/scale.rst: bytes into the broker, milliseconds.
 COSTS: Mapping[str, Cost] = {
-    "hello": Cost(1316, 5),
+    "hello": Cost(1365, 4),
     "open_destination": Cost(3119, 4),
     "open_source": Cost(3252, 4),
     "renew": Cost(2539, 4),
-    "close": Cost(2514, 4),
-    "ping": Cost(1340, 4),
-    "health": Cost(1633, 4),
-    "map_begin": Cost(1486, 4),
-    "map_state": Cost(1486, 4),
-    "map_chunk": Cost(350874, 13),
-    "save_chunks": Cost(1277, 1000),
-    "map_end": Cost(1486, 4),
-    "use_map": Cost(2700, 4),
-    "summary": Cost(17600, 4),
+    "close": Cost(2514, 5),
+    "ping": Cost(1340, 5),
+    "health": Cost(1595, 5),
+    "map_begin": Cost(1461, 4),
+    "map_state": Cost(1486, 5),
+    "map_chunk": Cost(350874, 16),
+    "save_chunks": Cost(1304, 6),
+    "map_end": Cost(1270, 5),
+    "use_map": Cost(2705, 5),
+    "summary": Cost(28824, 7),
 }
 
 
