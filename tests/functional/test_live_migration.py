@@ -309,6 +309,34 @@ class FailureTest(base.MigrationTest):
         cleaned_up.assert_not_called()
         self.assert_closed()
 
+    def test_where_only_volumes_are_shared_nova_cleans_up_at_the_destination(self):
+        undone = self.useFixture(
+            fixtures.MockPatchObject(
+                self.dest.driver,
+                "rollback_live_migration_at_destination",
+                wraps=self.dest.driver.rollback_live_migration_at_destination,
+            )
+        ).mock
+        shared = {"_check_shared_storage_test_file": False, "_is_shared_block_storage": True}
+        for name, answer in shared.items():
+            self.useFixture(fixtures.MockPatchObject(self.src.driver, name, return_value=answer))
+        self.during = self.libvirt_fails
+        server = self.make_server()
+        self.migrate(server)
+        self.assertEqual("Error", self.event(server)["result"])
+        self.settled(server)
+        self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
+        self.wait_for(lambda: undone.called)
+        self.assertEqual(server["id"], undone.call_args.args[1].uuid)
+        self.assertEqual("src", self.host_of(server))
+        self.assert_closed()
+        # Nothing of it is in the way of the next one. Nova takes the server for broken before, with
+        # any driver
+        self.during = lambda: None
+        self.api.post_server_action(server["id"], {"os-resetState": {"state": "active"}})
+        self.move(server)
+        self.assertEqual("dest", self.host_of(server))
+
     def test_a_relay_that_fails_has_it_done_once_more_in_the_ordinary_way(self):
         def during() -> None:
             if len(self.calls) == 1:
