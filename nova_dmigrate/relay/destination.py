@@ -252,6 +252,8 @@ class DestinationRelay:
         self._stages.enter("complete")
         if self._core.prefetch is not None:
             self._core.prefetch.stop()
+            # What was told last is a moment old, and the source has this in its summary
+            self._answers.put_progress(protocol.Progress(self._core.prefetch.bytes))
         if self._listener is not None:
             self._listener.close()
         self._answers.end(FrameType.DONE, json.dumps(self.progress()).encode())
