@@ -106,6 +106,8 @@ def service_settings_from(
         qemu_user=os.geteuid() if owner == qemu_account.OWN else owner[0],
         volume_directories=tuple(host.volume_directories),
         rbd_images=tuple(host.rbd_images),
+        iscsi_units=tuple(host.iscsi_units),
+        volume_keys=bool(host.volume_keys and host.libvirt_uri),
         map_directories=tuple(host.map_directories) or (f"{host.state_directory}/maps",),
         channel_directories=tuple(host.channel_directories),
     )

@@ -33,7 +33,7 @@ from nova_dmigrate.relay.session import (
     parse_session,
 )
 from nova_dmigrate.relay.source import SourceRelay
-from nova_dmigrate.volumes import VolumeAccess
+from nova_dmigrate.volumes import Keys, VolumeAccess
 
 LOG = log.getLogger(__name__)
 
@@ -77,11 +77,29 @@ def settings_from(config: cfg.ConfigOpts) -> RelaySettings:
             rbd_user=volume.rbd_user,
             rbd_configuration=volume.rbd_configuration,
             rbd_keyring=volume.rbd_keyring,
+            keys=keys_from(config),
         ),
         max_map_pages=buffer_map.max_pages,
         max_map_volumes=buffer_map.max_volumes,
         max_map_chunk_size=buffer_map.max_chunk_size * _KIB,
     )
+
+
+def keys_from(config: cfg.ConfigOpts) -> Keys | None:
+    """What tells the keys of encrypted volumes; None if relays shall have none."""
+    uri, patience = config.host.libvirt_uri, config.volume.timeout
+    if not (config.host.volume_keys and uri):
+        return None
+
+    def key(name: str) -> bytes:
+        # All other migrations do without libvirt
+        try:
+            from nova_dmigrate.migration import volume_keys
+        except ImportError as error:
+            raise exception.HypervisorError(peer=uri, reason=str(error)) from error
+        return volume_keys.key_of(uri, name, patience)
+
+    return key
 
 
 def defaults_from(config: cfg.ConfigOpts) -> SessionDefaults:

@@ -154,6 +154,30 @@ the Ceph client may read (``[volume]rbd_user``).
 """,
     ),
     cfg.ListOpt(
+        "iscsi_units",
+        default=[],
+        help="""
+Which units of iSCSI targets relays read by QEMU's own initiator, for disks that
+libvirt has so: URLs as ``iscsi://10.0.0.5:3260/iqn.2010-10.org.openstack:*/1``, in
+which ``*`` stands for any text but ``/``. Those that the host has connected itself
+are block devices, and not meant.
+
+Empty allows none.
+""",
+    ),
+    cfg.BoolOpt(
+        "volume_keys",
+        default=False,
+        help="""
+Whether relays of this host are given the passphrases of volumes that QEMU
+encrypts (LUKS), as this host's libvirt has them for its guests: secrets for the
+use ``volume``. The service and its relays have to be allowed to ask for them at
+``libvirt_uri``.
+
+Without it the pages of encrypted volumes travel over the network.
+""",
+    ),
+    cfg.ListOpt(
         "map_directories",
         default=[],
         help="""

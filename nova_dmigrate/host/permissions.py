@@ -29,21 +29,28 @@ def volume_location(location: str, allowed: Sequence[str]) -> str:
     return real
 
 
-def image(location: str, allowed: Sequence[str]) -> str:
+def image(location: str, allowed: Sequence[str], units: Sequence[str] = ()) -> str:
     """The location of an image, where that really lies, if it and its backing files may be read.
 
-    :param allowed: as for `volume_location`.
+    :param allowed: as for `volume_location`. :param units: of iSCSI targets, as URLs with ``*``;
+        empty allows none.
     :raises RequestRefused: it, or one of them, may not.
     """
     try:
         given = ImageLocation.parse(location)
     except ValueError as error:
         raise exception.RequestRefused(reason=str(error), code="volume-not-allowed") from error
-    real = dataclasses.replace(given, path=volume_location(given.path, allowed))
+    if given.remote:
+        if not any(_matches(given.place, entry) for entry in units):
+            raise exception.RequestRefused(
+                reason=f"{given.place} is not read on this host", code="volume-not-allowed"
+            )
+        return str(given)
+    real = dataclasses.replace(given, place=volume_location(given.place, allowed))
     # What cannot be opened is the relay's matter: that costs the volume, not the migration
     with contextlib.suppress(OSError, ValueError):
         for layer in image_layers.layers(real):
-            volume_location(layer.path, allowed)
+            volume_location(layer.place, allowed)
     return str(real)
 
 

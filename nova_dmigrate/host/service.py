@@ -37,7 +37,7 @@ from nova_dmigrate.rpc.host_messages import (
     SummaryChunk,
     UseMap,
 )
-from nova_dmigrate.volumes import DRIVERS, usable_drivers
+from nova_dmigrate.volumes import DRIVERS, IMAGE_DRIVERS, usable_drivers
 
 #: Drivers whose location is a path on the host.
 _PATH_DRIVERS = ("block",)
@@ -51,6 +51,8 @@ class ServiceSettings:
     :ivar migration_address: where relays listen; None for everywhere.
     :ivar tls: whether sessions in the clear are refused.
     :ivar qemu_user: number of the user that QEMU's sockets are for.
+    :ivar iscsi_units: that relays may read; none if it is empty.
+    :ivar volume_keys: whether relays are given keys of encrypted volumes.
     """
 
     name: str
@@ -60,8 +62,16 @@ class ServiceSettings:
     qemu_user: int
     volume_directories: Sequence[str] = ()
     rbd_images: Sequence[str] = ()
+    iscsi_units: Sequence[str] = ()
+    volume_keys: bool = False
     map_directories: Sequence[str] = ()
     channel_directories: Sequence[str] = ()
+
+    @property
+    def drivers(self) -> frozenset[str]:
+        """Of volumes that relays may read with."""
+        withheld = {"luks": not self.volume_keys, "iscsi": not self.iscsi_units}
+        return frozenset(name for name in DRIVERS if not withheld.get(name))
 
 
 class HostService:
@@ -99,7 +109,7 @@ class HostService:
             wire_versions=VERSIONS,
             incarnation=self._incarnation,
             tls=self._settings.tls,
-            drivers=usable_drivers(),
+            drivers=tuple(each for each in usable_drivers() if each in self._settings.drivers),
             relays=self._sessions.running,
             max_relays=self._settings.max_relays,
             queued=self._sessions.queued,
@@ -116,15 +126,17 @@ class HostService:
     def open_destination(self, order: OpenDestination) -> SessionState:
         volumes = []
         for volume in order.volumes:
-            if volume.driver not in DRIVERS:
+            if volume.driver not in self._settings.drivers:
                 raise exception.RequestRefused(
                     reason=f"there is no driver {volume.driver}", code="unknown-driver"
                 )
             location = volume.location
             if volume.driver in _PATH_DRIVERS:
                 location = permissions.volume_location(location, self._settings.volume_directories)
-            elif volume.driver == "nbd":
-                location = permissions.image(location, self._settings.volume_directories)
+            elif volume.driver in IMAGE_DRIVERS:
+                location = permissions.image(
+                    location, self._settings.volume_directories, self._settings.iscsi_units
+                )
             elif volume.driver == "rbd":
                 permissions.rbd_image(location, self._settings.rbd_images)
             volumes.append(

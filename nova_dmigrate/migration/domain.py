@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 
 from nova_dmigrate import exception
 from nova_dmigrate.rpc.channel import PORT_NAME
-from nova_dmigrate.volumes import RbdLocation
+from nova_dmigrate.volumes import IscsiUnit, RbdLocation
+from nova_dmigrate.volumes.iscsi_unit import SCHEME
 
 #: The guest sees no more of a serial on virtio-blk (VIRTIO_BLK_ID_BYTES of the virtio standard).
 _VIRTIO_BLK_SERIAL = 20
@@ -30,9 +31,10 @@ class Disk:
     :ivar kind: the XML's type: ``block``, ``file``, ``network``, ...
     :ivar protocol: of a network disk, as ``rbd``; else empty.
     :ivar format: of the image, as ``raw``.
-    :ivar location: path, RbdLocation as text, or the name of another network disk.
+    :ivar location: path, RbdLocation or IscsiUnit as text, or the name of another network disk.
     :ivar direct: whether what the guest has written is on the volume, not in this host's cache.
     :ivar encrypted: by QEMU, so that the volume is not what the guest sees of it.
+    :ivar key: libvirt's UUID of the passphrase, if it is LUKS by QEMU's own means; else empty.
     """
 
     target: str
@@ -44,6 +46,7 @@ class Disk:
     direct: bool
     read_only: bool
     encrypted: bool = False
+    key: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +105,11 @@ def _disk(element: ElementTree.Element) -> Disk:
         location = source.get("dev") or source.get("file") or source.get("name") or ""
         if protocol == "rbd":
             location = _rbd_location(source, element.find("auth"))
+        elif protocol == "iscsi":
+            location = _iscsi_location(source, element.find("auth"))
+    # libvirt has taken it at both places
+    encryptions = [element.find(f"{at}encryption") for at in ("", "source/")]
+    encryption = next((each for each in encryptions if each is not None), None)
     serial = element.findtext("serial", "")
     if target is not None and target.get("bus") == "virtio":
         serial = serial[:_VIRTIO_BLK_SERIAL]
@@ -116,9 +124,36 @@ def _disk(element: ElementTree.Element) -> Disk:
         location=location,
         direct=cache in _DIRECT,
         read_only=element.find("readonly") is not None,
-        # libvirt has taken it at both places
-        encrypted=any(element.find(f"{at}encryption") is not None for at in ("", "source/")),
+        encrypted=encryption is not None,
+        key="" if encryption is None else _luks_key(encryption),
     )
+
+
+def _luks_key(encryption: ElementTree.Element) -> str:
+    """UUID of the one secret that opens it; empty if it is opened in another way."""
+    secrets = encryption.findall("secret")
+    if encryption.get("format") != "luks" or encryption.get("engine", "qemu") != "qemu":
+        return ""
+    if len(secrets) != 1 or secrets[0].get("type") != "passphrase":
+        return ""
+    return secrets[0].get("uuid", "")
+
+
+def _iscsi_location(source: ElementTree.Element, auth: ElementTree.Element | None) -> str:
+    """Where an iSCSI unit is; its name alone if it cannot be reached by that: it wants an account,
+    or an initiator's name, or another transport.
+    """
+    name, hosts = source.get("name", ""), source.findall("host")
+    special = [source.find("auth"), source.find("initiator"), auth]
+    if len(hosts) != 1 or any(each is not None for each in special):
+        return name
+    address, port = hosts[0].get("name", ""), hosts[0].get("port", "3260")
+    if ":" in address and not address.startswith("["):
+        address = f"[{address}]"
+    try:
+        return str(IscsiUnit.parse(f"{SCHEME}{address}:{port}/{name}"))
+    except ValueError:
+        return name
 
 
 def _rbd_location(source: ElementTree.Element, auth: ElementTree.Element | None) -> str:

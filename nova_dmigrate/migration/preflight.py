@@ -16,16 +16,19 @@ from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.request import AgentTransport, MigrationRequest, Mode
 from nova_dmigrate.rpc.channel import PORT_NAME
 from nova_dmigrate.rpc.host_messages import HostState
-from nova_dmigrate.volumes import ImageLocation, VolumeSpec
+from nova_dmigrate.volumes import IMAGE_DRIVERS, ImageLocation, VolumeSpec
+from nova_dmigrate.volumes.iscsi_unit import SCHEME
 
 #: libvirt from which on the migration's URI may be unix:PATH.
 _UNIX_SOCKETS = 6_008_000
 #: The oldest QEMU that is tried, numbered as libvirt does.
 _OLDEST_QEMU = 7_002_000
 #: Kinds of disks in the XML, or protocols of network disks, and the driver that reads them.
-_DRIVERS = {"block": "block", "file": "block", "rbd": "rbd"}
+_DRIVERS = {"block": "block", "file": "block", "iscsi": "iscsi", "rbd": "rbd"}
 #: Formats of devices and files that are not raw, and the driver that reads them.
 _FORMAT_DRIVERS = {"qcow2": "nbd"}
+#: What of drivers reads it where it is encrypted by QEMU, and in what formats.
+_ENCRYPTED, _ENCRYPTED_FORMATS = ("block", "iscsi"), ("raw", "qcow2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,22 +108,36 @@ def disks_of(
             yield disk, obstacle
         else:
             location = there.location
-            if driver == "nbd":
-                location = str(ImageLocation(disk.format, location))
+            if driver in IMAGE_DRIVERS:
+                location = _image(disk, location)
             yield disk, VolumeSpec(disk.serial, driver, location)
 
 
 def _driver(disk: Disk, raw_only: bool) -> str | None:
     """Name of the driver for a disk; None if there is none."""
-    kind = disk.protocol or disk.kind
-    if disk.format == "raw" or kind not in _DRIVERS:
-        return _DRIVERS.get(kind)
-    return None if raw_only or disk.protocol else _FORMAT_DRIVERS.get(disk.format)
+    driver = _DRIVERS.get(disk.protocol or disk.kind)
+    if disk.encrypted:
+        known = driver in _ENCRYPTED and disk.format in _ENCRYPTED_FORMATS and disk.key
+        driver = "luks" if known and not (disk.protocol and disk.format == "qcow2") else None
+    elif disk.format != "raw" and driver is not None:
+        driver = None if disk.protocol else _FORMAT_DRIVERS.get(disk.format)
+    return None if raw_only and driver in IMAGE_DRIVERS else driver
+
+
+def _image(disk: Disk, location: str) -> str:
+    """:param location: where the destination has it."""
+    luks = disk.encrypted and disk.format == "raw"
+    return str(ImageLocation("luks" if luks else disk.format, location, disk.key))
 
 
 def _unreadable(disk: Disk, driver: str | None, drivers: Sequence[str]) -> str | None:
     """Why a disk is not read at the destination; None if it is."""
-    if driver is None or driver not in drivers:
+    lacking = driver is None or driver not in drivers
+    if disk.protocol == "iscsi" and not disk.location.startswith(SCHEME):
+        return "is an iSCSI unit that is not reached by its address alone"
+    if lacking and disk.encrypted:
+        return "is encrypted by QEMU, with a key that relays are not given"
+    if lacking:
         kind = f"{disk.protocol or disk.kind} disk"
         if disk.format != "raw":
             kind += f" of format {disk.format}"
@@ -129,8 +146,6 @@ def _unreadable(disk: Disk, driver: str | None, drivers: Sequence[str]) -> str |
         return "has no serial, by which guest and host could name it alike"
     if not disk.direct:
         return "is cached by its host (cache must be none or directsync)"
-    if disk.encrypted:
-        return "is encrypted by QEMU, with a key that relays are not given"
     return None
 
 

@@ -7,6 +7,7 @@ from nova_dmigrate import exception
 from nova_dmigrate.volumes import nbd, rbd
 from nova_dmigrate.volumes.base import (
     BLOCK_SIZE,
+    Keys,
     VolumeAccess,
     VolumeReader,
     VolumeSpec,
@@ -14,6 +15,7 @@ from nova_dmigrate.volumes.base import (
 )
 from nova_dmigrate.volumes.block import BlockReader
 from nova_dmigrate.volumes.image_location import ImageLocation
+from nova_dmigrate.volumes.iscsi_unit import IscsiUnit
 from nova_dmigrate.volumes.nbd import NbdReader
 from nova_dmigrate.volumes.rbd import RbdReader
 from nova_dmigrate.volumes.rbd_location import RbdLocation
@@ -21,8 +23,11 @@ from nova_dmigrate.volumes.rbd_location import RbdLocation
 __all__ = [
     "BLOCK_SIZE",
     "DRIVERS",
+    "IMAGE_DRIVERS",
     "BlockReader",
     "ImageLocation",
+    "IscsiUnit",
+    "Keys",
     "NbdReader",
     "RbdLocation",
     "RbdReader",
@@ -36,10 +41,17 @@ __all__ = [
 
 DRIVERS: dict[str, Callable[[VolumeSpec, VolumeAccess], VolumeReader]] = {
     "block": lambda spec, _: BlockReader(spec),
+    "iscsi": NbdReader,
+    "luks": NbdReader,
     "nbd": NbdReader,
     "rbd": RbdReader,
 }
-_USABLE: dict[str, Callable[[], bool]] = {"nbd": nbd.usable, "rbd": rbd.usable}
+#: Those whose location is an `ImageLocation`; by their names hosts tell what they allow.
+IMAGE_DRIVERS = ("iscsi", "luks", "nbd")
+_USABLE: dict[str, Callable[[], bool]] = {
+    "rbd": rbd.usable,
+    **dict.fromkeys(IMAGE_DRIVERS, nbd.usable),
+}
 
 
 def usable_drivers() -> tuple[str, ...]:

@@ -8,13 +8,17 @@ blocking and thread-safe, so that whoever reads chooses the queue depth by the n
 import abc
 import dataclasses
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from nova_dmigrate import exception
 
 BLOCK_SIZE = 4096
+
+#: The key of an encrypted volume, by the name that a volume's location has for it. Raises
+#: HypervisorError: this host has none of that name, or does not tell it in time.
+Keys = Callable[[str], bytes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,7 @@ class VolumeAccess:
     :ivar timeout: seconds after which storage that does not answer has failed.
     :ivar rbd_user, rbd_configuration, rbd_keyring: this host's account with Ceph; empty for what
         the volume's location says.
+    :ivar keys: of volumes that QEMU encrypts; None where this host gives none to relays.
     :ivar runtime_directory: where short-lived files can be made; None for the system's place.
     """
 
@@ -44,6 +49,7 @@ class VolumeAccess:
     rbd_user: str = ""
     rbd_configuration: str = ""
     rbd_keyring: str = ""
+    keys: Keys | None = None
     runtime_directory: Path | None = None
 
 

@@ -13,6 +13,7 @@ import struct
 from typing import Any
 
 from nova_dmigrate.volumes.image_location import ImageLocation
+from nova_dmigrate.volumes.iscsi_unit import SCHEME, IscsiUnit
 
 #: Name of QEMU's object that has the key.
 KEY = "key"
@@ -41,10 +42,10 @@ Options = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One file of an image."""
+    """One file of an image, or the unit that is all of it."""
 
     format: str
-    path: str
+    place: str
 
 
 def layers(location: ImageLocation) -> list[Layer]:
@@ -54,15 +55,15 @@ def layers(location: ImageLocation) -> list[Layer]:
     :raises OSError: one of them cannot be read.
     """
     found: list[Layer] = []
-    following: tuple[str, str] | None = (location.format, location.path)
+    following: tuple[str, str] | None = (location.format, location.place)
     while following is not None:
         if len(found) == _MAX_LAYERS:
             raise ValueError(f"it has more than {_MAX_LAYERS} layers")
-        kind, path = following
+        kind, place = following
         if kind == "qcow2":
-            layer, following = _qcow2(path)
+            layer, following = _qcow2(place)
         else:
-            layer, following = Layer(kind, path), None
+            layer, following = Layer(kind, place), None
         found.append(layer)
     return found
 
@@ -83,7 +84,7 @@ def blockdev(location: ImageLocation, encrypted: bool) -> Options:
 
 
 def _node(layer: Layer, backing: Options | None, encrypted: bool) -> Options:
-    node: Options = {"driver": layer.format, "read-only": True, "file": _file(layer.path)}
+    node: Options = {"driver": layer.format, "read-only": True, "file": _protocol(layer.place)}
     if layer.format == "qcow2":
         node["backing"] = backing
         node["l2-cache-size"] = _TABLES_BYTES
@@ -93,6 +94,12 @@ def _node(layer: Layer, backing: Options | None, encrypted: bool) -> Options:
     elif layer.format == "luks" and encrypted:
         node["key-secret"] = KEY
     return node
+
+
+def _protocol(place: str) -> Options:
+    if place.startswith(SCHEME):
+        return IscsiUnit.parse(place).blockdev()
+    return _file(place)
 
 
 def _file(path: str) -> Options:

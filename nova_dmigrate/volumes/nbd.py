@@ -12,7 +12,8 @@
 ``luks``
     raw and encrypted by QEMU. Its header stays as it is: whatever the guest has written is seen.
 ``raw``
-    a file or a device, which the driver ``block`` reads with less in between.
+    a unit of an iSCSI target, to which QEMU connects by itself; or a file or a device, which the
+    driver ``block`` reads with less in between.
 
 The image is opened read-only and past the host's page cache. No lock of it is taken, so that a QEMU
 finds none that it did not expect, whether it is there already or comes later.
@@ -48,8 +49,8 @@ def usable() -> bool:
 
 
 class NbdReader(base.VolumeReader):
-    """The image at ``spec.location``, an :class:`ImageLocation` as text; ``spec.secret`` is the
-    passphrase of LUKS.
+    """The image at ``spec.location``, an :class:`ImageLocation` as text. The passphrase of LUKS is
+    ``spec.secret``, or the key that the host has by the name in the location.
 
     A read takes ``access.timeout`` at most until its first data come, and from one piece to the
     next; opening takes three times that. Reads of many threads have a connection each, and go on
@@ -65,10 +66,12 @@ class NbdReader(base.VolumeReader):
         #: Connections that nobody reads by; its methods are atomic.
         self._idle: collections.deque[NbdConnection] = collections.deque()
         try:
-            image = image_layers.blockdev(ImageLocation.parse(spec.location), bool(spec.secret))
-            keys = {image_layers.KEY: spec.secret} if spec.secret else {}
+            location = ImageLocation.parse(spec.location)
+            key = _key(location, spec.secret, access.keys)
+            image = image_layers.blockdev(location, bool(key))
+            keys = {image_layers.KEY: key} if key else {}
             self._daemon = StorageDaemon(image, keys, access.runtime_directory)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, exception.HypervisorError) as error:
             raise self._open_error(f"{spec.location} cannot be opened: {_reason(error)}") from error
         try:
             with self._connect(_OPENING * self._timeout) as connection:
@@ -170,6 +173,19 @@ class NbdReader(base.VolumeReader):
         return exception.VolumeReadError(
             volume=self.volume_id, reason=f"reading at byte {offset}: {reason}"
         )
+
+
+def _key(location: ImageLocation, secret: str, keys: base.Keys | None) -> bytes:
+    """What opens it; empty for one that is not encrypted.
+
+    :raises HypervisorError: the host does not have it.
+    :raises ValueError: the host gives no keys to relays.
+    """
+    if secret or not location.key:
+        return secret.encode()
+    if keys is None:
+        raise ValueError("relays of this host are given no keys ([host]volume_keys)")
+    return keys(location.key)
 
 
 def _reason(error: Exception) -> str:

@@ -41,7 +41,9 @@ class StorageDaemon:
     :raises OSError, ValueError: it cannot be started.
     """
 
-    def __init__(self, image: dict[str, Any], keys: dict[str, str], directory: Path | None) -> None:
+    def __init__(
+        self, image: dict[str, Any], keys: dict[str, bytes], directory: Path | None
+    ) -> None:
         self._said: collections.deque[str] = collections.deque(maxlen=_LINES)
         self._started, self._ended = threading.Event(), threading.Event()
         self._process: subprocess.Popen[str] | None = None
@@ -144,11 +146,11 @@ def _listen(directory: Path | None) -> tuple[socket.socket, int]:
 
 
 @contextlib.contextmanager
-def _readable(text: str) -> Iterator[int]:
-    """A descriptor with the text, in memory."""
+def _readable(data: bytes) -> Iterator[int]:
+    """A descriptor with the data, in memory."""
     descriptor = os.memfd_create("key")
     try:
-        os.write(descriptor, text.encode())
+        os.write(descriptor, data)
         yield descriptor
     finally:
         os.close(descriptor)

@@ -88,6 +88,21 @@ class PermissionsTest(Hosts):
             ),
         )
 
+    def test_keys_and_units_of_targets_are_not_offered_unless_the_host_says_so(self) -> None:
+        pair, client = self.pair(), self.client_of(self.two)
+        self.assertFalse({"iscsi", "luks"} & set(client.hello(10).drivers))
+        unit = "raw:iscsi://127.0.0.1:3260/iqn.x:volume-1/1"
+        for driver, location, code in (
+            ("luks", f"luks,key=a:{self.place}/volumes/image", "unknown-driver"),
+            ("iscsi", unit, "unknown-driver"),
+            # By another driver's name
+            ("nbd", unit, "volume-not-allowed"),
+        ):
+            order = dataclasses.replace(
+                pair.order, volumes=(host_messages.Volume("v", driver, location),)
+            )
+            self.assert_refused(code, client.open_session, order)
+
     def test_only_rbd_images_with_allowed_names_are_read_and_with_the_hosts_own_files(self) -> None:
         pair = self.pair()
         for location in ("volumes/image-1", "volumes/volume-1?conf=/tmp/ceph.conf", "/dev/vdb"):

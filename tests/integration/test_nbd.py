@@ -29,6 +29,8 @@ TIMEOUT = 20.0
 #: Where it shall not wait.
 SHORT = 3.0
 
+LUKS_OPTIONS = ("-o", "key-secret=key,iter-time=100")
+
 #: A process that opens an image, tells the number of its daemon, and waits to be ended.
 HOLDER = """
 import sys
@@ -64,6 +66,19 @@ def run(*command: object) -> None:
         raise AssertionError(f"{command[0]}: {done.stderr}")
 
 
+def convert(raw: Path, path: Path, kind: str, key: str, *options: str) -> None:
+    """An image of a raw one. ``key``: option of QEMU's for the object of that name."""
+    for attempt in range(10):
+        try:
+            run("qemu-img", "convert", "--object", key, "-f", "raw", "-O", kind, *options, raw,
+                path)  # fmt: skip
+            break
+        except AssertionError as error:
+            # QEMU measures how fast it derives keys by a clock that may be too coarse
+            if "accurate CPU usage" not in str(error) or attempt == 9:
+                raise
+
+
 def is_running(pid: int) -> bool:
     """Whether a process is there, and no zombie."""
     try:
@@ -76,7 +91,7 @@ def is_running(pid: int) -> bool:
 class Writer:
     """A QEMU that has an image open for writing, with its locks, as a guest's has."""
 
-    def __init__(self, path: Path, kind: str) -> None:
+    def __init__(self, path: Path | str, kind: str) -> None:
         command = ["qemu-io", "-f", kind, "--cache", "none", str(path)]
         if kind == "luks":
             options = f"driver=luks,key-secret=key,file.filename={path},cache.direct=on"
@@ -136,16 +151,8 @@ class NbdTestCase(base.TestCase):
             raw.rename(path)
             return path
         if kind == "luks":
-            options = ("-o", "key-secret=key,iter-time=100", *options)
-        for attempt in range(10):
-            try:
-                run("qemu-img", "convert", "--object", f"secret,id=key,data={PASSPHRASE}",
-                    "-f", "raw", "-O", kind, *options, raw, path)  # fmt: skip
-                break
-            except AssertionError as error:
-                # QEMU measures how fast it derives keys by a clock that may be too coarse
-                if "accurate CPU usage" not in str(error) or attempt == 9:
-                    raise
+            options = (*LUKS_OPTIONS, *options)
+        convert(raw, path, kind, f"secret,id=key,data={PASSPHRASE}", *options)
         raw.unlink()
         return path
 

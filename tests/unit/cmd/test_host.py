@@ -53,6 +53,18 @@ class SettingsTest(TestCase):
         )
         self.assertIn("memory_limit", str(error))
 
+    def test_what_encrypted_and_remote_volumes_need_is_offered_only_where_it_is_allowed(
+        self,
+    ) -> None:
+        for options, offered in (
+            ({}, set()),
+            ({"host__volume_keys": True}, {"luks"}),
+            ({"host__volume_keys": True, "host__libvirt_uri": ""}, set()),
+            ({"host__iscsi_units": ["iscsi://10.0.0.5:3260/iqn.x:*/1"]}, {"iscsi"}),
+        ):
+            settings = host.service_settings_from(self.make(**options), "one", (5, 6))
+            self.assertEqual({"block", "nbd", "rbd"} | offered, settings.drivers)
+
     def test_the_address_is_told_if_it_is_one(self) -> None:
         for address, told in (("0.0.0.0", None), ("::", None), ("192.0.2.1", "192.0.2.1")):
             settings = host.service_settings_from(

@@ -18,7 +18,7 @@ from unittest import mock
 
 from oslo_config import cfg
 
-from nova_dmigrate import conf
+from nova_dmigrate import conf, exception
 from nova_dmigrate.cmd import relay
 from nova_dmigrate.relay.session import RelaySettings
 from nova_dmigrate.volumes import VolumeAccess
@@ -156,6 +156,17 @@ class SettingsTest(TestCase):
         self.assertEqual(256 << 10, settings.volume_read_size)
         self.assertEqual(2 << 20, settings.volume_bandwidth)
         self.assertEqual(VolumeAccess(30, "reader", "/c", "/k"), settings.volume_access)
+
+    def test_relays_are_given_keys_where_the_host_says_so_and_has_a_libvirt(self) -> None:
+        without: list[dict[str, Any]] = [{}, {"host__volume_keys": True, "host__libvirt_uri": ""}]
+        for changes in without:
+            self.assertIsNone(relay.settings_from(self.config(**changes)).volume_access.keys)
+        nowhere = "qemu+unix:///system?socket=/nonexistent"
+        config = self.config(host__volume_keys=True, host__libvirt_uri=nowhere)
+        keys = relay.settings_from(config).volume_access.keys
+        assert keys is not None
+        error = self.assertRaises(exception.HypervisorError, keys, "6f1d2c3b")
+        self.assertIn("secret 6f1d2c3b: ", str(error))
 
     def test_the_hosts_files_are_the_sessions_defaults(self) -> None:
         defaults = relay.defaults_from(self.config(wire__ca_file="/ca", wire__port=5))

@@ -58,6 +58,8 @@ class PermissionsTest(base.TestCase):
         (self.here / "link").symlink_to(inside)
         for path in (inside, self.here / "link"):
             self.assertEqual(f"qcow2:{inside}", permissions.image(f"qcow2:{path}", entries))
+        keyed = f"luks,key=a-b:{inside}"
+        self.assertEqual(keyed, permissions.image(keyed, entries))
         # What is no image is found out by who opens it
         for found in (f"luks:{self.allowed}/none", f"qcow2:{self.allowed}/none"):
             self.assertEqual(found, permissions.image(found, entries))
@@ -65,6 +67,19 @@ class PermissionsTest(base.TestCase):
         below.write_bytes(qcow2.header("../secret"))
         for location in (f"qcow2:{inside}", f"raw:{self.here}/secret", "qcow2:image", "/dev/vdb"):
             self.assert_refused("volume-not-allowed", permissions.image, location, entries)
+
+    def test_units_of_iscsi_targets_are_allowed_by_their_urls(self) -> None:
+        (entries,) = (each.default for each in host.PERMISSIONS if each.name == "iscsi_units")
+        unit = "raw:iscsi://10.0.0.5:3260/iqn.2010-10.org.openstack:volume-1/1"
+        own = ("iscsi://10.0.0.5:3260/iqn.2010-10.org.openstack:*/1",)
+        self.assertEqual(unit, permissions.image(unit, (), own))
+        for location, allowed in (
+            (unit, entries),
+            (unit.replace("10.0.0.5", "10.0.0.6"), own),
+            (unit.replace("-1/1", "-1/2"), own),
+            (unit.replace("org", "com"), own),
+        ):
+            self.assert_refused("volume-not-allowed", permissions.image, location, (), allowed)
 
     def test_rbd_images_are_allowed_by_their_names(self) -> None:
         (entries,) = (each.default for each in host.PERMISSIONS if each.name == "rbd_images")

@@ -8,6 +8,7 @@ from nova_dmigrate.migration import preflight
 from nova_dmigrate.migration.domain import parse_domain
 from nova_dmigrate.migration.request import AgentTransport, MigrationRequest, Mode
 from nova_dmigrate.rpc.host_messages import HostState
+from nova_dmigrate.volumes import DRIVERS
 from tests import base
 
 VOLUME = "6f1d2c3b-4a59-4687-9b1c-0123456789ab"
@@ -19,6 +20,8 @@ DISK = """
   {serial}
 </disk>"""
 LUKS = f"<encryption format='luks'><secret type='passphrase' uuid='{VOLUME}'/></encryption>"
+ISCSI = """
+<source protocol='iscsi' name='iqn.2010-10.org:v/1'><host name='10.0.0.5' port='3261'/></source>"""
 CHANNEL = """
 <channel type='unix'>
   <source mode='bind' path='/var/lib/libvirt/qemu/channel/target/dmigrate'/>
@@ -155,6 +158,43 @@ class PreflightTest(base.TestCase):
                 for each in preflight.volumes_of(found, ["block", "nbd"])
             ],
         )
+
+    def test_encrypted_disks_are_read_where_relays_are_given_their_keys(self):
+        image = "<source file='/images/db.qcow2'/>"
+        found = domain(
+            disk().replace("</disk>", f"{LUKS}</disk>"),
+            disk("file", "qcow2", source=image, bus="scsi").replace("</disk>", f"{LUKS}</disk>"),
+            disk("network", source=ISCSI.replace("</source>", f"{LUKS}</source>"), bus="sata"),
+        )
+        drivers = ["block", "iscsi", "luks", "nbd"]
+        self.assertEqual(
+            [
+                ("luks", f"luks,key={VOLUME}:/dev/sdc"),
+                ("luks", f"qcow2,key={VOLUME}:/images/db.qcow2"),
+                ("luks", f"luks,key={VOLUME}:iscsi://10.0.0.5:3261/iqn.2010-10.org:v/1"),
+            ],
+            [(each.driver, each.location) for each in preflight.volumes_of(found, drivers)],
+        )
+
+    def test_encrypted_disks_that_are_opened_in_another_way_are_not_read(self):
+        for encryption in (
+            LUKS.replace("uuid=", "usage="),
+            LUKS.replace("luks", "luks2"),
+            LUKS.replace("format", "engine='librbd' format"),
+            LUKS.replace("<secret", "<secret type='passphrase' uuid='2'/><secret"),
+        ):
+            found = domain(disk().replace("</disk>", f"{encryption}</disk>"))
+            self.assertTrue(found.disks[0].encrypted)
+            self.assertEqual("no-volumes", self.reason(preflight.volumes_of, found, tuple(DRIVERS)))
+
+    def test_units_of_iscsi_targets_are_read_without_an_account(self):
+        found = domain(disk("network", source=ISCSI))
+        (volume,) = preflight.volumes_of(found, ["iscsi"])
+        self.assertEqual("raw:iscsi://10.0.0.5:3261/iqn.2010-10.org:v/1", volume.location)
+        for more in ("<auth username='u'/>", "<initiator><iqn name='iqn.a'/></initiator>"):
+            source = ISCSI.replace("</source>", f"{more}</source>")
+            strange = domain(disk("network", source=source))
+            self.assertEqual("no-volumes", self.reason(preflight.volumes_of, strange, ["iscsi"]))
 
     def test_disks_that_it_may_not_read_are_named_with_the_reason(self):
         for sentence, strange in (

@@ -48,6 +48,12 @@ class ElsewhereTest(base.TestCase):
         error = self.assertRaises(exception.FallBack, volumes_of, image, ["block", "nbd"], there)
         self.assertIn("vdb is a block disk of format qcow2", str(error))
 
+    def test_an_encrypted_disk_that_others_have_connected_is_not_read(self):
+        found = domain(disk(encrypted=True, key="one"))
+        there = {"one": Elsewhere("/dev/there")}
+        error = self.assertRaises(exception.FallBack, volumes_of, found, ["block", "luks"], there)
+        self.assertIn("vdb is encrypted by QEMU, with a key that relays are not given", str(error))
+
     def test_what_stands_in_the_way_there_is_told(self):
         error = self.assertRaises(
             exception.FallBack,

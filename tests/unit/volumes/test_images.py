@@ -12,6 +12,8 @@ from tests import base
 from tests.unit.volumes.loop import LoopDevice, available
 from tests.unit.volumes.qcow2 import header
 
+KEY = "6f1d2c3b-4a59-4687-9b1c-0123456789ab"
+
 
 class LocationTest(base.TestCase):
     def test_text_and_location_are_the_same(self):
@@ -20,9 +22,27 @@ class LocationTest(base.TestCase):
             ("luks:/dev/disk/by-path/ip-10.0.0.1:3260-lun-1", "luks",
              "/dev/disk/by-path/ip-10.0.0.1:3260-lun-1"),
             ("raw:/a b?c", "raw", "/a b?c"),
+            ("raw:iscsi://10.0.0.1:3260/iqn.2010-10.org.openstack:volume-1/1", "raw",
+             "iscsi://10.0.0.1:3260/iqn.2010-10.org.openstack:volume-1/1"),
         ):  # fmt: skip
             location = ImageLocation.parse(text)
-            self.assertEqual((kind, path, text), (location.format, location.path, str(location)))
+            self.assertEqual((kind, path, text), (location.format, location.place, str(location)))
+            self.assertEqual("", location.key)
+
+    def test_a_key_is_named_and_never_told(self):
+        for text, place in (
+            (f"luks,key={KEY}:/dev/vdb", "/dev/vdb"),
+            (f"qcow2,key={KEY}:/a,key=b:c", "/a,key=b:c"),
+            (f"luks,key={KEY}:iscsi://[fe80::1]:3261/iqn.x/0", "iscsi://[fe80::1]:3261/iqn.x/0"),
+        ):
+            location = ImageLocation.parse(text)
+            self.assertEqual((KEY, place, text), (location.key, location.place, str(location)))
+
+    def test_a_portal_has_the_usual_port_where_none_is_named(self):
+        location = ImageLocation.parse("raw:iscsi://host.example/iqn.x:y/7")
+        self.assertEqual("raw:iscsi://host.example:3260/iqn.x:y/7", str(location))
+        self.assertTrue(location.remote)
+        self.assertFalse(ImageLocation.parse("raw:/dev/vdb").remote)
 
     def test_what_is_none_is_refused(self):
         for text, sentence in (
@@ -33,6 +53,14 @@ class LocationTest(base.TestCase):
             ("raw:image", "no absolute path"),
             ("raw:nbd://10.0.0.1/", "no absolute path"),
             ("raw:/a\0b", "no absolute path"),
+            ("luks,key=:/dev/vdb", "no name of a key"),
+            ("luks,key=a,b:/dev/vdb", "no name of a key"),
+            ("luks,iter=1:/dev/vdb", "begin with a format"),
+            ("raw:iscsi://host/iqn.x", "is not iscsi://HOST[:PORT]/TARGET/UNIT"),
+            ("raw:iscsi://me%secret@host/iqn.x/1", "is not iscsi://"),
+            ("raw:iscsi://host/iqn.x/1?password=x", "is not iscsi://"),
+            ("raw:iscsi://host:port/iqn.x/1", "is not iscsi://"),
+            ("qcow2:iscsi://host/iqn.x/1", "from files and devices only"),
         ):
             error = self.assertRaises(ValueError, ImageLocation.parse, text)
             self.assertIn(sentence, str(error))
@@ -50,7 +78,7 @@ class LayersTest(base.TestCase):
 
     def layers(self, name, kind="qcow2"):
         return [
-            (each.format, each.path)
+            (each.format, each.place)
             for each in image_layers.layers(ImageLocation(kind, str(self.here / name)))
         ]
 

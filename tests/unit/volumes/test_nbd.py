@@ -9,6 +9,8 @@ from unittest import mock
 from nova_dmigrate import exception, volumes
 from tests import base
 
+KEY = "6f1d2c3b-4a59-4687-9b1c-0123456789ab"
+
 
 class WithoutDaemonTest(base.TestCase):
     def setUp(self) -> None:
@@ -20,8 +22,8 @@ class WithoutDaemonTest(base.TestCase):
         self.image = self.make_directory() / "image"
         self.image.write_bytes(bytes(8192))
 
-    def refusal(self, location):
-        access = volumes.VolumeAccess(timeout=20, runtime_directory=self.make_directory())
+    def refusal(self, location, keys=None):
+        access = volumes.VolumeAccess(20, keys=keys, runtime_directory=self.make_directory())
         spec = volumes.VolumeSpec("vol", "nbd", location)
         error = self.assertRaises(exception.VolumeOpenError, volumes.open_volume, spec, access)
         self.assertNotIn("storage-daemon", [each.name for each in threading.enumerate()])
@@ -29,10 +31,10 @@ class WithoutDaemonTest(base.TestCase):
         return str(error)
 
     def test_the_driver_is_offered_only_where_its_program_is(self):
-        self.assertNotIn("nbd", volumes.usable_drivers())
+        self.assertFalse({"iscsi", "luks", "nbd"} & set(volumes.usable_drivers()))
         program = self.programs / "qemu-storage-daemon"
         program.touch(0o755)
-        self.assertIn("nbd", volumes.usable_drivers())
+        self.assertLessEqual({"iscsi", "luks", "nbd"}, set(volumes.usable_drivers()))
 
     def test_a_program_that_is_missing_is_named(self):
         self.assertIn(
@@ -50,3 +52,15 @@ class WithoutDaemonTest(base.TestCase):
             (f"raw:{self.image}-2", f"{self.image}-2: No such file or directory"),
         ):
             self.assertIn(sentence, self.refusal(location))
+
+    def test_a_key_that_the_host_does_not_give_is_named(self):
+        location = f"luks,key={KEY}:{self.image}"
+        self.assertIn("given no keys ([host]volume_keys)", self.refusal(location))
+
+        def none(name):
+            raise exception.HypervisorError(peer="test:///default", reason=f"no secret {name}")
+
+        self.assertIn(
+            f"cannot be opened: libvirt at test:///default: no secret {KEY}",
+            self.refusal(location, none),
+        )

@@ -20,7 +20,9 @@ class OpenVolumeTest(base.TestCase):
             volumes.VolumeSpec("vol", "tape", "x"),
             volumes.VolumeAccess(),
         )
-        self.assertIn("Volume vol: there is no driver 'tape'; known: block, nbd, rbd", str(error))
+        self.assertIn(
+            "Volume vol: there is no driver 'tape'; known: block, iscsi, luks, nbd, rbd", str(error)
+        )
 
     def test_a_secret_is_not_told(self):
         self.assertNotIn("key", repr(volumes.VolumeSpec("vol", "rbd", "x/y", secret="key")))
