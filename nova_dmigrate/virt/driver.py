@@ -217,6 +217,7 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
         order = Order(
             instance=instance,
             guest=guest,
+            apart=self._host._wrap_libvirt_proxy,
             policy=policy,
             flags=self._get_migration_flags(migrate_data.block_migration),
             destination=dest,

@@ -5,6 +5,7 @@ The libvirt module is always Nova's, which may be another one than ours (its tes
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from nova.virt.libvirt import driver as libvirt_driver
@@ -22,11 +23,14 @@ class NovaGuest:
     whatever becomes of them later.
 
     :param guest: a nova.virt.libvirt.guest.Guest.
+    :param apart: given a binding in C, it gives one whose calls keep no other thread from its work,
+        as those of the guest do not: where Nova has green threads, they all wait for such a call.
     :raises MigrationError: libvirt does not describe it.
     """
 
-    def __init__(self, guest: Any) -> None:
+    def __init__(self, guest: Any, apart: Callable[[Any], Any] = lambda binding: binding) -> None:
         self._guest = guest
+        self._apart = apart
         self._set_limit = guest.migrate_configure_max_downtime
         self._get_job = guest.get_job_info
         self._abort_job = guest.abort_job
@@ -48,7 +52,7 @@ class NovaGuest:
         import libvirt_qemu  # type: ignore[import-untyped]
 
         try:
-            answer: str = libvirt_qemu.qemuMonitorCommand(
+            answer: str = self._apart(libvirt_qemu).qemuMonitorCommand(
                 self._guest._domain,
                 "info mtree -f",
                 libvirt_qemu.VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP,

@@ -23,6 +23,7 @@ class Order:
 
     :ivar instance: a nova.objects.Instance; :ivar guest: its nova.virt.libvirt.guest.Guest, the
         one that Nova's monitor has.
+    :ivar apart: as of `NovaGuest`.
     :ivar flags: of virDomainMigrateToURI3, as Nova has them.
     :ivar destination: the host's name.
     :ivar migrate_data: a nova.objects.LibvirtLiveMigrateData, filled by the destination.
@@ -32,6 +33,7 @@ class Order:
 
     instance: Any
     guest: Any
+    apart: Callable[[Any], Any]
     policy: Policy
     flags: int
     destination: str

@@ -187,7 +187,7 @@ class Relaying:
         instance = self._order.instance.uuid
         try:
             config = self._configuration()
-            guest = self._guest = NovaGuest(self._order.guest)
+            guest = self._guest = NovaGuest(self._order.guest, self._order.apart)
             return prepare(self._id, self._order, guest, disks, config, self._enter)
         except (exception.FallBack, exception.MigrationCancelled):
             raise

@@ -2,6 +2,7 @@
 """Live migrations by Nova's API that go through the relays."""
 
 import json
+import sys
 import threading
 import time
 import unittest
@@ -179,6 +180,32 @@ class AutoConvergeTest(base.MigrationTest):
         (call,) = self.calls
         self.assertNotEqual(0, call["flags"] & fakelibvirt.VIR_MIGRATE_AUTO_CONVERGE)
         self.assertTrue(call["migrate_uri"].startswith("unix:"))
+
+
+class MonitorTest(base.MigrationTest):
+    def test_a_monitor_of_qemus_that_does_not_answer_keeps_nothing_else_from_its_work(self):
+        ticks: list[float] = []
+        over = threading.Event()
+
+        def tick() -> None:
+            while not over.wait(0.05):
+                ticks.append(time.monotonic())
+
+        def hang() -> str:
+            before = len(ticks)
+            # As a binding in C waits, of which no library of green threads knows
+            eventlet = sys.modules.get("eventlet")
+            (eventlet.patcher.original("time") if eventlet else time).sleep(3)
+            meanwhile.append(len(ticks) - before)
+            return "mtree"
+
+        meanwhile: list[int] = []
+        self.monitor = hang
+        self.addCleanup(over.set)
+        threading.Thread(target=tick, name="tick", daemon=True).start()
+        self.move(self.make_server())
+        self.assertTrue(self.calls[0]["migrate_uri"].startswith("unix:"))
+        self.assertGreater(meanwhile[0], 5)
 
 
 class SteeredTest(base.MigrationTest):
