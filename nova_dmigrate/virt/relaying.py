@@ -278,11 +278,16 @@ class Relaying:
 
     def _may_retry(self, relays: Prepared) -> bool:
         """Whether a migration that has failed was the relays' failure, or never began, and nothing
-        is lost."""
+        is lost.
+
+        Not with a guest that Nova has paused to force the end: what is paused when a migration
+        begins stays so at the destination. Nova lets it go on when the migration has failed.
+        """
         if not (
             relays.settings.retry_ordinary
             and self._order.policy is Policy.PREFERRED
             and self._account.worth_another_try
+            and not self._steering.paused
             and self._unharmed(relays.guest)
         ):
             return False

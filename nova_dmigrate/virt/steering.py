@@ -2,7 +2,7 @@
 """The one guest that Nova's operation and Nova's monitor have, made to do what relays need.
 
 Nova's operation calls its ``migrate``. Nova's monitor asks it for the job's state, sets its
-downtime limit, aborts it, or has it switched to post-copy.
+downtime limit, aborts it, pauses it, or has it switched to post-copy.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ class Steering:
     :param cancelled: set when Nova's monitor has the migration aborted.
     :ivar post_copy: whether a switch to post-copy was asked for, after which the guest may run at
         the destination.
+    :ivar paused: whether the guest was paused so that the migration comes to its end.
     """
 
     def __init__(self, guest: Any, begin: Callable[[], None], cancelled: threading.Event) -> None:
@@ -31,6 +32,7 @@ class Steering:
         self._begin = begin
         self._cancelled = cancelled
         self.post_copy = False
+        self.paused = False
 
     @contextlib.contextmanager
     def through(self, relayed: RelayedMigration | None) -> Iterator[None]:
@@ -53,6 +55,7 @@ class Steering:
         guest, libvirt = self._guest, libvirt_driver.libvirt
         own_migrate, own_abort = guest.migrate, guest.abort_job
         own_job_info, own_post_copy = guest.get_job_info, guest.migrate_start_postcopy
+        own_pause = guest.pause
 
         def migrate(*arguments: Any, **options: Any) -> None:
             self._begin()
@@ -82,10 +85,19 @@ class Steering:
                 self.post_copy = False
                 raise
 
+        def pause() -> None:
+            self.paused = True
+            try:
+                own_pause()
+            except Exception:
+                self.paused = False
+                raise
+
         changes: dict[str, Any] = {
             "migrate": migrate,
             "get_job_info": get_job_info,
             "abort_job": abort_job,
+            "pause": pause,
             "migrate_start_postcopy": start_post_copy,
         }
         if relayed is not None:

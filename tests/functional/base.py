@@ -152,6 +152,10 @@ class MigrationTest(
         def post_copy(domain: Any) -> None:
             test.paused.set()
 
+        def is_active(domain: Any) -> int:
+            # One that is paused is; the fake has it otherwise
+            return int(domain._state != fakelibvirt.VIR_DOMAIN_SHUTOFF)
+
         def limit(domain: Any, milliseconds: int, flags: int = 0) -> None:
             test.downtimes.append(milliseconds)
 
@@ -164,6 +168,7 @@ class MigrationTest(
             (domain + "__init__", make),
             (domain + "XMLDesc", describe),
             (domain + "abortJob", abort),
+            (domain + "isActive", is_active),
             (domain + "migrateStartPostCopy", post_copy),
             (domain + "migrateSetMaxDowntime", limit),
         ):

@@ -300,6 +300,28 @@ class InterventionTest(SteeredTest):
         self.assertEqual("dmigrate", self.summaries()[0].mode)
 
 
+    def test_a_server_that_was_paused_for_it_goes_on_when_a_relay_fails(self):
+        def during() -> None:
+            domain = self.domain(server)
+            self.wait_for(lambda: domain._state == fakelibvirt.VIR_DOMAIN_PAUSED)
+            self.hosts["src"].state = "failed"
+            time.sleep(1)  # in which that is noticed
+            self.libvirt_fails()
+
+        self.during = during
+        server = self.make_server()
+        self.migrate(server)
+        self.force(server, self.running(server))
+        self.assertEqual("failed", self.settled(server))
+        self.event(server)
+        # What is paused when libvirt begins stays so at the destination
+        self.assertEqual(1, len(self.calls))
+        self.assertEqual(fakelibvirt.VIR_DOMAIN_RUNNING, self.domain(server)._state)
+        self.assertEqual("ACTIVE", self.api.get_server(server["id"])["status"])
+        self.assertEqual("src", self.host_of(server))
+        self.assert_closed()
+
+
 class PostCopyTest(SteeredTest):
     def setUp(self):
         self.flags(live_migration_permit_post_copy=True, group="libvirt")
