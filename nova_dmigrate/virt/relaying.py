@@ -211,10 +211,11 @@ class Relaying:
     def _begin(self) -> None:
         """libvirt is asked to migrate now.
 
-        :raises MigrationCancelled: it was cancelled before.
+        :raises MigrationCancelled: it was cancelled before. Libvirt, if it was asked to abort
+            already, had nothing to abort then.
         """
         with self._lock:
-            if self._cancelled.is_set() and not self._begun:
+            if self._cancelled.is_set():
                 raise self._cancellation()
             self._begun = True
         self._account.phases.enter("migrating")

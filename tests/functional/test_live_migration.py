@@ -11,6 +11,7 @@ from typing import Any
 
 import fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
+from nova.virt.libvirt import migration as libvirt_migration
 
 from tests.functional import base
 
@@ -268,6 +269,27 @@ class InterventionTest(SteeredTest):
         self.event(server)
         self.assertEqual("cancelled", self.summaries()[0].state)
         self.assert_closed()
+
+    def test_an_abort_while_nova_prepares_the_ordinary_one_is_not_lost(self):
+        def abort_first(*arguments: Any, **options: Any) -> Any:
+            # libvirt, which has nothing to abort yet, says so, and goes on
+            migration = self.running(server)
+            self.api.api_delete(f"/servers/{server['id']}/migrations/{migration['id']}")
+            self.wait_for(self.aborted.is_set)
+            return described(*arguments, **options)
+
+        described = libvirt_migration.get_updated_guest_xml
+        self.useFixture(
+            fixtures.MockPatchObject(libvirt_migration, "get_updated_guest_xml", abort_first)
+        )
+        self.hosts["dest"].hello_changes = {"draining": True}
+        server = self.make_server()
+        self.migrate(server)
+        self.assertEqual("cancelled", self.settled(server))
+        self.event(server)
+        self.assertEqual([], self.calls)
+        self.assertEqual("cancelled", self.summaries()[0].state)
+        self.assertEqual("src", self.host_of(server))
 
     def test_force_complete_pauses_the_server(self):
         def during() -> None:
