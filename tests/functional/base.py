@@ -9,8 +9,7 @@ import types
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import Any, cast
 
 import fixtures
 from lxml import etree
@@ -182,9 +181,17 @@ class MigrationTest(
             qemuMonitorCommand=lambda *arguments: self.monitor(),
             VIR_DOMAIN_QEMU_MONITOR_COMMAND_HMP=1,
         )
-        modules = mock.patch.dict(sys.modules, libvirt_qemu=binding)
-        modules.start()
-        self.addCleanup(modules.stop)
+        name = "libvirt_qemu"
+        before = sys.modules.get(name)
+
+        # Only this one: a patch of all would have what the driver imports late imported once more
+        def put_back() -> None:
+            del sys.modules[name]
+            if before is not None:
+                sys.modules[name] = before
+
+        sys.modules[name] = cast(types.ModuleType, binding)
+        self.addCleanup(put_back)
 
     def _described(self, domain: Any, text: str) -> str:
         """The domain's XML with disks as they were given, of which the fake forgets much."""
