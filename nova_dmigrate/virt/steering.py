@@ -78,6 +78,11 @@ class Steering:
             own_abort()
 
         def start_post_copy() -> None:
+            failure = None if relayed is None else relayed.failure
+            if failure is not None:
+                # The guest would stand still here, and never run there. Nova tells the reason, and
+                # goes on without
+                raise libvirt.libvirtError(f"not through relays that have failed: {failure}")
             self.post_copy = True
             try:
                 own_post_copy()

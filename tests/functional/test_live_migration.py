@@ -321,7 +321,6 @@ class InterventionTest(SteeredTest):
         self.event(server)
         self.assertEqual("dmigrate", self.summaries()[0].mode)
 
-
     def test_a_server_that_was_paused_for_it_goes_on_when_a_relay_fails(self):
         def during() -> None:
             domain = self.domain(server)

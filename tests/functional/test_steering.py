@@ -5,6 +5,7 @@ thread that nobody may hold.
 
 import threading
 import time
+import types
 from typing import Any
 
 import fixtures
@@ -26,7 +27,7 @@ class Domain:
     """libvirt answers while ``goes_on`` is set."""
 
     def __init__(self) -> None:
-        self.job, self.limits, self.aborted = UNBOUNDED, [], 0
+        self.job, self.limits, self.aborted, self.switched = UNBOUNDED, [], 0, 0
         self.goes_on = threading.Event()
         self.goes_on.set()
         self.post_copy_works = True
@@ -51,6 +52,7 @@ class Domain:
             raise libvirt.make_libvirtError(
                 libvirt.libvirtError, "not now", error_code=libvirt.VIR_ERR_OPERATION_INVALID
             )
+        self.switched += 1
 
 
 class GuestTest(WithNovasFake):
@@ -100,6 +102,16 @@ class MonitorTest(GuestTest):
             self.domain.post_copy_works = True
             self.guest.migrate_start_postcopy()
         self.assertTrue(self.steering.post_copy)
+
+    def test_there_is_no_post_copy_through_relays_that_have_failed(self):
+        relayed: Any = types.SimpleNamespace(uri="unix:/r", failure="it is gone", downtime_limit=1)
+        with self.steering.through(relayed):
+            with testtools.ExpectedException(libvirt.libvirtError, ".*it is gone"):
+                self.guest.migrate_start_postcopy()
+            self.assertEqual((False, 0), (self.steering.post_copy, self.domain.switched))
+            relayed.failure = None
+            self.guest.migrate_start_postcopy()
+        self.assertEqual((True, 1), (self.steering.post_copy, self.domain.switched))
 
     def test_a_job_that_never_was_can_be_pretended(self):
         self.steering.pretend("VIR_DOMAIN_JOB_CANCELLED")
