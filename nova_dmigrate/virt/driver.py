@@ -258,7 +258,10 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
         """Since microversion 2.95 a server that was evacuated waits for this."""
         result = super().power_on(context, instance, *args, **kwargs)
         if self._evacuations is not None:
-            self._evacuations.powered_on(instance.uuid, instance.host, self._facts(instance))
+            try:
+                self._evacuations.powered_on(instance.uuid, instance.host, self._facts(instance))
+            except Exception:  # noqa: BLE001 - it is started
+                LOG.exception("Instance %s will not be warmed up", instance.uuid)
         return result
 
     def _note_evacuation(self, instance: Any) -> None:
@@ -271,8 +274,8 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
             if self._evacuations is None:
                 self._evacuations = Evacuations(self._configuration)
             self._evacuations.arrived(instance.uuid, instance.host, self._facts(instance))
-        except (exception.DMigrateError, ImportError) as error:
-            LOG.error("Instance %s will not be warmed up: %s", instance.uuid, error)
+        except Exception:  # noqa: BLE001 - a package that does not fit, no further thread, ...
+            LOG.exception("Instance %s will not be warmed up", instance.uuid)
 
     def _facts(self, instance: Any) -> Callable[[], Any]:
         """Describes the instance's domain, once there is one."""

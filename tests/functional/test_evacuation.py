@@ -3,6 +3,8 @@
 
 from typing import Any
 
+import fixtures
+
 from nova_dmigrate import exception
 from nova_dmigrate.rpc.messages import AGENT
 from tests.functional import base, services
@@ -43,6 +45,19 @@ class EvacuationTest(LostHostTest):
         self.wait_for(lambda: told in self.stdlog.logger.output)
         self.assertIn("there is no list of hot pages", self.stdlog.logger.output)
         self.assertEqual(set(), self.dest.driver._evacuations._cold)
+
+    def test_nothing_of_ours_keeps_a_server_from_coming_and_starting(self):
+        self.api.microversion = self.admin_api.microversion = "2.95"
+        error = RuntimeError("can't start new thread")
+        self.useFixture(
+            fixtures.MockPatch(
+                "nova_dmigrate.virt.evacuation.Evacuations.powered_on", side_effect=error
+            )
+        )
+        server = self.lose()
+        self._evacuate_server(server, expected_host="dest", expected_state="SHUTOFF")
+        self._start_server(server)
+        self.assertEqual(2, self.stdlog.logger.output.count("will not be warmed up"))
 
     def test_a_server_that_is_rebuilt_where_it_is_has_lost_no_host(self):
         server = self.make_server()
