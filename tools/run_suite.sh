@@ -32,7 +32,7 @@ functional)
     ;;
 integration)
     config=tests/integration/stestr.conf
-    concurrency=2
+    concurrency=3 # they wait more than they work
     test_timeout=300
     suite_timeout=3900
     ;;
