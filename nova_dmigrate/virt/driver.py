@@ -28,7 +28,7 @@ configuration.register(CONF)
 
 TRAIT = "CUSTOM_DMIGRATE"
 _MIB = 1 << 20
-_NOT_INSTALLED = "nova-dmigrate lacks a package that it needs to migrate: %s"
+_NOT_USABLE = "nova-dmigrate cannot be used, it may lack a package: %s"
 
 
 def _taking_the_same_as(overridden: Any) -> Callable[[Any], Any]:
@@ -116,7 +116,7 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
             return
         try:
             check(instance, *args)
-        except (exception.DMigrateError, ImportError) as error:
+        except Exception as error:  # noqa: BLE001 - a package may be missing, or not fit
             why = getattr(error, "kwargs", {}).get("reason", error)
             raise nova_exception.MigrationPreCheckError(
                 reason=f"nova-dmigrate is required, but {why}"
@@ -190,10 +190,10 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
             return
         try:
             relaying = self._relaying_for(policy, context, instance, dest, migrate_data, guest)
-        except ImportError as error:
+        except Exception as error:  # noqa: BLE001 - a package that is missing, or does not fit, ...
             if policy is Policy.REQUIRED:
-                raise nova_exception.MigrationError(reason=_NOT_INSTALLED % error) from error
-            LOG.error(_NOT_INSTALLED, error)
+                raise nova_exception.MigrationError(reason=_NOT_USABLE % error) from error
+            LOG.error(_NOT_USABLE, error)
             operation()
             return
         self._relaying[instance.uuid] = relaying

@@ -8,6 +8,7 @@ import time
 import unittest
 from importlib.metadata import version
 from typing import Any
+from unittest import mock
 
 import fixtures
 from nova.tests.fixtures import libvirt as fakelibvirt
@@ -378,6 +379,16 @@ class FailureTest(base.MigrationTest):
         # Nova has nothing to clean up there where the directory of servers is shared
         cleaned_up.assert_not_called()
         self.assert_closed()
+
+    def test_what_cannot_even_be_loaded_leaves_the_migration_to_nova(self):
+        for error in (ImportError("no numpy"), ValueError("numpy.dtype size changed")):
+            server = self.make_server()
+            with mock.patch.object(self.src.driver, "_relaying_for", side_effect=error):
+                self.move(server)
+            self.assertNotIn("migrate_uri", self.calls[-1])
+            self.assertIn(
+                f"cannot be used, it may lack a package: {error}", self.stdlog.logger.output
+            )
 
     def test_where_only_volumes_are_shared_nova_cleans_up_at_the_destination(self):
         undone = self.useFixture(

@@ -189,7 +189,7 @@ def _keep_list(guest: AttachedDatabase) -> None:
         f" rm -f {_LIST}; touch /run/before; start_agent"
     )
     wait_until(
-        lambda: bool(guest.run(f"find {_LIST} -newer /run/before 2>/dev/null").strip()),
+        lambda: bool(guest.run(f"find {_LIST} -newer /run/before 2>/dev/null || true").strip()),
         "the agent has made a list of hot pages",
         _PATIENCE,
     )
