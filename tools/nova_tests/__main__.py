@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tools.nova_tests.comparison import MISSING, Comparison, write
 from tools.nova_tests.execution import ROOT, Run, Worker
-from tools.nova_tests.plan import FULL, RELEASES, SHORT, Job
+from tools.nova_tests.plan import RELEASES, UNSUPPORTED, Job, jobs_of
 from tools.nova_tests.worker import OURS, STOCK
 
 SHORT_HELP = "only tests that move servers, on the backend that is the release's default"
@@ -42,16 +42,15 @@ def main(argv: list[str]) -> int:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for release in arguments.releases:
         subprocess.run([str(ROOT / "tools/nova_tests/venv.sh"), str(release)], check=True)
-    jobs = [
-        Job(release, backend, group)
-        for release in arguments.releases
-        for backend in (RELEASES[release][:1] if arguments.short else RELEASES[release])
-        for group in (SHORT if arguments.short else FULL)
-    ]
+    jobs = jobs_of(arguments.releases, arguments.short)
     with ThreadPoolExecutor(int(os.environ.get("CONCURRENCY") or os.cpu_count() or 1)) as pool:
         compared, troubles = compare(pool, jobs, arguments.shim)
     for title, comparison in compared.items():
         print("\n".join(comparison.lines(title)))
+    for (release, backend), names in UNSUPPORTED.items():
+        if any((job.release, job.backend) == (release, backend) for job in jobs):
+            for name, why in names.items():
+                print(f"not run, Nova {release} itself does not pass them: {backend} {name}: {why}")
     for trouble in troubles:
         print(f"TROUBLE: {trouble}")
     with (STATE / "nova.subunit").open("wb") as stream:

@@ -6,6 +6,7 @@ tests fit on a screen.
 """
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from tests import base
 from tools import count_results
-from tools.nova_tests import process
+from tools.nova_tests import plan, process
 from tools.nova_tests.comparison import Comparison, write
 from tools.nova_tests.execution import told
 from tools.nova_tests.worker import NEVER_MADE, OURS, STOCK
@@ -294,3 +295,33 @@ class ComparisonTest(base.TestCase):
         counted = count_results.count([path])
         self.assertEqual((1, 1), (counted.passed, counted.skipped))
         self.assertEqual(["FAIL: Nova-34-threading.b"], counted.failed)
+
+
+class PlanTest(base.TestCase):
+    """Which tests run with which release."""
+
+    def test_what_a_release_does_not_support_in_a_backend_is_left_out(self) -> None:
+        jobs = {job.name: job.group for job in plan.jobs_of([34, 33], short=False)}
+        self.assertEqual(
+            {"34-threading", "34-eventlet", "33-eventlet", "33-threading"},
+            {name.rpartition("-")[0] for name in jobs},
+        )
+        self.assertIn("33-eventlet-functional", jobs)
+        self.assertNotIn("33-threading-functional", jobs)
+        for name, is_there in (("33-threading-unit", False), ("33-eventlet-unit", True)):
+            self.assertEqual((plan.DRIVER, plan.MANAGER), jobs[name].modules)
+            found = re.search(jobs[name].select, f"{plan.DRIVER}.CacheConcurrencyTestCase.test_one")
+            self.assertEqual(is_there, bool(found))
+            for test in (
+                f"{plan.DRIVER}.AnyTest.test_one",
+                f"{plan.MANAGER}.A.test_live_migration",
+            ):
+                self.assertTrue(re.search(jobs[name].select, test), test)
+            self.assertFalse(re.search(jobs[name].select, f"{plan.MANAGER}.A.test_reboot"))
+
+    def test_short_runs_have_the_default_backend(self) -> None:
+        jobs = plan.jobs_of([34, 33], short=True)
+        self.assertEqual(
+            [(34, "threading"), (34, "threading"), (33, "eventlet"), (33, "eventlet")],
+            [(job.release, job.backend) for job in jobs],
+        )
