@@ -16,6 +16,8 @@ _GRACE = 5.0
 _MARGIN = 10.0
 #: Seconds without a word of libvirt, after which it is not known what QEMU has sent meanwhile.
 _GAP = 3.0
+#: Seconds of a standstill after which nothing is begun that only these relays can bring to its end.
+_DOUBT = 15.0
 #: Seconds for libvirt to end what a relay that hangs holds. At a switchover that is QEMU, which
 #: heeds nobody then: only the relay's end helps, and the guest stands still until then.
 HUNG_PATIENCE = 10.0
@@ -34,6 +36,7 @@ class Stall:
         self._sent: int | None = None
         self._seen = self._moved = clock()
         self._failed: float | None = None
+        self._still = 0.0
 
     def reason(self, job: Job | None, failure: str | None, silence: float) -> str | None:
         """Why it will not go on; None as long as it may. To be called several times a second.
@@ -50,7 +53,13 @@ class Stall:
         if failure is not None:
             self._failed = self._failed or now
             return failure if now > max(self._failed, self._moved) + _GRACE else None
-        still = min(silence, now - self._moved)
-        if job is None or still <= self._patience:
-            return None
+        self._still = min(silence, now - self._moved)
+        return None if job is None or self._still <= self._patience else self._sentence()
+
+    def doubt(self) -> str | None:
+        """Why it may be one that will not go on, long before it is known; None if it is not."""
+        return self._sentence() if self._still > _DOUBT else None
+
+    def _sentence(self) -> str:
+        still = self._still
         return f"source relay: it tells nothing, and QEMU has sent nothing, for {still:.0f} s"

@@ -82,3 +82,7 @@ class HungRelays:
         self._guest.abort()
         if now > self._given_up + stall.HUNG_PATIENCE:
             self._leave()
+
+    def doubt(self) -> str | None:
+        """Why these relays may not bring to its end what is begun now; None if they should."""
+        return self._relayed.failure or self._stall.doubt()

@@ -7,6 +7,7 @@ run once more, with the guest almost as it was.
 """
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -110,7 +111,8 @@ class Relaying:
         )
         failure: Exception | None = None
         try:
-            with self._steered(relays.relayed, lambda: self._look_at(relays, hung)):
+            look = functools.partial(self._look_at, relays, hung)
+            with self._steered(relays.relayed, look, hung.doubt):
                 operation()
         except exception.MigrationCancelled:
             self._leave(relays, completed=False)
@@ -227,11 +229,15 @@ class Relaying:
 
     @contextlib.contextmanager
     def _steered(
-        self, relayed: RelayedMigration | None, look: Callable[[], None]
+        self,
+        relayed: RelayedMigration | None,
+        look: Callable[[], None],
+        doubt: Callable[[], str | None] = lambda: None,
     ) -> Iterator[None]:
         """The guest does what the relays need, if there are any, and is looked after."""
+        steered = self._steering.through(relayed, doubt)
         try:
-            with self._steering.through(relayed), followed(self._order.instance.uuid, look):
+            with steered, followed(self._order.instance.uuid, look):
                 yield
         finally:
             self._account.phases.enter("ended")

@@ -35,9 +35,16 @@ class Steering:
         self.paused = False
 
     @contextlib.contextmanager
-    def through(self, relayed: RelayedMigration | None) -> Iterator[None]:
-        """Meanwhile the guest migrates through these relays, or as Nova has it without any."""
-        changes = self._changes(relayed)
+    def through(
+        self,
+        relayed: RelayedMigration | None,
+        doubt: Callable[[], str | None] = lambda: None,
+    ) -> Iterator[None]:
+        """Meanwhile the guest migrates through these relays, or as Nova has it without any.
+
+        :param doubt: tells why the guest must not be switched to post-copy now; None if it may.
+        """
+        changes = self._changes(relayed, doubt)
         vars(self._guest).update(changes)
         try:
             yield
@@ -50,7 +57,9 @@ class Steering:
         kind = getattr(libvirt_driver.libvirt, job)
         self._guest.get_job_info = lambda: libvirt_guest.JobInfo(type=kind)
 
-    def _changes(self, relayed: RelayedMigration | None) -> dict[str, Any]:
+    def _changes(
+        self, relayed: RelayedMigration | None, doubt: Callable[[], str | None]
+    ) -> dict[str, Any]:
         """Methods by name, in the place of the guest's own."""
         guest, libvirt = self._guest, libvirt_driver.libvirt
         own_migrate, own_abort = guest.migrate, guest.abort_job
@@ -78,11 +87,11 @@ class Steering:
             own_abort()
 
         def start_post_copy() -> None:
-            failure = None if relayed is None else relayed.failure
-            if failure is not None:
-                # The guest would stand still here, and never run there. Nova tells the reason, and
-                # goes on without
-                raise libvirt.libvirtError(f"not through relays that have failed: {failure}")
+            why = doubt()
+            if why is not None:
+                # The guest would stand still here, and perhaps never run there. Nova tells the
+                # reason, and goes on without
+                raise libvirt.libvirtError(f"not through relays that may have failed: {why}")
             self.post_copy = True
             try:
                 own_post_copy()

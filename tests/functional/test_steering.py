@@ -104,12 +104,13 @@ class MonitorTest(GuestTest):
         self.assertTrue(self.steering.post_copy)
 
     def test_there_is_no_post_copy_through_relays_that_have_failed(self):
-        relayed: Any = types.SimpleNamespace(uri="unix:/r", failure="it is gone", downtime_limit=1)
-        with self.steering.through(relayed):
+        relayed: Any = types.SimpleNamespace(uri="unix:/r", downtime_limit=1)
+        doubts: list[str | None] = ["it is gone", None]
+        with self.steering.through(relayed, lambda: doubts[0]):
             with testtools.ExpectedException(libvirt.libvirtError, ".*it is gone"):
                 self.guest.migrate_start_postcopy()
             self.assertEqual((False, 0), (self.steering.post_copy, self.domain.switched))
-            relayed.failure = None
+            del doubts[0]
             self.guest.migrate_start_postcopy()
         self.assertEqual((True, 1), (self.steering.post_copy, self.domain.switched))
 

@@ -45,6 +45,16 @@ class StallTest(base.TestCase):
 
     def test_memory_that_moves_is_none_whoever_is_silent(self) -> None:
         self.assertEqual([], self.during(600, moves=True, silence=1))
+        self.assertIsNone(self.stall.doubt())
+
+    def test_it_is_doubted_long_before_it_is_given_up(self) -> None:
+        self.during(30, moves=True)
+        self.assertEqual([], self.during(10, silence=1))
+        self.assertIsNone(self.stall.doubt())
+        self.assertEqual([], self.during(10, silence=11))
+        self.assertIn("source relay: it tells nothing", self.stall.doubt() or "")
+        self.assertEqual([], self.during(1, moves=True, silence=21))
+        self.assertIsNone(self.stall.doubt())
 
     def test_a_relay_that_tells_of_itself_is_waited_for(self) -> None:
         self.assertEqual([], self.during(600))
