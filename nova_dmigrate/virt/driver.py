@@ -28,6 +28,9 @@ configuration.register(CONF)
 
 TRAIT = "CUSTOM_DMIGRATE"
 _MIB = 1 << 20
+_NOT_WARMED = "Instance %s will not be warmed up"
+#: In the system metadata of a server that was evacuated, until it is started.
+_EVACUATED = "dmigrate_evacuated"
 _NOT_USABLE = "nova-dmigrate cannot be used, it may lack a package: %s"
 
 
@@ -255,27 +258,34 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
 
     @_taking_the_same_as(driver.LibvirtDriver.power_on)
     def power_on(self, context: Any, instance: Any, *args: Any, **kwargs: Any) -> Any:
-        """Since microversion 2.95 a server that was evacuated waits for this."""
+        """Since microversion 2.95 a server that was evacuated waits for this, which may be for
+        longer than a nova-compute runs."""
         result = super().power_on(context, instance, *args, **kwargs)
-        if self._evacuations is not None:
-            try:
+        try:
+            if instance.system_metadata.pop(_EVACUATED, None) is not None:
+                self._warm_up(instance)
+            elif self._evacuations is not None:
                 self._evacuations.powered_on(instance.uuid, instance.host, self._facts(instance))
-            except Exception:  # noqa: BLE001 - it is started
-                LOG.exception("Instance %s will not be warmed up", instance.uuid)
+        except Exception:  # noqa: BLE001 - it is started
+            LOG.exception(_NOT_WARMED, instance.uuid)
         return result
 
     def _note_evacuation(self, instance: Any) -> None:
         """Have the agent asked when it is there. Nothing of this may keep the server from it."""
         try:
-            if self._policy(instance) is Policy.DISABLED:
-                return
-            from nova_dmigrate.virt.evacuation import Evacuations
-
-            if self._evacuations is None:
-                self._evacuations = Evacuations(self._configuration)
-            self._evacuations.arrived(instance.uuid, instance.host, self._facts(instance))
+            if self._policy(instance) is not Policy.DISABLED:
+                # Nova's manager saves it with what it notes of the server anyway
+                instance.system_metadata[_EVACUATED] = "yes"
+                self._warm_up(instance)
         except Exception:  # noqa: BLE001 - a package that does not fit, no further thread, ...
-            LOG.exception("Instance %s will not be warmed up", instance.uuid)
+            LOG.exception(_NOT_WARMED, instance.uuid)
+
+    def _warm_up(self, instance: Any) -> None:
+        from nova_dmigrate.virt.evacuation import Evacuations
+
+        if self._evacuations is None:
+            self._evacuations = Evacuations(self._configuration)
+        self._evacuations.arrived(instance.uuid, instance.host, self._facts(instance))
 
     def _facts(self, instance: Any) -> Callable[[], Any]:
         """Describes the instance's domain, once there is one."""

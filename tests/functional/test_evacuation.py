@@ -35,6 +35,24 @@ class EvacuationTest(LostHostTest):
         self._start_server(server)
         self.assertTrue(self.agent.warmed_up.wait(20))
 
+    def test_a_nova_compute_that_is_started_anew_in_between_knows_it(self):
+        self.api.microversion = self.admin_api.microversion = "2.95"
+        server = self.lose()
+        self._evacuate_server(server, expected_host="dest", expected_state="SHUTOFF")
+        self.assertFalse(self.agent.warmed_up.is_set())
+        # What it has in memory ends with it
+        self.dest.driver._evacuations._waiting[server["id"]] = 0
+        self.dest.driver._evacuations = None
+        self._start_server(server)
+        self.assertTrue(self.agent.warmed_up.wait(20))
+        self.wait_for(lambda: not self.dest.driver._evacuations._cold)
+        # The next start is one like any other
+        self.agent.warmed_up.clear()
+        self._stop_server(server)
+        self._start_server(server)
+        self.assertEqual(set(), self.dest.driver._evacuations._cold)
+        self.assertFalse(self.agent.warmed_up.is_set())
+
     def test_one_that_refuses_is_not_asked_again(self):
         self.api.microversion = self.admin_api.microversion = "2.94"
         server = self.lose()
