@@ -170,7 +170,7 @@ def evacuate(place: Place, mode: str) -> Row:
         }
         if mode == AGENT:
             with guest.agent() as agent:
-                row["warm_up"] = dataclasses.asdict(agent.warm_up_state())
+                row["warm_up"] = agent.warm_up_progress()
         assert place.ledger is not None
         entries, wrong = place.ledger.check(), table_errors(guest)
         row |= {"lost_commits": entries.lost, "check_ok": entries.ok and not wrong}
@@ -245,16 +245,17 @@ def main() -> int:
 
 
 def _measure(place: Place, shape: Shape, reads: int) -> list[Row]:
-    """Evacuate in all ways; prints the table and writes the report."""
+    """Evacuate in all ways; prints the table and writes the report, after each of them."""
     rows: list[Row] = []
+    known = {"load": shape.load, "reads_s": reads, "volume_mb_s": shape.volume}
+    REPORT.mkdir(exist_ok=True)
     for mode in MODES:
         say(f"Evacuating; its pool is filled: {mode}")
         rows.append(evacuate(place, mode))
-    known = {"load": shape.load, "reads_s": reads, "volume_mb_s": shape.volume}
-    REPORT.mkdir(exist_ok=True)
-    text = json.dumps({**known, "runs": rows}, indent=2) + "\n"
-    (REPORT / "report.json").write_text(text)
-    print(table(rows), flush=True)
+        # What comes next may fail
+        text = json.dumps({**known, "runs": rows}, indent=2) + "\n"
+        (REPORT / "report.json").write_text(text)
+        print(table(rows), flush=True)
     return rows
 
 
