@@ -33,6 +33,7 @@ functional)
 integration)
     config=tests/integration/stestr.conf
     concurrency=3 # they wait more than they work
+    workers=(--worker-file tests/integration/workers.yaml)
     test_timeout=300
     suite_timeout=3900
     ;;
