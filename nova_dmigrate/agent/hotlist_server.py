@@ -29,6 +29,7 @@ INSTANCES = "innodb_buffer_pool_instances"
 DUMP_STATUS = "Innodb_buffer_pool_dump_status"
 LOAD_STATUS = "Innodb_buffer_pool_load_status"
 _FREE_PAGES = "Innodb_buffer_pool_pages_free"
+_PAGES_READ = "Innodb_pages_read"
 
 # What is changed for a dump or for loads, in the order in which it can be set
 NAMES = (flushing.CAPACITY_MAX, flushing.CAPACITY, DUMP_SHARE, FILENAME)
@@ -70,6 +71,11 @@ def is_loading(database: Database) -> bool:
 def free_pages(database: Database) -> int:
     """How many pages of the pool hold nothing yet."""
     return int(database.status([_FREE_PAGES]).get(_FREE_PAGES, 0))
+
+
+def pages_read(database: Database) -> int:
+    """How many pages the server has read so far, for clients and for lists."""
+    return int(database.status([_PAGES_READ]).get(_PAGES_READ, 0))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@
 A server can load a list by itself, but in the order of its files, and as slowly as its settings for
 background work say while clients write; or so fast that the volume has nothing left for clients. So
 it gets the list in pieces, as soon as it serves, and what it loads by itself is ended. A piece is
-worth a second of the rate that is allowed, or less: what the volume reads in half of one.
+worth a second of the rate that is allowed, or less: what clients leave of the volume, see `turns`.
 
 How far it is, is on disk: an agent that was killed goes on where it was.
 """
@@ -30,6 +30,7 @@ from nova_dmigrate.agent import (
     hotlist_server,
     ledger,
     processes,
+    turns,
 )
 from nova_dmigrate.agent.database import Database
 from nova_dmigrate.agent.hotlist_keeper import Servers
@@ -44,14 +45,9 @@ _WAIT_SECONDS = 3600.0
 _LOOK_SECONDS = 1.0
 # A server that answers, but with errors, is asked so often
 _ATTEMPTS = 5
+_SHORTEST = 1e-3
 # Of the pool so much stays free: more would drive out what was loaded before
 _FREE = 0.01
-_FEWEST_PAGES = 64
-_FIRST_PAGES = 256
-# A piece takes so many seconds of the volume, of which clients have none meanwhile
-_PIECE_SECONDS = 0.5
-# ... and have it for themselves so many times as long afterwards
-_REST = 3.0
 _MAX_MESSAGE = 1000
 _NO_ACCOUNT = ("login", "privilege", "no-grant")
 
@@ -233,25 +229,27 @@ class WarmUp:
         cancelled: cancellation.Cancellation,
     ) -> None:
         pool = database.pool()
-        per_second = max(_FEWEST_PAGES, self._rate // pool.page_bytes)
+        per_second = max(turns.FEWEST_PAGES, self._rate // pool.page_bytes)
         self._note("running", filled)
         values = _settings(database, per_second)
         with hotlist_server.exchange(database, directory, self._borrowed, values) as name:
             loader = hotlist_server.Loader(database, directory, name, cancelled)
             loader.stop_own()
-            size = min(per_second, _FIRST_PAGES)
+            turn = turns.Turns(per_second)
             while filled.loaded < pages.size:
                 free = hotlist_server.free_pages(database)
                 if free <= _FREE * pool.total:
                     break
-                began = time.monotonic()
-                part = pages[filled.loaded :][: min(size, free)]
+                began, before = time.monotonic(), hotlist_server.pages_read(database)
+                part = pages[filled.loaded :][: min(turn.size, free)]
                 took = loader.load(part)
-                size = _next_size(part.size, took, per_second)
                 filled = dataclasses.replace(filled, loaded=filled.loaded + part.size)
                 self._note("running", filled)
-                rest = began + part.size / per_second - time.monotonic()
-                cancelled.wait(max(_REST * took, rest))
+                rested, loaded = time.monotonic(), hotlist_server.pages_read(database)
+                cancelled.wait(max(turn.rest(took), began + part.size / per_second - rested))
+                reads = hotlist_server.pages_read(database) - loaded
+                rest = max(time.monotonic() - rested, _SHORTEST)
+                turn.note(part.size, took, reads / rest, (loaded - before) / max(took, _SHORTEST))
 
     def _resumed(self, begin: Filled) -> Filled:
         """Where to begin: where an earlier agent was, in the same run with the same list."""
@@ -311,12 +309,6 @@ class WarmUp:
             ledger.write_record(self._path, self._record)
         except OSError as error:
             LOG.warning("An agent that comes after this one begins anew: %s", error)
-
-
-def _next_size(size: int, took: float, most: int) -> int:
-    """Pages of the next piece, after one of ``size`` that took so many seconds."""
-    fitting = int(size * min(2.0, _PIECE_SECONDS / max(took, 1e-3)))
-    return min(most, max(_FEWEST_PAGES, fitting))
 
 
 def _settings(database: Database, per_second: int) -> dict[str, str]:

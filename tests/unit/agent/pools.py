@@ -50,6 +50,7 @@ class PoolServer:
         self.status = {
             hotlist_server.LOAD_STATUS: "",
             hotlist_server.DUMP_STATUS: "",
+            hotlist_server._PAGES_READ: "0",
             "Uptime": "100",
         }
         self.process = processes.ServerProcess(

@@ -20,6 +20,7 @@ from nova_dmigrate.agent import (
     hotlist_server,
     ledger,
     options,
+    turns,
     warm_up,
 )
 from tests import base
@@ -205,7 +206,7 @@ class WarmUpTest(PoolTestCase):
     def setUp(self) -> None:
         super().setUp()
         write_list(self.data, PAGES)
-        self.useFixture(fixtures.MockPatchObject(warm_up, "_FEWEST_PAGES", 1))
+        self.useFixture(fixtures.MockPatchObject(turns, "FEWEST_PAGES", 1))
 
     def make(self, pages_per_second: int = 3) -> warm_up.WarmUp:
         made = warm_up.WarmUp(
@@ -262,10 +263,32 @@ class WarmUpTest(PoolTestCase):
         self.assertFalse(self.server.own_load)
 
     def test_pieces_grow_as_long_as_the_volume_is_quick_and_shrink_where_it_is_not(self) -> None:
-        self.assertEqual(512, warm_up._next_size(256, 0.05, 6400))
-        self.assertEqual(6400, warm_up._next_size(6000, 0.1, 6400))
-        self.assertEqual(500, warm_up._next_size(1000, 1.0, 6400))
-        self.assertEqual(1, warm_up._next_size(10, 500.0, 6400))
+        for size, took, then in (
+            (256, 0.05, 512),
+            (6000, 0.1, 6400),
+            (1000, 1.0, 500),
+            (10, 500, 1),
+        ):
+            turn = turns.Turns(6400)
+            turn.note(size, took, reads=300, can=300)
+            self.assertEqual(then, turn.size)
+
+    def test_clients_have_what_they_read_and_the_filling_has_the_rest(self) -> None:
+        turn = turns.Turns(6400)
+        self.assertEqual(3.0, turn.rest(1.0))
+        for _ in range(20):
+            turn.note(256, 0.5, reads=300, can=300)
+        self.assertAlmostEqual(3.0, turn.rest(1.0))
+        for _ in range(20):
+            turn.note(256, 0.5, reads=150, can=300)
+        self.assertAlmostEqual(1.0, turn.rest(1.0), 3)
+        for _ in range(20):
+            turn.note(256, 0.5, reads=0, can=300)
+        self.assertAlmostEqual(1 / 9, turn.rest(1.0), 3)
+        self.assertEqual(512, turn.size)
+        for _ in range(20):
+            turn.note(256, 0.5, reads=0, can=0)
+        self.assertAlmostEqual(3.0, turn.rest(1.0), 3)
 
     def test_a_pool_that_is_full_is_not_filled_further(self) -> None:
         self.server.free = 14
