@@ -38,8 +38,12 @@ MIGRATING, CONVERGING = "migrating", "converging"
 PHASES = (*EARLY, MIGRATING, CONVERGING)
 #: MB/s until it has happened, so that there is time in the middle, and bytes that make the middle.
 _SLOW, _MIDDLE = 60, 48 << 20
-#: The downtime limit, in ms, with which a guest that changes its memory does not switch over.
+#: The downtime limit, in ms, with which a guest that changes its memory does not switch over; the
+#: MB/s at which even one that others let run only now and then changes it between two rounds; and
+#: the MB that it changes.
 _HELD = 1
+_CRAWL = 8
+_CHANGED_MB = 8
 #: It changes so many MB as quickly as others let it.
 CHANGES = """
 head -c {}M /dev/urandom >/tmp/changes
@@ -154,7 +158,7 @@ def _as_it_is() -> Iterator[int]:
 @contextlib.contextmanager
 def _held_back(scene: Scene) -> Iterator[int]:
     """The guest does not switch over at the limit that this gives, but soon with the usual one."""
-    scene.guest.run(CHANGES.format(4))
+    scene.guest.run(CHANGES.format(_CHANGED_MB))
     try:
         yield _HELD
     finally:
@@ -194,6 +198,8 @@ class _Blow:
         """The migration has come so far."""
         if self._thread is not None or not self._is_due(progress):
             return
+        if self._drill.phase == CONVERGING:
+            self._scene.hosts.shape(_CRAWL)
         struck = threading.Event()
         self._thread = threading.Thread(target=self._run, args=(struck,), name="drill")
         self._thread.start()
