@@ -43,9 +43,11 @@ _DUMP_SECONDS = 120.0
 _APART = 1.1
 _BEGIN_SECONDS = 5.0
 _ABORT_SECONDS = 60.0
-# How the sentences begin
-_LOADING = ("Loading", "Loaded")
-_DUMPING = ("Dumping", "Restricted", "Instance", "Buffer pool")
+# Of the time, at least so many parts are not spent on asking
+_UNASKED = 10
+# How the sentences begin. "Loading of buffer pool not started" is MySQL's for neither
+_LOADING = ("Loading buffer pool", "Loaded")
+_DUMPING = ("Dumping buffer pool", "Restricted", "Instance", "Buffer pool")
 _LOAD_DONE = "Buffer pool(s) load completed"
 _ABORTED = "Buffer pool(s) load aborted"
 
@@ -218,8 +220,11 @@ class Loader:
         before, began = self._status(), time.monotonic()
         try:
             self._begin(before)
+            asked = time.monotonic()
             while self._status().startswith(_LOADING):
-                self._cancelled.wait(_POLL)
+                # All of a server's status is made for one line of it
+                self._cancelled.wait(max(_POLL, _UNASKED * (time.monotonic() - asked)))
+                asked = time.monotonic()
         except exception.AgentError as error:
             if not isinstance(error, exception.ServerError):
                 self._database.set_global(ABORT, _ON)

@@ -8,11 +8,13 @@ partition table, the logical volumes and the file system.
 
 from typing import Any, ClassVar
 
+from nova_dmigrate.agent import warm_up
 from nova_dmigrate.rpc import messages
 from tests.guests import guests
 from tests.guests.guests import HEAVIER, LIGHT
 from tests.lab import database_image
 from tests.lab.guest import GuestError
+from tests.lab.relays import wait_until
 
 
 class LayoutTests(guests.DatabaseGuestTestCase):
@@ -94,12 +96,30 @@ class TestLogicalVolume(LayoutTests):
 class TestMySQL(LayoutTests):
     """Oracle's server in Debian's newest release, whose Python runs the agent."""
 
-    LAYOUT: ClassVar[dict[str, Any]] = {"release": database_image.MYSQL, "ram_mb": 1024}
+    LAYOUT: ClassVar[dict[str, Any]] = {
+        "release": database_image.MYSQL,
+        "ram_mb": 1024,
+        "options": ("innodb-buffer-pool-load-at-startup=OFF",),
+    }
 
     def test_it_is_genuine(self) -> None:
         version = self.guest.sql("SELECT @@version, @@version_comment")
         self.assertTrue(version.startswith("9."), version)
         self.assertNotIn("mariadb", version.lower())
+
+    def test_a_pool_that_the_server_does_not_fill_is_filled_by_the_agent(self) -> None:
+        def ended() -> dict[str, Any] | None:
+            state = client.warm_up_progress()
+            return state if state["state"] not in warm_up.UNFINISHED else None
+
+        client = self.agent()
+        wait_until(
+            lambda: "ib_buffer_pool" in self.guest.run("ls /mnt/data/mysql"), "there is a list"
+        )
+        client.warm_up()
+        state = wait_until(ended, "the warm-up has ended")
+        self.assertEqual(("done", None), (state["state"], state["code"]), state)
+        self.assertGreater(state["loaded"], 1000)
 
 
 # Tests are those of the layouts

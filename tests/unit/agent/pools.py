@@ -48,8 +48,8 @@ class PoolServer:
         self.dumps = 0
         self.fails_dump = ""
         self.status = {
-            hotlist_server.LOAD_STATUS: "",
-            hotlist_server.DUMP_STATUS: "",
+            hotlist_server.LOAD_STATUS: "Loading of buffer pool not started",
+            hotlist_server.DUMP_STATUS: "Dumping of buffer pool not started",
             hotlist_server._PAGES_READ: "0",
             "Uptime": "100",
         }
