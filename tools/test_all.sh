@@ -4,7 +4,7 @@
 # and the last line is the count of all tests.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-suites=(unit functional integration guests)
+suites=(unit functional integration guests openstack)
 # Where the counts are: a file of results for each suite, and one for Nova's own tests
 results=("${suites[@]/#/$STATE/}" "$STATE/nova")
 results=("${results[@]/%/.subunit}")

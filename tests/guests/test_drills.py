@@ -7,7 +7,7 @@ from typing import ClassVar
 from nova_dmigrate.migration.summary import COMPLETED, DMIGRATE, ORDINARY
 from tests import base
 from tests.lab import database_image, processes
-from tests.lab.demo.drills import CANCEL, CONVERGING, MATRIX, MIGRATING, carry_out
+from tests.lab.demo.drills import CANCEL, CONVERGING, MATRIX, MIGRATING, Drill, carry_out
 from tests.lab.demo.scene import Scene, small_scene
 from tests.lab.demo.soak import WARM_UP, soak
 
@@ -22,6 +22,20 @@ _WAYS = {
     ("database server", MIGRATING): (COMPLETED, DMIGRATE),
     ("broker", MIGRATING): (COMPLETED, DMIGRATE),
 }
+#: Some of what `make soak` does whole: early, amid the memory, and just before the switchover.
+_PHASES: dict[str, tuple[str, ...]] = {
+    "source relay": ("starting relays", MIGRATING, CONVERGING),
+    "destination relay": ("starting relays", MIGRATING),
+    "source service": ("waiting", MIGRATING, CONVERGING),
+    "destination service": ("checking", MIGRATING),
+    "agent": ("waiting", MIGRATING, CONVERGING),
+    "broker": ("checking", "starting relays", MIGRATING),
+    "database server": ("starting relays", MIGRATING, CONVERGING),
+    "source libvirtd": ("waiting", MIGRATING),
+    "destination libvirtd": ("starting relays", CONVERGING),
+    CANCEL: ("waiting", MIGRATING, CONVERGING),
+}
+_DRILLS = [Drill(victim, phase) for victim, phases in _PHASES.items() for phase in phases]
 
 
 class TestDrills(base.TestCase):
@@ -60,13 +74,17 @@ class TestDrills(base.TestCase):
 
     def drill(self, victim: str) -> None:
         """Kill it in one phase after the other, and once more migrate at the end."""
-        drills = [each for each in MATRIX if each.victim == victim]
+        drills = [each for each in _DRILLS if each.victim == victim]
         for drill in drills:
             with self.subTest(str(drill)):
                 outcome = carry_out(drill, self.scene, once_more=drill == drills[-1])
                 self.assertEqual((), outcome.trouble, str(outcome))
                 found = outcome.summary.state, outcome.summary.mode
                 self.assertEqual(_WAYS.get((victim, drill.phase), found), found, str(outcome))
+
+    def test_each_victim_is_drilled(self) -> None:
+        self.assertEqual({each.victim for each in MATRIX}, set(_PHASES))
+        self.assertEqual(set(), set(_DRILLS) - set(MATRIX))
 
     def test_a_source_relay_is_killed(self) -> None:
         self.drill("source relay")

@@ -2,8 +2,8 @@
 """A host dies under a database VM: how soon is the database itself again on the other host?
 
 Three times a guest's QEMU is killed under load, and the guest is started on the other host, from a
-volume that reads only so much: its buffer pool stays cold, its server fills it by itself, or its
-agent does. Prints one table and writes evacuation-report/report.json.
+volume that reads only so much: its agent fills its buffer pool, its server does by itself, or only
+its clients do. Prints one table and writes evacuation-report/report.json.
 
 Chosen by environment variables: READS (reads a second of the volume), VOLUME (MB/s that it reads),
 and what `make demo` has: DB, RAM, POOL, LOAD, RATE.
@@ -47,7 +47,7 @@ from tests.lab.relays import wait_until
 REPORT = Path("evacuation-report")
 #: Who fills the pool.
 COLD, OWN, AGENT = "cold", "own", "agent"
-MODES = (COLD, OWN, AGENT)
+MODES = (AGENT, OWN, COLD)
 #: As much as the guest's emulated processor can do, for a throughput that the volume limits.
 USUAL = {"RAM": "1536", "POOL": "0.5", "VOLUME": "50", "RATE": "0", "READS": "300"}
 #: Seconds in which the former throughput is measured, the span in which it has to be back, and the
