@@ -52,6 +52,7 @@ _MAX_MESSAGE = 1000
 _NO_ACCOUNT = ("login", "privilege", "no-grant")
 
 U64 = NDArray[np.uint64]
+_Key = tuple[int, int]  # pid and start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,10 @@ class WarmUp:
         self._rate = rate
         self._boot_id = boot_id or changes.read_boot_id()
         self._lock = threading.Lock()
-        self._attempts = 0
+        # Of this run, by server
+        self._attempts: dict[_Key, int] = {}
+        self._listed: dict[_Key, int] = {}
+        self._failures: dict[_Key, Exception] = {}
         self._record = self._new("idle")
 
     def recover(self) -> None:
@@ -137,7 +141,8 @@ class WarmUp:
 
         :raises AgentError: if it is cancelled; the next call goes on, unless `stop` is called.
         """
-        self._attempts = 0
+        for known in (self._attempts, self._listed, self._failures):
+            known.clear()
         try:
             while not self._run(cancelled):
                 cancelled.wait(_LOOK_SECONDS)
@@ -161,27 +166,54 @@ class WarmUp:
                     reason=f"none serves after {_WAIT_SECONDS:g} s", code="no-server"
                 )
             return False
-        listed = 0
+        waited_for = [each for each in servers if not self._settle(each, cancelled)]
+        if waited_for:
+            return False
+        # Of what was tried in vain in a server that has ended since, nothing is left
         for server in servers:
-            try:
-                listed += self._fill(server, cancelled)
-            except exception.ServerError as error:
-                if error.kwargs.get("code") in _NO_ACCOUNT:
-                    raise self._no_account(error) from error
-                cancelled.check()
-                self._attempts += error.kwargs.get("code") != "gone"
-                if self._attempts >= _ATTEMPTS:
-                    raise
-                LOG.warning("The server in %s is waited for: %s", server.datadir, error)
-                self._note("waiting", message=str(error))
-                return False
-        if not listed:
+            error = self._failures.get(_key(server))
+            if error is not None:
+                raise error
+        if not any(self._listed.get(_key(server)) for server in servers):
             raise exception.StorageError(
                 path=servers[0].datadir, reason="there is no list of hot pages", code="no-list"
             )
         self._end("done", None, "")
         LOG.info("%d hot pages are in memory again", self._record.state.loaded)
         return True
+
+    def _settle(
+        self, server: processes.ServerProcess, cancelled: cancellation.Cancellation
+    ) -> bool:
+        """Fill one pool, whatever becomes of the others; False if it is to be tried again."""
+        key = _key(server)
+        if key in self._listed or key in self._failures:
+            return True
+        try:
+            self._listed[key] = self._fill(server, cancelled)
+            return True
+        except (exception.ServerError, exception.ServerNotFound) as error:
+            cancelled.check()
+            code = error.kwargs.get("code")
+            if code in _NO_ACCOUNT:
+                self._give_up(key, self._no_account(error))
+                return True
+            ended = code == "gone" or isinstance(error, exception.ServerNotFound)
+            self._attempts[key] = self._attempts.get(key, 0) + (not ended)
+            if self._attempts[key] >= _ATTEMPTS:
+                self._give_up(key, error)
+                return True
+            LOG.warning("The server in %s is waited for: %s", server.datadir, error)
+            self._note("waiting", message=str(error))
+            return False
+        except (exception.StorageError, OSError) as error:
+            cancelled.check()
+            self._give_up(key, error)
+            return True
+
+    def _give_up(self, key: _Key, error: Exception) -> None:
+        LOG.warning("Left out: %s", error)
+        self._failures[key] = error
 
     def _find(self) -> list[processes.ServerProcess]:
         """All servers, as soon as all of them serve: none that recovers listens on its socket."""
@@ -258,7 +290,7 @@ class WarmUp:
                 return each
         return begin
 
-    def _no_account(self, error: exception.ServerError) -> exception.ServerError:
+    def _no_account(self, error: exception.AgentError) -> exception.ServerError:
         return exception.ServerError(
             server=error.kwargs.get("server"),
             reason=f"{error.kwargs.get('reason')}: without an account that may change settings "
@@ -309,6 +341,10 @@ class WarmUp:
             ledger.write_record(self._path, self._record)
         except OSError as error:
             LOG.warning("An agent that comes after this one begins anew: %s", error)
+
+
+def _key(server: processes.ServerProcess) -> _Key:
+    return server.pid, server.start_time
 
 
 def _settings(database: Database, per_second: int) -> dict[str, str]:

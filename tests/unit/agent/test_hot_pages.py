@@ -320,6 +320,49 @@ class WarmUpTest(PoolTestCase):
         state = self.run_one()
         self.assertEqual(("failed", "no-list"), (state.state, state.code))
 
+    def test_whatever_is_amiss_with_one_of_several_servers_the_others_are_filled(self) -> None:
+        def no_login(bad: PoolServer) -> None:
+            bad.refuses_login = True
+
+        def no_load(bad: PoolServer) -> None:
+            error = exception.ServerError(server="it", reason="no way", code="load")
+            bad.load = mock.Mock(side_effect=error)  # type: ignore[method-assign]
+
+        def odd_name(bad: PoolServer) -> None:
+            bad.values[hotlist_server.FILENAME] = "a/path"
+
+        def no_list(bad: PoolServer) -> None:
+            (bad.directory / "ib_buffer_pool").write_text("this is no list")
+
+        for spoil, code in (
+            (no_login, "login"),
+            (no_load, "load"),
+            (odd_name, "unusual-name"),
+            (no_list, "no-list"),
+        ):
+            bad, good = PoolServer(self.make_directory()), PoolServer(self.data)
+            bad.process = dataclasses.replace(bad.process, socket="/run/bad.sock", start_time=1)
+            write_list(bad.directory, PAGES)
+            spoil(bad)
+            self.server = good
+            by_socket = {"/run/bad.sock": bad, "/run/mysqld.sock": good}
+            good.find = lambda bad=bad, good=good: [  # type: ignore[misc,method-assign]
+                bad.process,
+                good.process,
+            ]
+            connect = good.connect
+            good.connect = (  # type: ignore[method-assign]
+                lambda login, by_socket=by_socket, connect=connect: (
+                    connect(login)
+                    if login.socket == "/run/mysqld.sock"
+                    else by_socket[login.socket].connect(login)
+                )
+            )
+            state = self.run_one()
+            self.assertEqual([PAGES], good.loads)
+            self.assertEqual(("failed", code), (state.state, state.code))
+            self.assert_put_back()
+
     def test_a_server_that_recovers_is_waited_for(self) -> None:
         serving = self.server.process
         self.server.process = dataclasses.replace(serving, socket=None)
