@@ -9,6 +9,7 @@ dumps has neither the old nor the new one for a moment, and brings none to the d
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping
 
@@ -126,8 +127,10 @@ def dump(
     :raises StorageError: if what it has written cannot be had.
     :raises AgentError: if it is cancelled.
     """
-    instances = int(database.variables([INSTANCES]).get(INSTANCES, 1))
-    percent = str(min(100, max(1, round(100 * share))))
+    total = max(1, database.pool().total)
+    # Each instance has its share of a dump: what is too long must not be cut at its end
+    allowed = min(1.0, share, hotlist.MAX_PAGES / total)
+    percent = str(max(1, math.floor(100 * allowed + 1e-6)))
     dumped = directory.transfer + _DUMPED_SUFFIX
     directory.remove(dumped)
     try:
@@ -139,7 +142,17 @@ def dump(
         pages = directory.read(dumped)
     finally:
         directory.remove(dumped)
-    return hotlist.interleave(pages, instances)
+    ordered = hotlist.interleave(pages, _instances(database))
+    # MySQL 5.6 can only dump all of its pool
+    return ordered[: max(1, int(share * total))]
+
+
+def _instances(database: Database) -> int:
+    """How many lists follow each other in a dump."""
+    if database.flavour == "mariadb":
+        # Since 10.5 there is one pool. 10.5 shows what somebody has once set all the same
+        return 1
+    return int(database.variables([INSTANCES]).get(INSTANCES, 1))
 
 
 def _may_be_renamed(database: Database) -> bool:

@@ -28,6 +28,7 @@ DEFAULTS = {
 class PoolServer:
     """``in_pool``: the pages that a dump tells, in its order. ``loads``: those of each load.
 
+    ``instances``: of its pool, whose pages follow each other there.
     ``name_is_fixed``: its file cannot be named anew. ``may_set``: whether its only account may set
     variables. ``own_load``: it loads by itself, until told not to.
     ``dies_at``: the number of the load that it does not survive.
@@ -43,6 +44,9 @@ class PoolServer:
         self.refuses_login = False
         self.own_load = False
         self.name_is_fixed = False
+        self.flavour = "mysql"
+        self.instances = 1
+        self.total = 1000
         self.free = 1 << 20
         self.dies_at: int | None = None
         self.dumps = 0
@@ -86,8 +90,13 @@ class PoolServer:
         if self.fails_dump:
             self.status[hotlist_server.DUMP_STATUS] = self.fails_dump
             return
-        share = int(self.values[hotlist_server.DUMP_SHARE]) / 100
-        lines = self.in_pool[: int(share * len(self.in_pool))]
+        share = int(self.values.get(hotlist_server.DUMP_SHARE, 100)) / 100
+        size = len(self.in_pool) // self.instances
+        lines = [
+            page
+            for start in range(0, size * self.instances, size or 1)
+            for page in self.in_pool[start : start + int(share * size)]
+        ]
         path = self.directory / self.values[hotlist_server.FILENAME]
         path.unlink(missing_ok=True)
         path.write_text("".join(f"{space},{page}\n" for space, page in lines))
@@ -112,6 +121,7 @@ class PoolDatabase:
         self._server = server
         self.login = login
         self.pid = server.process.pid
+        self.flavour = server.flavour
 
     def __enter__(self) -> PoolDatabase:
         return self
@@ -134,7 +144,7 @@ class PoolDatabase:
         return {name: known[name] for name in names}
 
     def pool(self) -> PoolStatus:
-        return PoolStatus(16384, 1000, len(self._server.in_pool), 0)
+        return PoolStatus(16384, self._server.total, len(self._server.in_pool), 0)
 
     def set_global(self, name: str, value: str) -> None:
         if name == hotlist_server.DUMP:

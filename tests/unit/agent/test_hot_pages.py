@@ -16,6 +16,7 @@ from nova_dmigrate.agent import (
     changes,
     flushing,
     hot_pages,
+    hotlist,
     hotlist_keeper,
     hotlist_server,
     ledger,
@@ -114,8 +115,32 @@ class KeeperTest(PoolTestCase):
     def test_the_lists_of_instances_are_merged(self) -> None:
         self.server.in_pool = PAGES
         self.server.values[hotlist_server.INSTANCES] = "2"
+        self.server.instances = 2
         self.keeper().keep(self.cancelled)
         self.assertEqual([PAGES[0], PAGES[4], PAGES[1], PAGES[5]], read_list(self.data)[:4])
+
+    def test_mariadb_has_one_instance_whatever_it_shows(self) -> None:
+        self.server.in_pool = PAGES
+        self.server.flavour = "mariadb"
+        self.server.values[hotlist_server.INSTANCES] = "2"
+        self.keeper().keep(self.cancelled)
+        self.assertEqual(PAGES, read_list(self.data))
+
+    def test_what_is_too_much_for_a_list_leaves_out_the_coldest_of_each_instance(self) -> None:
+        self.useFixture(fixtures.MockPatchObject(hotlist, "MAX_PAGES", 4))
+        self.server.in_pool = PAGES
+        self.server.total = 8
+        self.server.values[hotlist_server.INSTANCES] = "2"
+        self.server.instances = 2
+        self.keeper().keep(self.cancelled)
+        self.assertEqual([PAGES[0], PAGES[4], PAGES[1], PAGES[5]], read_list(self.data))
+
+    def test_the_share_bounds_the_list_of_a_server_that_dumps_all(self) -> None:
+        self.server.in_pool = PAGES
+        self.server.total = 8
+        del self.server.values[hotlist_server.DUMP_SHARE]
+        self.keeper(share=0.5).keep(self.cancelled)
+        self.assertEqual(PAGES[:4], read_list(self.data))
 
     def test_a_recent_list_stays_until_the_interval_is_over(self) -> None:
         self.server.in_pool = PAGES
