@@ -43,6 +43,8 @@ _DUMP_SECONDS = 120.0
 # The status tells seconds: two loads that end within one would look like one
 _APART = 1.1
 _BEGIN_SECONDS = 5.0
+# A server that is just going back to sleep may miss the first one
+_CALLS = 2
 _ABORT_SECONDS = 60.0
 # Of the time, at least so many parts are not spent on asking
 _UNASKED = 10
@@ -175,14 +177,19 @@ def _dump(
     before = database.status([DUMP_STATUS]).get(DUMP_STATUS, "")
     inode = directory.inode(name)
     database.set_global(DUMP, _ON)
-    began = time.monotonic()
+    began = asked = time.monotonic()
+    times = 1
     # The server gives the file its name when it is whole
     while directory.inode(name) in (None, inode):
         status = database.status([DUMP_STATUS]).get(DUMP_STATUS, "")
-        seconds = time.monotonic() - began
+        now = time.monotonic()
+        begun = status != before
+        if not begun and now - asked > _BEGIN_SECONDS and times < _CALLS:
+            database.set_global(DUMP, _ON)
+            asked, times = now, times + 1
         # It may have failed as it has the last time
-        failed = not status.startswith(_DUMPING) and (status != before or seconds > _BEGIN_SECONDS)
-        if failed or seconds > _DUMP_SECONDS:
+        failed = not status.startswith(_DUMPING) if begun else now - asked > _BEGIN_SECONDS
+        if failed or now - began > _DUMP_SECONDS:
             raise exception.ServerError(
                 server=database.login.socket, reason=f"no dump of its pool: {status}", code="dump"
             )
@@ -250,8 +257,7 @@ class Loader:
 
     def _begin(self, before: str) -> None:
         """Start a load; returns as soon as the status speaks of it."""
-        # A server that is just going back to sleep may miss the first call
-        for _ in range(2):
+        for _ in range(_CALLS):
             self._database.set_global(LOAD, _ON)
             end = time.monotonic() + _BEGIN_SECONDS
             while time.monotonic() < end:

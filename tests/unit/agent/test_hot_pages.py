@@ -209,10 +209,44 @@ class KeeperTest(PoolTestCase):
             keeper._next.clear()
             keeper._find_next = 0.0
             keeper.keep(self.cancelled)
-        self.assertEqual(2, self.server.dumps)
+        # The second time nothing shows that it has tried, and it is asked once more
+        self.assertEqual(3, self.server.dumps)
         self.assertEqual(1, self.log.output.count("No space left"))
         self.assertEqual(PAGES, read_list(self.data))
         self.assert_put_back()
+
+    def test_a_call_for_a_dump_that_a_server_misses_is_repeated(self) -> None:
+        self.server.in_pool = PAGES
+        self.server.status[hotlist_server.DUMP_STATUS] = "Buffer pool(s) dump completed at 12:00"
+        self.useFixture(fixtures.MockPatchObject(hotlist_server, "_BEGIN_SECONDS", 0.1))
+        self.useFixture(fixtures.MockPatchObject(hotlist_server, "_DUMP_SECONDS", 2.0))
+        real, calls = self.server.dump, []
+
+        def dump() -> None:
+            calls.append(1)
+            if len(calls) == 2:
+                real()
+
+        self.server.dump = dump  # type: ignore[method-assign]
+        self.keeper().keep(self.cancelled)
+        self.assertEqual(PAGES, read_list(self.data))
+        self.assert_put_back()
+
+    def test_a_server_that_never_begins_to_dump_is_not_waited_for_long(self) -> None:
+        self.useFixture(fixtures.MockPatchObject(hotlist_server, "_BEGIN_SECONDS", 0.1))
+        self.useFixture(fixtures.MockPatchObject(hotlist_server, "_DUMP_SECONDS", 5.0))
+        self.server.dump = lambda: None  # type: ignore[method-assign]
+        for status in (
+            "",
+            "Dumping of buffer pool not started",
+            "Buffer pool(s) dump completed at 12:00",
+        ):
+            self.server.status[hotlist_server.DUMP_STATUS] = status
+            began = time.monotonic()
+            self.keeper().keep(self.cancelled)
+            self.assertLess(time.monotonic() - began, 2)
+            self.assertIn("no dump of its pool", self.log.output)
+            self.assertEqual(pools.DEFAULTS, self.server.values)
 
     def test_without_an_account_the_memory_is_looked_at(self) -> None:
         self.server.in_pool = PAGES
@@ -370,18 +404,11 @@ class WarmUpTest(PoolTestCase):
             write_list(bad.directory, PAGES)
             spoil(bad)
             self.server = good
-            by_socket = {"/run/bad.sock": bad, "/run/mysqld.sock": good}
-            good.find = lambda bad=bad, good=good: [  # type: ignore[misc,method-assign]
-                bad.process,
-                good.process,
-            ]
-            connect = good.connect
-            good.connect = (  # type: ignore[method-assign]
-                lambda login, by_socket=by_socket, connect=connect: (
-                    connect(login)
-                    if login.socket == "/run/mysqld.sock"
-                    else by_socket[login.socket].connect(login)
-                )
+            both = {"/run/bad.sock": bad.connect, "/run/mysqld.sock": good.connect}
+            found = [bad.process, good.process]
+            good.find = mock.Mock(return_value=found)  # type: ignore[method-assign]
+            good.connect = mock.Mock(  # type: ignore[method-assign]
+                side_effect=lambda login, both=both: both[login.socket](login)
             )
             state = self.run_one()
             self.assertEqual([PAGES], good.loads)
