@@ -35,7 +35,10 @@ LOG = logging.getLogger(__name__)
 
 # A shorter list than that share of the present one is of a pool that is being filled ...
 _COLD = 0.5
-# ... unless the server has run for so many intervals, or seconds, all the same
+# ... and so is one of a server that has not run for an interval, nor so many seconds: its pool has
+# what crash recovery has read
+_YOUNG_SECONDS = 300.0
+# The shorter one is taken if the server has run for so many intervals, or seconds, all the same
 _SETTLED_INTERVALS, _SETTLED_SECONDS = 10, 3600.0
 _SOON = 30.0
 # So often servers are looked for
@@ -128,7 +131,7 @@ class Keeper:
             )
             with hotlist_file.ListDirectory(server, place) as directory:
                 directory.recover()
-                left = self._time_left(directory)
+                left = self._time_left(server, directory)
                 if left > 0:
                     self._next[_key(server)] = time.monotonic() + left
                     return
@@ -150,11 +153,14 @@ class Keeper:
             "its memory" if database is None else "the server",
         )
 
-    def _time_left(self, directory: hotlist_file.ListDirectory) -> float:
+    def _time_left(
+        self, server: processes.ServerProcess, directory: hotlist_file.ListDirectory
+    ) -> float:
         age = directory.age()
-        if age is None or age < 0:
+        if age is None:
             return 0.0
-        return self._settings.interval - age
+        grown = min(self._settings.interval, _YOUNG_SECONDS) - _running_for(server)
+        return max(grown, self._settings.interval - age if age >= 0 else 0.0)
 
     @contextlib.contextmanager
     def _opened(self, server: processes.ServerProcess) -> Iterator[Database | None]:
@@ -208,8 +214,7 @@ class Keeper:
         if not pages.size:
             return False
         settled = max(_SETTLED_INTERVALS * self._settings.interval, _SETTLED_SECONDS)
-        seconds = changes.boot_clock() - server.start_time / os.sysconf("SC_CLK_TCK")
-        return seconds > settled or pages.size >= _COLD * directory.lines()
+        return _running_for(server) > settled or pages.size >= _COLD * directory.lines()
 
     def _still_serves(self, server: processes.ServerProcess) -> bool:
         """Whether it neither has ended nor is about to: the first thing to go is its socket."""
@@ -220,6 +225,10 @@ class Keeper:
             )
         except exception.AgentError:
             return False
+
+
+def _running_for(server: processes.ServerProcess) -> float:
+    return changes.boot_clock() - server.start_time / os.sysconf("SC_CLK_TCK")
 
 
 def _key(server: processes.ServerProcess) -> _Key:

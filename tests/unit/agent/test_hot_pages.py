@@ -71,6 +71,14 @@ class PoolTestCase(base.TestCase):
 
 
 class KeeperTest(PoolTestCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.runs_for(1000.0)
+
+    def runs_for(self, seconds: float) -> None:
+        now = self.server.process.start_time / os.sysconf("SC_CLK_TCK") + seconds
+        self.useFixture(fixtures.MockPatchObject(changes, "boot_clock", lambda: now))
+
     def keeper(self, **values: Any) -> hotlist_keeper.Keeper:
         settings = hotlist_keeper.ListSettings(**{"interval": 100.0, "share": 1.0, **values})
         return hotlist_keeper.Keeper(
@@ -161,16 +169,34 @@ class KeeperTest(PoolTestCase):
         write_list(self.data, PAGES)
         self.age(1000)
         self.server.in_pool = PAGES[:3]
-        with mock.patch.object(changes, "boot_clock", lambda: self.started() + 60):
-            self.keeper().keep(self.cancelled)
+        self.keeper().keep(self.cancelled)
+        self.assertEqual(1, self.server.dumps)
         self.assertEqual(PAGES, read_list(self.data))
         self.assert_put_back()
-        with mock.patch.object(changes, "boot_clock", lambda: self.started() + 4000):
-            self.keeper().keep(self.cancelled)
+        self.runs_for(4000)
+        self.keeper().keep(self.cancelled)
         self.assertEqual(PAGES[:3], read_list(self.data))
 
-    def started(self) -> float:
-        return self.server.process.start_time / os.sysconf("SC_CLK_TCK")
+    def test_what_crash_recovery_has_read_does_not_replace_the_list(self) -> None:
+        write_list(self.data, PAGES)
+        self.age(1000)
+        self.server.in_pool = [(9, page) for page in range(20)]
+        self.runs_for(20)
+        keeper = self.keeper()
+        keeper.keep(self.cancelled)
+        self.assertEqual(0, self.server.dumps)
+        self.assertEqual(PAGES, read_list(self.data))
+        (due,) = keeper._next.values()
+        self.assertAlmostEqual(80, due - time.monotonic(), delta=5)
+        self.runs_for(101)
+        self.keeper().keep(self.cancelled)
+        self.assertEqual(self.server.in_pool, read_list(self.data))
+
+    def test_a_young_server_without_a_list_gets_one(self) -> None:
+        self.server.in_pool = PAGES
+        self.runs_for(1)
+        self.keeper().keep(self.cancelled)
+        self.assertEqual(PAGES, read_list(self.data))
 
     def test_a_server_that_loads_is_not_asked(self) -> None:
         self.server.in_pool = PAGES
