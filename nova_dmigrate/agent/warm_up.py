@@ -261,7 +261,7 @@ class WarmUp:
         cancelled: cancellation.Cancellation,
     ) -> None:
         pool = database.pool()
-        per_second = max(turns.FEWEST_PAGES, self._rate // pool.page_bytes)
+        per_second = max(1, self._rate // pool.page_bytes)
         self._note("running", filled)
         values = _settings(database, per_second)
         with hotlist_server.exchange(database, directory, self._borrowed, values) as name:

@@ -47,6 +47,7 @@ class PoolServer:
         self.flavour = "mysql"
         self.instances = 1
         self.total = 1000
+        self.page_bytes = 16384
         self.free = 1 << 20
         self.dies_at: int | None = None
         self.dumps = 0
@@ -144,7 +145,7 @@ class PoolDatabase:
         return {name: known[name] for name in names}
 
     def pool(self) -> PoolStatus:
-        return PoolStatus(16384, self._server.total, len(self._server.in_pool), 0)
+        return PoolStatus(self._server.page_bytes, self._server.total, len(self._server.in_pool), 0)
 
     def set_global(self, name: str, value: str) -> None:
         if name == hotlist_server.DUMP:

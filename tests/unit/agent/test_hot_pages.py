@@ -323,6 +323,12 @@ class WarmUpTest(PoolTestCase):
         self.assertGreater(state.seconds, 2.5)
         self.assert_put_back()
 
+    def test_the_rate_is_one_of_bytes_however_large_pages_are(self) -> None:
+        self.useFixture(fixtures.MockPatchObject(turns, "FEWEST_PAGES", 64))
+        self.server.page_bytes = 65536
+        self.assertEqual("done", self.run_one(4 * 4).state)
+        self.assertEqual([PAGES[:4], PAGES[4:]], self.server.loads)
+
     def test_a_server_with_a_fixed_name_loads_pieces_under_it_while_the_list_is_kept(self) -> None:
         self.server.name_is_fixed = True
         self.assertEqual("done", self.run_one(5).state)
