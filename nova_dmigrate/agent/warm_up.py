@@ -107,6 +107,7 @@ class WarmUp:
         self._attempts: dict[_Key, int] = {}
         self._listed: dict[_Key, int] = {}
         self._failures: dict[_Key, Exception] = {}
+        self._remarks: list[str] = []
         self._record = self._new("idle")
 
     def recover(self) -> None:
@@ -143,6 +144,7 @@ class WarmUp:
         """
         for known in (self._attempts, self._listed, self._failures):
             known.clear()
+        self._remarks.clear()
         try:
             while not self._run(cancelled):
                 cancelled.wait(_LOOK_SECONDS)
@@ -178,7 +180,7 @@ class WarmUp:
             raise exception.StorageError(
                 path=servers[0].datadir, reason="there is no list of hot pages", code="no-list"
             )
-        self._end("done", None, "")
+        self._end("done", None, "; ".join(self._remarks))
         LOG.info("%d hot pages are in memory again", self._record.state.loaded)
         return True
 
@@ -271,6 +273,10 @@ class WarmUp:
             while filled.loaded < pages.size:
                 free = hotlist_server.free_pages(database)
                 if free <= _FREE * pool.total:
+                    self._remarks.append(
+                        f"the pool of {filled.datadir} was full with {filled.loaded} of "
+                        f"{filled.total} pages of its list"
+                    )
                     break
                 began, before = time.monotonic(), hotlist_server.pages_read(database)
                 part = pages[filled.loaded :][: min(turn.size, free)]

@@ -300,6 +300,8 @@ def _warm_up(settings: service.AgentSettings, command: Any) -> int:
         _print_json(vars(state))
     elif state.state == "done":
         print(f"{state.loaded} pages are in memory, {state.seconds:.1f} s")
+        if state.message:
+            print(state.message)
     else:
         print(f"{PROGRAM}: {state.state}: {state.message}", file=sys.stderr)
     return _WELL if state.state == "done" else _TROUBLE

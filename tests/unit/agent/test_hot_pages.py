@@ -385,6 +385,7 @@ class WarmUpTest(PoolTestCase):
         self.server.free = 14
         state = self.run_one(4)
         self.assertEqual(("done", 4, 8), (state.state, state.loaded, state.total))
+        self.assertIn("was full with 4 of 8 pages", state.message)
 
     def test_without_an_account_it_says_what_to_do(self) -> None:
         for deny, code in (("refuses_login", "login"), ("may_set", "no-grant")):
