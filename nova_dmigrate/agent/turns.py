@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-#: Seconds in which both have their turn.
-_PERIOD = 2.0
+#: Seconds in which both have their turn: a piece cannot begin within a second of the last one.
+_PERIOD = 6.0
 #: Of that, what is the filling's at least, and at most.
 _LEAST, _MOST = 0.25, 0.9
 #: Of a piece.

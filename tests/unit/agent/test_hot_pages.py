@@ -357,7 +357,7 @@ class WarmUpTest(PoolTestCase):
         for size, took, then in (
             (256, 0.05, 512),
             (6000, 0.1, 6400),
-            (1000, 1.0, 500),
+            (1000, 1.0, 1500),
             (10, 500, 1),
         ):
             turn = turns.Turns(6400)
