@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the jobs name is there."""
 
+import configparser
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,8 @@ from tests import base
 from tests.scenario import settings
 from tests.unit.devstack.node import ROOT
 
-_PARENTS = {"openstack-tox-functional-py312", "tempest-multinode-full-py3"}
+_FUNCTIONAL = "openstack-tox-functional-py312"
+_PARENTS = {_FUNCTIONAL, "tempest-multinode-full-py3"}
 
 
 def _values(tree: Any, key: str) -> Iterator[Any]:
@@ -46,6 +48,15 @@ class JobsTest(base.TestCase):
     def test_parents_are_known(self) -> None:
         parents = {job["parent"] for job in self.jobs.values()}
         self.assertEqual(set(), parents - set(self.jobs) - _PARENTS)
+
+    def test_the_functional_job_runs_an_environment_that_tox_knows(self) -> None:
+        # Of one that it does not know it takes the factors, and runs what all others run
+        known = configparser.ConfigParser(interpolation=None)
+        known.read(ROOT / "tox.ini")
+        (job,) = [each for each in self.jobs.values() if each["parent"] == _FUNCTIONAL]
+        environment = job.get("vars", {}).get("tox_envlist", "functional-py312")
+        self.assertIn(f"testenv:{environment}", known.sections())
+        self.assertIn("functional", known[f"testenv:{environment}"]["commands"])
 
     def test_the_plugin_runs_on_every_node(self) -> None:
         job = self.jobs["nova-dmigrate-devstack-base"]
