@@ -94,6 +94,17 @@ class JobsTest(base.TestCase):
         said = set(re.findall(r"\b(scenario_\w+):", self.text))
         self.assertEqual(used, said)
 
+    def test_guests_that_are_prepared_are_reached(self) -> None:
+        every = [job.get("vars", {}) for job in self.jobs.values()]
+        prepared = [variables for variables in every if variables.get("scenario_prepare")]
+        self.assertTrue(prepared)
+        for variables in prepared:
+            # devstack's public network has no DHCP by itself, and servers get no config drive
+            self.assertEqual("public", variables["scenario_network"])
+            self.assertTrue(variables["devstack_localrc"].get("PUBLIC_SUBNET_ENABLE_DHCP"))
+        # The default security group lets nobody in
+        self.assertRegex(self.playbook, r"security group rule create [^\n]*--dst-port 22")
+
     def test_the_playbooks_programs_are_there(self) -> None:
         for path in re.findall(r"(?:project_dir }}|project_dir \+ ')/([\w/.-]+)", self.playbook):
             self.assertTrue((ROOT / path).is_file(), path)
