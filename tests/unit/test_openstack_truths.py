@@ -21,6 +21,7 @@ def move(status: str = COMPLETED, host: str = "b", **told: Any) -> Move:
         "total_s": 12.34,
         "fallback_reason": None,
         "pages_referenced": 7,
+        "misses": 0,
         "mapping_s": 1.5,
     }
     return Move(status, "a", host, {**summary, **told})
@@ -69,6 +70,15 @@ class TruthTest(base.TestCase):
         self.assertEqual(["0 pages were references"], VOLUME.lies(move(pages_referenced=0)))
         (wrong,) = NO_AGENT.lies(move(fallback_reason="agent-unreachable"))
         self.assertEqual("7 pages were references", wrong)
+
+    def test_references_that_did_not_match_are_no_pages_from_the_volume(self) -> None:
+        some = Truth(Way.VOLUME, matched=0)
+        self.assertEqual([], VOLUME.lies(move(misses=3)))
+        self.assertEqual(["4 of 7 references did not match"], VOLUME.lies(move(misses=4)))
+        self.assertEqual([], some.lies(move(misses=6)))
+        self.assertEqual(["7 of 7 references did not match"], some.lies(move(misses=7)))
+        self.assertEqual([], ABORTED.lies(move(CANCELLED, "a", misses=7)))
+        self.assertIn("7 references, 7 misses", str(move(misses=7)))
 
     def test_another_reason_and_none_are_both_wrong(self) -> None:
         (wrong,) = NO_AGENT.lies(ordinary("late-map"))

@@ -35,6 +35,7 @@ class Move:
             return f"{self.status}, DMigrate says nothing"
         why = f", {told['fallback_reason']}" if told["fallback_reason"] else ""
         pages = f", {told['pages_referenced']} references" if told["pages_referenced"] else ""
+        misses = f", {told['misses']} misses" if told.get("misses") else ""
         mapped = f", the map in {told['mapping_s']:.1f} s" if told.get("mapping_s") else ""
         took = f"{told['mode']} {told['state']} in {told['total_s']:.1f} s"
-        return f"{self.status}, {took}{why}{mapped}{pages}"
+        return f"{self.status}, {took}{why}{mapped}{pages}{misses}"

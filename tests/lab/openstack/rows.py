@@ -42,6 +42,8 @@ class Row:
 
 
 _VOLUME = Truth(Way.VOLUME)
+#: A volume that fails may not be read any more for the rest of a migration.
+_SOME_OF_IT = Truth(Way.VOLUME, matched=0)
 
 
 def _there_and_back(storage: str) -> Iterator[Row]:
@@ -64,8 +66,8 @@ _TROUBLES: dict[str, Deed] = {
     "host service missing": _in_trouble(
         troubles.no_host_service, Truth(Way.ORDINARY, "host-unreachable"), FAST
     ),
-    "Ceph slow": _in_trouble(troubles.slow_ceph, _VOLUME, SLOW),
-    "OSD restarted": _in_trouble(troubles.osd_restarted, _VOLUME, SLOW),
+    "Ceph slow": _in_trouble(troubles.slow_ceph, _SOME_OF_IT, SLOW),
+    "OSD restarted": _in_trouble(troubles.osd_restarted, _SOME_OF_IT, SLOW),
     "broker isolation": Isolated(),
     "evacuation": Evacuated(STARTS),
     "evacuation, started by hand": Evacuated(STOPS),

@@ -24,11 +24,14 @@ class Truth:
     :ivar way: how the memory has travelled, or was about to.
     :ivar reason: DMigrate's code for why not otherwise.
     :ivar status: Nova's word for the end.
+    :ivar matched: the share of references to pages of the volume that more than match; what is
+        sent as a reference and cannot be read comes over the network.
     """
 
     way: Way
     reason: str | None = None
     status: str = COMPLETED
+    matched: float = 0.5
 
     def __str__(self) -> str:
         why = f", because {self.reason}" if self.reason else ""
@@ -63,4 +66,6 @@ class Truth:
         # One that is not completed may not have come so far
         if bool(pages) != (self.way is Way.VOLUME) and self.status == COMPLETED:
             found.append(f"{pages} pages were references")
+        elif pages and self.status == COMPLETED and pages - told["misses"] <= self.matched * pages:
+            found.append(f"{told['misses']} of {pages} references did not match")
         return found
