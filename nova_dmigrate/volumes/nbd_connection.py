@@ -59,13 +59,16 @@ class NbdConnection:
 
     :param address: path of the server's UNIX socket. :param export: the export's name.
     :param timeout: seconds that the server may take, to each answer and to each piece of data.
-    :raises ConnectionFailed: there is no such export, or no server.
+    :raises ConnectionFailed: there is no such export, no server, or no descriptor to be had.
     """
 
     def __init__(self, address: str, export: str, timeout: float) -> None:
         self._cookie = 0
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._timeout = timeout
+        try:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        except OSError as error:  # too many files are open
+            raise self._failure(error) from error
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(address)

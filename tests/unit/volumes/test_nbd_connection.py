@@ -4,6 +4,7 @@ import errno
 import random
 import struct
 import threading
+from unittest import mock
 
 from nova_dmigrate.volumes.nbd_connection import ConnectionFailed, NbdConnection
 from tests import base
@@ -44,6 +45,12 @@ class NbdTestCase(base.TestCase):
 
 
 class NegotiationTest(NbdTestCase):
+    def test_a_descriptor_that_is_not_to_be_had_is_no_connection(self):
+        error = OSError(errno.EMFILE, "Too many open files")
+        with mock.patch("nova_dmigrate.volumes.nbd_connection.socket.socket", side_effect=error):
+            failed = self.assertRaises(ConnectionFailed, NbdConnection, "/nbd", "volume", TIMEOUT)
+        self.assertEqual("Too many open files", str(failed))
+
     def test_export_and_size_are_agreed_on(self):
         asked = []
 
