@@ -105,6 +105,11 @@ class JobsTest(base.TestCase):
         # The default security group lets nobody in
         self.assertRegex(self.playbook, r"security group rule create [^\n]*--dst-port 22")
 
+    def test_no_private_key_is_among_the_logs(self) -> None:
+        copied = {path for copies in _values(self.items, "zuul_copy_output") for path in copies}
+        self.assertIn("/etc/nova-dmigrate/nova-dmigrate.conf", copied)
+        self.assertNotIn("/etc/nova-dmigrate", copied)
+
     def test_the_playbooks_programs_are_there(self) -> None:
         for path in re.findall(r"(?:project_dir }}|project_dir \+ ')/([\w/.-]+)", self.playbook):
             self.assertTrue((ROOT / path).is_file(), path)
