@@ -64,9 +64,12 @@ class RbdReader(base.VolumeReader):
         try:
             self._image = self._open(_with_own_account(place, access), spec.secret, access)
             self.size: int = self._image.size()
-        except BaseException:
+        except BaseException as error:
             self._give_back()
-            raise
+            if isinstance(error, exception.VolumeError) or not isinstance(error, Exception):
+                raise
+            # Ceph's modules have errors for what is asked of them, too
+            raise self._open_error(f"{place.name} cannot be used: {_reason(error)}") from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._finish(self._begin(offset, buffer))

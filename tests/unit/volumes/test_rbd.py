@@ -32,6 +32,29 @@ class WithoutModulesTest(base.TestCase):
         self.assertNotIn("rbd", volumes.usable_drivers())
 
 
+class ErrorsTest(base.TestCase):
+    """Of modules that are not the real ones."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.rados, self.rbd = mock.Mock(Error=OSError), mock.Mock(Error=OSError)
+        patch = mock.patch.dict("sys.modules", rados=self.rados, rbd=self.rbd)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_whatever_keeps_an_image_from_being_opened_costs_the_gain_alone(self):
+        self.rbd.Image.return_value.size.side_effect = OSError(110, "timed out")
+        error = self.assertRaises(exception.VolumeOpenError, open_rbd, "volumes/volume-1")
+        self.assertIn("volumes/volume-1 cannot be used: Connection timed out", str(error))
+        for opened in (self.rbd.Image, self.rados.Rados.return_value.open_ioctx):
+            opened.return_value.close.assert_called_once_with()
+        self.rados.Rados.return_value.shutdown.assert_called_once_with()
+
+        self.rados.Rados.side_effect = TypeError("conf must be a string")
+        error = self.assertRaises(exception.VolumeOpenError, open_rbd, "volumes/volume-1")
+        self.assertIn("conf must be a string", str(error))
+
+
 class OpenTest(base.TestCase):
     def setUp(self) -> None:
         super().setUp()
