@@ -65,7 +65,7 @@ class ImageTest(base.TestCase):
         self.assertEqual(
             [
                 *("-t", "qcow2", "-o", f"{self.file.with_suffix('')}.partial"),
-                *("-p", "mariadb-server", "debian-minimal", "vm", "block-device-mbr"),
+                *("-p", "mariadb-server", "debian", "vm", "block-device-mbr"),
                 *("cloud-init", "nova-dmigrate-agent"),
             ],
             self.told("arguments"),
