@@ -94,6 +94,10 @@ class VolumeReadError(VolumeError):
     """A range of the volume could not be read; its references are misses."""
 
 
+class VolumeTimeoutError(VolumeReadError):
+    """The volume has not answered: what else is asked of it would be waited for as long."""
+
+
 class VolumeBoundsError(VolumeError):
     """A read would leave the volume's bounds, or is not aligned to volume blocks."""
 

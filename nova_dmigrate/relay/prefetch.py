@@ -179,6 +179,8 @@ class Prefetch:
                 continue
             self._count_error(plan.volume, error, quiet=told)
             told = True
+            if isinstance(error, exception.VolumeTimeoutError):
+                break  # the others of the plan would be waited for as long, one after the other
             if length > 1:
                 # One bad block must not cost its neighbours: once more, block by block.
                 offsets = np.arange(length)

@@ -83,7 +83,7 @@ class RbdReader(base.VolumeReader):
             if len(under_way) == _DEPTH:
                 results.append(self._try_finish(under_way.popleft()))
             last = results[-1] if results else None
-            if isinstance(last, _NoAnswer):
+            if isinstance(last, exception.VolumeTimeoutError):
                 # The others would wait as long, one after the other
                 under_way.append(last)
             else:
@@ -178,7 +178,7 @@ class RbdReader(base.VolumeReader):
         answered = read.wait(self._timeout * _LAST_RESORT)
         self._uses.end()
         if not answered or read.status == -errno.ETIMEDOUT:
-            raise _NoAnswer(
+            raise exception.VolumeTimeoutError(
                 volume=self.volume_id,
                 reason=f"reading at byte {read.offset}: Ceph has not answered in time",
             )
@@ -207,10 +207,6 @@ class RbdReader(base.VolumeReader):
         return exception.VolumeReadError(
             volume=self.volume_id, reason=f"reading at byte {read.offset}: {reason}"
         )
-
-
-class _NoAnswer(exception.VolumeReadError):
-    """The cluster hangs."""
 
 
 class _Read:

@@ -116,6 +116,10 @@ class HostPair:
         a, b = (json.loads(host.run(show).stdout)[0] for host in self._hosts())
         return a["stats64"]["tx"]["bytes"], b["stats64"]["tx"]["bytes"]
 
+    def carried(self) -> int:
+        """Bytes that both have sent."""
+        return sum(self.counters())
+
     def close(self) -> None:
         """Remove the namespaces. What still runs in them keeps running, without a network."""
         while self._made:

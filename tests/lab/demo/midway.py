@@ -8,23 +8,23 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.lab.demo.clients import ClientError
-from tests.lab.hosts import HostPair
 
 
 @contextlib.contextmanager
 def midway(
-    link: HostPair, carried: float, act: Callable[[threading.Event], None]
+    carried: Callable[[], int], more: float, act: Callable[[threading.Event], None]
 ) -> Iterator[None]:
     """Act, in a thread of its own, as soon as a network has carried so many bytes more.
 
+    :param carried: how many it has.
     :param act: is given what is set when the migration is over.
     :raises ClientError: it never came to that, or what was done has failed.
     """
     over = threading.Event()
-    enough = sum(link.counters()) + carried
+    enough = carried() + more
 
     def came() -> bool:
-        while sum(link.counters()) < enough:
+        while carried() < enough:
             if over.wait(0.2):
                 return False
         act(over)

@@ -111,7 +111,7 @@ def _for_a_while(
         finally:
             finish()
 
-    with midway(stage.hosts.link, COMES * stage.shape.network * 1e6, come):
+    with midway(stage.hosts.link.carried, COMES * stage.shape.network * 1e6, come):
         yield
 
 

@@ -16,6 +16,7 @@ from nova_dmigrate.rpc.host_client import HostClient
 from nova_dmigrate.rpc.host_messages import HOST
 from tests.lab.libvirt_host import LibvirtHost
 from tests.lab.openstack import nova, taps
+from tests.lab.openstack.client import CloudError
 from tests.lab.openstack.configuration import Options, write
 from tests.lab.openstack.site import Site
 from tests.lab.openstack.storage import Storage
@@ -84,14 +85,20 @@ class Compute:
     def die(self) -> None:
         """Kill all that serves here, and all guests. The network of the guests stays, and what is
         mounted.
+
+        :raises CloudError: no guest has run here.
         """
         for name in (self.nova_compute, self.host_service):
             if self._site.services.runs(name):
                 self._site.services.kill(name)
         self.host.kill_libvirtd()
+        killed = 0
         for file in self.host.outside(_PIDS).glob("instance-*.pid"):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(file.read_text()), signal.SIGKILL)
+                killed += 1
+        if not killed:
+            raise CloudError(f"no guest ran on {self.name}")
 
     def serves(self) -> bool:
         """Whether DMigrate's host service answers."""

@@ -6,6 +6,7 @@ Neither migrations nor servers use it. This machine's ends go with the hosts' na
 
 import contextlib
 import ipaddress
+import json
 import os
 import subprocess
 from types import TracebackType
@@ -50,6 +51,13 @@ class StorageNetwork:
             with contextlib.suppress(RuntimeError):  # it has gone with its host
                 _run("ip", "link", "delete", cable)
 
+    def carried_to(self, host: LibvirtHost) -> int:
+        """Bytes that this machine has sent to a host."""
+        (cable,) = (cable for cable, (other, _) in self._cables.items() if other is host)
+        (told,) = json.loads(_run("ip", "-s", "-j", "link", "show", "dev", cable))
+        carried: int = told["stats64"]["tx"]["bytes"]
+        return carried
+
     def _lay(self, cable: str, host: LibvirtHost, address: str) -> None:
         peer = ["peer", "name", _INTERFACE, "netns", host.namespace]
         _run("ip", "link", "add", cable, "type", "veth", *peer)
@@ -62,7 +70,8 @@ class StorageNetwork:
             _run("ip", *where, "link", "set", interface, "up")
 
 
-def _run(*argv: str) -> None:
+def _run(*argv: str) -> str:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(argv)}: {done.stderr.strip()}")
+    return done.stdout

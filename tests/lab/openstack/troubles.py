@@ -4,6 +4,7 @@ end all is as it was.
 """
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +17,8 @@ from tests.lab.openstack.scene import Scene
 
 Trouble = Callable[[Scene], AbstractContextManager[None]]
 
-#: Bytes that make the middle of a migration.
-_MIDDLE = 24e6
+#: Bytes of memory that make the middle of a migration; and of a volume, more than opening it takes.
+_MIDDLE, _READ = 24e6, 4e6
 #: Seconds for which storage is slow, and in turn hangs and serves; and for which it is gone.
 _SLOW, _HANGS, _SERVES, _GONE = 20.0, 0.4, 0.1, 3.0
 
@@ -67,14 +68,14 @@ def abort(scene: Scene) -> Iterator[None]:
         for each in compute.server_migrations(server.id):
             compute.abort_server_migration(each.id, server.id, ignore_missing=False)
 
-    with midway(scene.cloud.hosts.link, _MIDDLE, order):
+    with midway(scene.cloud.hosts.link.carried, _MIDDLE, order):
         yield
 
 
 @contextlib.contextmanager
 def slow_ceph(scene: Scene) -> Iterator[None]:
-    """Ceph hangs most of the time for a while."""
-    ceph = _ceph(scene)
+    """Ceph hangs most of the time for a while, in which the destination reads."""
+    ceph, has_read = _ceph(scene)
 
     def hang(over: threading.Event) -> None:
         end = time.monotonic() + _SLOW
@@ -83,14 +84,14 @@ def slow_ceph(scene: Scene) -> Iterator[None]:
                 time.sleep(_HANGS)
             time.sleep(_SERVES)
 
-    with midway(scene.cloud.hosts.link, _MIDDLE, hang):
+    with midway(has_read, _READ, hang):
         yield
 
 
 @contextlib.contextmanager
 def osd_restarted(scene: Scene) -> Iterator[None]:
-    """The OSD is killed, and started a moment later."""
-    ceph = _ceph(scene)
+    """The OSD is killed while the destination reads, and started a moment later."""
+    ceph, has_read = _ceph(scene)
 
     def restart(over: threading.Event) -> None:
         try:
@@ -99,11 +100,12 @@ def osd_restarted(scene: Scene) -> Iterator[None]:
         finally:
             ceph.start_osd()
 
-    with midway(scene.cloud.hosts.link, _MIDDLE, restart):
+    with midway(has_read, _READ, restart):
         yield
 
 
-def _ceph(scene: Scene) -> Ceph:
+def _ceph(scene: Scene) -> tuple[Ceph, Callable[[], int]]:
+    """The cluster, and how many bytes the destination has read of it."""
     storage = scene.cloud.storages[scene.storage]
     assert isinstance(storage, CephStorage)
-    return storage.ceph
+    return storage.ceph, functools.partial(storage.network.carried_to, scene.there.host)

@@ -277,6 +277,24 @@ class PrefetchTest(TestCase):
         self.assertEqual(list(range(8)), failed)
         self.assertEqual(1, self.log.output.count("Blocks will travel over the network instead"))
 
+    def test_of_a_volume_that_does_not_answer_a_plan_asks_once(self) -> None:
+        asked: list[int] = []
+
+        class Hung(BlockReader):
+            def read_ranges(
+                self, ranges: Sequence[tuple[int, memoryview]]
+            ) -> list[exception.VolumeError | None]:
+                asked.append(len(ranges))
+                reason = "no answer in time"
+                return [exception.VolumeTimeoutError(volume="volume", reason=reason)] * len(ranges)
+
+        for blocks in (np.arange(0, 64, 8), np.arange(8)):
+            asked.clear()
+            reader = Hung(VolumeSpec("volume", "block", str(self.path)))
+            prefetch, pages, failed = self.read(blocks, reader, volume_merge_gap=0)
+            self.assertEqual(({}, list(range(8))), (pages, failed))
+            self.assertEqual(([1], 1), (asked, prefetch.errors))
+
     def test_what_was_sent_during_the_read_is_not_delivered(self) -> None:
         test = self
 
