@@ -39,8 +39,6 @@ from nova_dmigrate.rpc.fields import checked, integer, number, record, several, 
 
 LOG = logging.getLogger(__name__)
 
-UNFINISHED = ("waiting", "running")
-
 _WAIT_SECONDS = 3600.0
 _LOOK_SECONDS = 1.0
 # A server that answers, but with errors, is asked so often
@@ -120,14 +118,14 @@ class WarmUp:
     @property
     def state(self) -> messages.WarmUpState:
         now = self._record
-        if now.state.state not in UNFINISHED:
+        if now.state.state not in messages.WARM_UP_UNFINISHED:
             return now.state
         return dataclasses.replace(now.state, seconds=changes.boot_clock() - now.begun)
 
     @property
     def wanted(self) -> bool:
         """Whether there is something to `run`."""
-        return self._record.state.state in UNFINISHED
+        return self._record.state.state in messages.WARM_UP_UNFINISHED
 
     def request(self) -> messages.WarmUpState:
         """Have it done, if it is not under way."""

@@ -45,7 +45,6 @@ with extras.needed(PROGRAM, "agent"):
         options,
         processes,
         service,
-        warm_up,
     )
     from nova_dmigrate.agent.preparation import PreparationSettings
 
@@ -312,7 +311,7 @@ def _follow(ask: Callable[[], messages.WarmUpState | None], quiet: bool) -> mess
     told = None
     while True:
         state = ask()
-        if state is not None and state.state not in ("idle", *warm_up.UNFINISHED):
+        if state is not None and state.state not in ("idle", *messages.WARM_UP_UNFINISHED):
             return state
         if state is not None and not quiet:
             line = f"{state.state}: {state.loaded} of {state.total} pages"

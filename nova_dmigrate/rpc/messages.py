@@ -217,6 +217,10 @@ class Health:
     servers: tuple[ServerHealth, ...] = checked(several(record(ServerHealth), MAX_SERVERS))
 
 
+#: States of a `WarmUpState` that is not over.
+WARM_UP_UNFINISHED = ("waiting", "running")
+
+
 @dataclasses.dataclass(frozen=True)
 class WarmUpState:
     """How far the buffer pools are filled again after a restart.

@@ -3,13 +3,14 @@
 buffer pools again, hottest pages first.
 
 Nova is not kept waiting. Each server has a thread that asks until the agent, which starts with its
-guest, has taken it.
+guest, has taken it, and then how far that is.
 """
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from oslo_config import cfg
 
@@ -17,14 +18,32 @@ from nova_dmigrate import exception
 from nova_dmigrate.migration.domain import Domain
 from nova_dmigrate.migration.peers import open_peers, settings_from
 from nova_dmigrate.migration.request import AgentTransport
+from nova_dmigrate.rpc.client import AgentClient
+from nova_dmigrate.rpc.messages import WARM_UP_UNFINISHED
 from nova_dmigrate.virt.conditions import request_for
 from nova_dmigrate.virt.policy import Policy
 
 LOG = logging.getLogger(__name__)
 
-#: Seconds within which a guest must have started its agent, and between two questions.
+#: Seconds within which a guest must have started its agent, or answer again; and between two
+#: questions.
 PATIENCE = 1800.0
 _INTERVAL = 5.0
+_NOT_WARMED = "Instance %s is not warmed up: %s"
+_WARM = (
+    logging.INFO,
+    "Instance %(instance)s is warm after %(seconds).0f s: %(loaded)d of %(total)d hot pages"
+    " %(message)s",
+)
+_NOT_WARM = (
+    logging.WARNING,
+    "Instance %(instance)s is not warm: %(state)s with %(loaded)d of %(total)d hot pages,"
+    " %(code)s: %(message)s",
+)
+
+
+class _NoWay(Exception):
+    pass
 
 
 class Evacuations:
@@ -77,17 +96,39 @@ class Evacuations:
         last = "there was no time for it"
         while self._wanted(instance):
             try:
-                self._ask(instance, host, facts())
+                with self._agent(instance, host, facts()) as agent:
+                    agent.warm_up()
                 self._forget(instance)
-                return
-            except exception.AgentRefused as error:
-                LOG.warning("Instance %s is not warmed up: %s", instance, error)
+            except (_NoWay, exception.AgentRefused) as error:
+                LOG.warning(_NOT_WARMED, instance, error)
                 self._forget(instance)
                 return
             except Exception as error:  # noqa: BLE001 - no domain yet, no agent yet, no broker
                 last = f"{type(error).__name__}: {error}"
+            else:
+                LOG.info("Instance %s has come from another host; its agent warms it up", instance)
+                self._follow(instance, host, facts)
+                return
             time.sleep(self._interval)
-        LOG.warning("Instance %s is not warmed up: %s", instance, last)
+        LOG.warning(_NOT_WARMED, instance, last)
+
+    def _follow(self, instance: str, host: str, facts: Callable[[], Domain]) -> None:
+        """Tell how the agent's warm-up ends. It needs nobody for that."""
+        last, end = "", time.monotonic() + self._patience
+        while time.monotonic() < end:
+            time.sleep(self._interval)
+            try:
+                with self._agent(instance, host, facts()) as agent:
+                    state = agent.warm_up_progress()
+            except Exception as error:  # noqa: BLE001 - as above, or it has moved on
+                last = f"{type(error).__name__}: {error}"
+                continue
+            if state["state"] not in WARM_UP_UNFINISHED:
+                told = _WARM if state["state"] == "done" else _NOT_WARM
+                LOG.log(*told, {"instance": instance, **state})
+                return
+            end = time.monotonic() + self._patience
+        LOG.warning("Instance %s: whether it is warm is not known: %s", instance, last)
 
     def _wanted(self, instance: str) -> bool:
         """Whether the agent is still waited for; else it may be so again later."""
@@ -97,18 +138,16 @@ class Evacuations:
             del self._waiting[instance]
             return False
 
-    def _ask(self, instance: str, host: str, domain: Domain) -> None:
-        """Have one agent begin."""
+    @contextlib.contextmanager
+    def _agent(self, instance: str, host: str, domain: Domain) -> Iterator[AgentClient]:
         config = self._configuration()
         settings = settings_from(config)
         request = request_for(domain, Policy.PREFERRED, config, host)
         if request.agent_transport is AgentTransport.NONE:
-            LOG.info("Instance %s is not warmed up: there is no way to its agent", instance)
-            return
+            raise _NoWay("there is no way to its agent")
         with open_peers(request, config, settings, instance, domain.channel) as peers:
             with peers.agent(peers.source) as agent:
-                agent.warm_up()
-        LOG.info("Instance %s has come from another host, and is warmed up", instance)
+                yield agent
 
     def _forget(self, instance: str) -> None:
         with self._lock:

@@ -6,6 +6,7 @@ from typing import Any
 import fixtures
 
 from nova_dmigrate import exception
+from nova_dmigrate.rpc import messages
 from nova_dmigrate.rpc.messages import AGENT
 from tests.functional import base, services
 
@@ -27,6 +28,21 @@ class EvacuationTest(LostHostTest):
         server = self.lose()
         self._evacuate_server(server, expected_host="dest", expected_state="ACTIVE")
         self.assertTrue(self.agent.warmed_up.wait(20))
+        told = f"Instance {server['id']} is warm after 12 s: 900 of 900 hot pages"
+        self.wait_for(lambda: told in self.stdlog.logger.output)
+
+    def test_what_keeps_an_agent_from_it_is_told(self):
+        self.api.microversion = self.admin_api.microversion = "2.94"
+        server = self.lose()
+        self.agent.warm_up_ends = messages.WarmUpState(
+            "failed", "no-list", message="there is no list of hot pages"
+        )
+        self._evacuate_server(server, expected_host="dest", expected_state="ACTIVE")
+        told = (
+            f"Instance {server['id']} is not warm: failed with 0 of 0 hot pages, no-list: there is"
+            " no list of hot pages"
+        )
+        self.wait_for(lambda: told in self.stdlog.logger.output)
 
     def test_since_2_95_it_is_asked_when_the_server_is_started(self):
         self.api.microversion = self.admin_api.microversion = "2.95"

@@ -8,7 +8,6 @@ partition table, the logical volumes and the file system.
 
 from typing import Any, ClassVar
 
-from nova_dmigrate.agent import warm_up
 from nova_dmigrate.rpc import messages
 from tests.guests import guests
 from tests.guests.guests import HEAVIER, LIGHT
@@ -110,7 +109,7 @@ class TestMySQL(LayoutTests):
     def test_a_pool_that_the_server_does_not_fill_is_filled_by_the_agent(self) -> None:
         def ended() -> dict[str, Any] | None:
             state = client.warm_up_progress()
-            return state if state["state"] not in warm_up.UNFINISHED else None
+            return state if state["state"] not in messages.WARM_UP_UNFINISHED else None
 
         client = self.agent()
         wait_until(

@@ -23,7 +23,6 @@ from nova_dmigrate.agent import (
     preparation,
     processes,
     service,
-    warm_up,
 )
 from nova_dmigrate.rpc import messages
 from tests import base
@@ -164,7 +163,7 @@ class AnyServer(base.TestCase):
             listed = hotlist.decode(file).size
         self.assertGreater(listed, 100)
         pages.warm_up()
-        while pages.warm_up_state().state in warm_up.UNFINISHED:
+        while pages.warm_up_state().state in messages.WARM_UP_UNFINISHED:
             time.sleep(0.1)
         state = pages.warm_up_state()
         self.assertEqual(("done", listed), (state.state, state.loaded), state.message)

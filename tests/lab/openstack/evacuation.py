@@ -5,6 +5,7 @@ import dataclasses
 import time
 
 from nova_dmigrate import exception
+from nova_dmigrate.rpc import messages
 from tests.lab.openstack.client import CloudError
 from tests.lab.openstack.computes import Compute
 from tests.lab.openstack.deeds import Done
@@ -32,7 +33,7 @@ class Evacuated:
     def __call__(self, scene: Scene) -> Done:
         scene.working.choose(DMIGRATE)
         source, destination = scene.here, scene.there
-        told = f"Instance {scene.server.id} has come from another host, and is warmed up"
+        told = f"Instance {scene.server.id} has come from another host; its agent warms it up"
         known = destination.said(told)
         began = time.monotonic()
         source.die()
@@ -79,7 +80,7 @@ class Evacuated:
                     progress.update(agent.warm_up_progress())
             except exception.AgentUnreachable:
                 return False
-            return progress["state"] not in ("waiting", "running")
+            return progress["state"] not in messages.WARM_UP_UNFINISHED
 
         scene.cloud.client.wait(over, "the agent has filled the pool")
         return "{state}, {loaded} of {total} pages {message}".format(**progress).rstrip()
