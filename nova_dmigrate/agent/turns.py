@@ -15,7 +15,9 @@ _FIRST_PAGES = 256
 class Turns:
     """The filling takes what clients leave of the volume.
 
-    What that is, is seen while it rests: what they read then, of what the volume can.
+    What that is, is seen while it rests: what they read then, of what the volume can. Where it is
+    half or more, a volume is not what clients wait for, and the pool that fills soonest serves them
+    best; where it is nothing, each page that is read for the list is one that they wait for.
 
     :param most: pages of a piece at most.
     :ivar size: pages of the next piece.
@@ -37,8 +39,8 @@ class Turns:
         :param reads: pages that were read in a second of the rest.
         :param can: pages that were read in a second of the piece.
         """
-        idle = 1 - reads / can if can > 0 else _LEAST
+        left = 2 * (1 - reads / can) if can > 0 else _LEAST
         # One look at clients, who come and go, is not worth more than the last ones
-        self._share = (self._share + min(_MOST, max(_LEAST, idle))) / 2
+        self._share = (self._share + min(_MOST, max(_LEAST, left))) / 2
         fitting = int(pages * min(2.0, _PERIOD * self._share / max(took, 1e-3)))
         self.size = min(self._most, max(FEWEST_PAGES, fitting))

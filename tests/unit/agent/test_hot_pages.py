@@ -371,8 +371,11 @@ class WarmUpTest(PoolTestCase):
             turn.note(256, 0.5, reads=300, can=300)
         self.assertAlmostEqual(3.0, turn.rest(1.0))
         for _ in range(20):
-            turn.note(256, 0.5, reads=150, can=300)
+            turn.note(256, 0.5, reads=225, can=300)
         self.assertAlmostEqual(1.0, turn.rest(1.0), 3)
+        for _ in range(20):
+            turn.note(256, 0.5, reads=150, can=300)
+        self.assertAlmostEqual(1 / 9, turn.rest(1.0), 3)
         for _ in range(20):
             turn.note(256, 0.5, reads=0, can=300)
         self.assertAlmostEqual(1 / 9, turn.rest(1.0), 3)
