@@ -18,6 +18,7 @@ _SENTENCE = re.compile(
     r"(?P<way>through the relays|in the ordinary way)"
     r"(?:, (?P<bare>but without the volumes, )?because (?P<reason>[^:]+))?"
 )
+_REFERENCES = re.compile(r", (?P<pages>\d+) pages by reference, (?P<misses>\d+) misses$")
 _STATES = {
     "completed in": "completed",
     "failed after": "failed",
@@ -33,6 +34,8 @@ class Outcome:
     :ivar relayed: whether it went through the relays.
     :ivar volumes: whether these used the volumes.
     :ivar reason: why not.
+    :ivar references: pages that were sent as references.
+    :ivar misses: those of them that came to nothing.
     :ivar sentence: all that was told.
     """
 
@@ -42,6 +45,8 @@ class Outcome:
     relayed: bool
     volumes: bool
     reason: str | None
+    references: int
+    misses: int
     sentence: str
 
     @property
@@ -58,6 +63,7 @@ def parse(sentence: str) -> Outcome:
     if found is None:
         raise ValueError(f"not a sentence of {EVENT}: {sentence!r}")
     relayed = found["way"] == "through the relays"
+    counted = _REFERENCES.search(sentence)
     return Outcome(
         source=found["source"],
         destination=found["destination"],
@@ -65,6 +71,8 @@ def parse(sentence: str) -> Outcome:
         relayed=relayed,
         volumes=relayed and not found["bare"],
         reason=found["reason"],
+        references=int(counted["pages"]) if counted else 0,
+        misses=int(counted["misses"]) if counted else 0,
         sentence=sentence,
     )
 

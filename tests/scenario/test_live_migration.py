@@ -55,6 +55,8 @@ class ScenarioTestCase(base.TestCase):
         if self.settings.expectation is not Expectation.EITHER:
             expected = self.settings.expectation is Expectation.DMIGRATE
             self.assertEqual(expected, outcome.by_dmigrate, outcome.sentence)
+            self.assertEqual(expected, outcome.references > 0, outcome.sentence)
+        self.assertLessEqual(2 * outcome.misses, outcome.references, outcome.sentence)
 
 
 class MadeServerTest(ScenarioTestCase):

@@ -32,7 +32,7 @@ from tests.lab.demo.compare import say
 from tests.lab.demo.ledger import Ledger
 from tests.lab.demo.load import Load
 from tests.lab.demo.settings import WrongSetting, available_release, number_from, shape_from
-from tests.lab.demo.stage import LEAN, Shape, admit, wait_until_filled
+from tests.lab.demo.stage import Shape, admit, wait_until_filled
 from tests.lab.demo.tables import table_errors
 from tests.lab.demo.volume import create_volume
 from tests.lab.demo.workloads import command
@@ -112,7 +112,7 @@ class Place:
         load = f"innodb-buffer-pool-load-at-startup={'ON' if own_load else 'OFF'}"
         spec = dataclasses.replace(
             self._spec,
-            options=(*LEAN[self._shape.release.flavour], load),
+            options=(*database_image.LEAN[self._shape.release.flavour], load),
             limits=self._limits if limited else (),
         )
         with Domain(self.hosts, spec) as domain:

@@ -24,7 +24,7 @@ def shape_from(environment: Mapping[str, str]) -> Shape:
     :raises WrongSetting: one of them makes no sense.
     """
     usual = Shape(MYSQL)
-    release = _RELEASES[choice_from(environment, "DB", "mysql", _RELEASES)]
+    release = release_from(environment)
     pool = number_from(environment, "POOL", usual.pool, 0.05, 0.8)
     return Shape(
         release,
@@ -36,6 +36,14 @@ def shape_from(environment: Mapping[str, str]) -> Shape:
         ram_mb=_ram_from(environment, usual.ram_mb, release, pool),
         compression=choice_from(environment, "COMPRESSION", "yes", ("yes", "no")) == "yes",
     )
+
+
+def release_from(environment: Mapping[str, str]) -> Release:
+    """The release that DB chooses.
+
+    :raises WrongSetting: it is none.
+    """
+    return _RELEASES[choice_from(environment, "DB", "mysql", _RELEASES)]
 
 
 def _ram_from(environment: Mapping[str, str], usual: int, release: Release, pool: float) -> int:
@@ -65,19 +73,24 @@ _OTHER_MB = {"mysql": 480, "mariadb": 260}
 _MACHINE_SHARE = 3
 
 
-def available_release(wanted: Release, say: Callable[[str], None]) -> Release:
+def available_release(
+    wanted: Release,
+    say: Callable[[str], None],
+    built: Callable[[Release], Release] = lambda release: release,
+) -> Release:
     """The release with its image built, or MariaDB's if that is not possible.
 
+    :param built: what its image is built of.
     :raises ImageError: neither can be built.
     """
     say(f"Building the guest's disk with {wanted.flavour} (once, then it is cached)")
     try:
-        database_image(wanted)
+        database_image(built(wanted))
     except ImageError as error:
         if wanted is MARIADB:
             raise
         say(f"{wanted.flavour} cannot be installed, so it is {MARIADB.flavour}: {error}")
-        return available_release(MARIADB, say)
+        return available_release(MARIADB, say, built)
     return wanted
 
 

@@ -16,7 +16,7 @@ from nova_dmigrate.rpc.client import AgentClient
 from tests.fetched_map import fetch_map
 from tests.lab.attached import AttachedDatabase
 from tests.lab.database_guest import DatabaseGuest, DatabaseSpec
-from tests.lab.database_image import Release
+from tests.lab.database_image import LEAN, Release
 from tests.lab.demo.clients import Server
 from tests.lab.demo.ledger import Ledger
 from tests.lab.demo.load import Load
@@ -30,8 +30,6 @@ from tests.lab.guest_network import GuestNetwork, guest_address
 from tests.lab.libvirt_hosts import LibvirtHosts
 from tests.lab.relays import wait_until
 
-#: A guest this small has no room for what else a server spends.
-LEAN = {"mysql": ("performance-schema=OFF", "innodb-log-buffer-size=16M"), "mariadb": ()}
 #: libvirt 9.0 cannot choose how parallel connections compress
 _COMPRESSION = ("-global", "migration.multifd-compression=zstd")
 #: Seconds in which the server fills its pool by the volume's list, at most.

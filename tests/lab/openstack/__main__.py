@@ -2,7 +2,7 @@
 """A database server in a whole OpenStack, live-migrated by Nova as ever and through the relays, on
 Ceph and on NFS, and what goes wrong meanwhile.
 
-NETWORK (MB/s), RAM, POOL (MiB), RATE and LOAD choose the server's shape, ONLY=part,... rows by
+DB, NETWORK (MB/s), RAM, POOL (MiB), RATE and LOAD choose the server's shape, ONLY=part,... rows by
 parts of their names. Prints the table of the migrations, and what became of each row; writes
 openstack-report/.
 
@@ -10,6 +10,7 @@ Exit status: 0 all is as each row says that it must be; 1 not so; 2 wrong settin
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import signal
@@ -21,9 +22,10 @@ from pathlib import Path
 from nova_dmigrate.report import Section
 from tests.lab.demo.compare import Comparison, say
 from tests.lab.demo.machine import bare_machine
+from tests.lab.demo.settings import WrongSetting, available_release, release_from
 from tests.lab.openstack.ceph_storage import CephStorage
 from tests.lab.openstack.cloud import OpenStack
-from tests.lab.openstack.guest import RELEASE
+from tests.lab.openstack.guest import at_broker
 from tests.lab.openstack.rows import ROWS, Result, Row, carry_out, check, not_set
 from tests.lab.openstack.scene import Scene
 from tests.lab.openstack.storage import SharedDirectory
@@ -35,7 +37,10 @@ _KINDS = (CephStorage, SharedDirectory)
 
 
 def shape_from_environment() -> Shape:
-    """The shape that NETWORK, RAM, POOL, RATE and LOAD choose."""
+    """The shape that DB, NETWORK, RAM, POOL, RATE and LOAD choose.
+
+    :raises WrongSetting: there is no such DB.
+    """
     usual = Shape()
     chosen = os.environ.get
     return Shape(
@@ -44,6 +49,7 @@ def shape_from_environment() -> Shape:
         network=float(chosen("NETWORK") or usual.network),
         rate=float(chosen("RATE") or usual.rate),
         load=chosen("LOAD") or usual.load,
+        release=release_from({name: value for name, value in os.environ.items() if value}),
     )
 
 
@@ -91,15 +97,21 @@ def _keep_logs(logs: Path) -> None:
 def main() -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
-    rows, shape = chosen_rows(), shape_from_environment()
+    try:
+        rows, shape = chosen_rows(), shape_from_environment()
+    except WrongSetting as error:
+        print(error, file=sys.stderr)
+        return 2
     if not rows:
         print(f"ONLY names none of: {', '.join(row.name for row in ROWS)}", file=sys.stderr)
         return 2
     REPORT.mkdir(exist_ok=True)
+    release = available_release(shape.release, say, at_broker)
+    shape = dataclasses.replace(shape, release=release)
     machine = {
         **bare_machine(),
         "guest": f"{shape.ram_mb} MiB of RAM, 1 emulated processor",
-        "server": f"{RELEASE.flavour} {'.'.join(map(str, RELEASE.version))}",
+        "server": f"{release.flavour} {'.'.join(map(str, release.version))}",
         "pool_mib": shape.pool_mb,
         "nova": version("nova"),
     }

@@ -14,7 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.lab import image
-from tests.lab.database_image import MARIADB, DatabaseImage, database_image, make_initramfs
+from tests.lab.database_image import (
+    LEAN,
+    MARIADB,
+    DatabaseImage,
+    Release,
+    database_image,
+    make_initramfs,
+)
 from tests.lab.demo.clients import Server
 from tests.lab.demo.volume import create_volume
 from tests.lab.guest import KERNEL_ARGUMENTS
@@ -25,10 +32,9 @@ from tests.lab.openstack.cloud import OpenStack
 from tests.lab.openstack.service import PATIENCE
 
 _SCRIPTS = Path(__file__).with_name("guest_scripts")
-#: The agent speaks with the broker, for which it needs more than for a port.
-RELEASE = dataclasses.replace(MARIADB, packages=(*MARIADB.packages, "python3-oslo.messaging"))
-#: Image and flavor of servers that do nothing.
+#: Image and flavor of servers that do nothing, and whose kernel they have.
 _TINY = "nothing"
+_TINY_RELEASE = MARIADB
 _TINY_INIT = b"""#!/bin/busybox sh
 # Nothing but a server that runs
 /bin/busybox mkdir -p /proc
@@ -36,6 +42,12 @@ _TINY_INIT = b"""#!/bin/busybox sh
 echo "init: READY"
 while true; do /bin/busybox sleep 1000; done
 """
+
+
+def at_broker(release: Release) -> Release:
+    """The release with an agent that speaks with the broker, for which it needs more than for a
+    port."""
+    return dataclasses.replace(release, packages=(*release.packages, "python3-oslo.messaging"))
 
 
 def tiny_server(cloud: OpenStack, name: str, host: str) -> Any:
@@ -58,7 +70,7 @@ def tiny_server(cloud: OpenStack, name: str, host: str) -> Any:
 
 def tiny_image(cloud: OpenStack, name: str) -> Any:
     """The image of a server that does nothing; no agent is in it."""
-    made = database_image(RELEASE)
+    made = database_image(at_broker(_TINY_RELEASE))
     initramfs = image.cpio(
         [
             ("bin", 0o040755, b""),
@@ -90,6 +102,7 @@ class DatabaseServer:
         pool_mb: int = 512,
         load: str = "oltp_read_write",
         storage: str | None = None,
+        release: Release = MARIADB,
         **specs: str,
     ) -> None:
         """:param number: of its address.
@@ -102,6 +115,7 @@ class DatabaseServer:
         self._name = name
         self._ram_mb, self._pool_mb, self._load = ram_mb, pool_mb, load
         self._storage = storage or next(iter(cloud.storages))
+        self._release = at_broker(release)
         self._specs = specs
         self.account = AgentAccount(cloud.broker)
 
@@ -110,7 +124,7 @@ class DatabaseServer:
 
         :raises CloudError: the cloud does not.
         """
-        made = database_image(RELEASE)
+        made = database_image(self._release)
         root = _root_disk(made)
         uploaded = _upload(
             self._cloud, self._name, made, self._initramfs(made), root, "qcow2", self._arguments()
@@ -152,7 +166,7 @@ class DatabaseServer:
 
     def _filled_volume(self) -> Any:
         content = self._cloud.directory / f"{self._name}-volume.raw"
-        create_volume(RELEASE, self._load, self._pool_mb, content)
+        create_volume(self._release, self._load, self._pool_mb, content)
         size = -(-content.stat().st_size >> 30)
         volume = _volume(self._cloud, self._name, size, self._storage)
         self._cloud.storages[self._storage].fill(volume.id, content)
@@ -162,12 +176,13 @@ class DatabaseServer:
     def _arguments(self) -> str:
         return (
             f"{KERNEL_ARGUMENTS} ndm.pool={self._pool_mb}M ndm.hugepages=0"
-            f" ndm.address={self.address} ndm.shell={shell.PORT} ndm.options="
+            f" ndm.address={self.address} ndm.shell={shell.PORT}"
+            f" ndm.options={','.join(LEAN[self._release.flavour])}"
         )
 
     def _initramfs(self, made: DatabaseImage) -> bytes:
         path = self._cloud.directory / f"{self._name}.cpio"
-        make_initramfs(RELEASE, made, path)
+        make_initramfs(self._release, made, path)
         # The kernel takes several archives; of a file that two have it keeps the last one's
         own = image.cpio(
             [

@@ -54,7 +54,7 @@ class Scene:
             self.say(f"{self.storage}: a server of {shape.ram_mb} MiB, pool {shape.pool_mb} MiB")
             database = DatabaseServer(
                 cloud, name, list(cloud.storages).index(self.storage), shape.ram_mb,
-                shape.pool_mb, shape.load, self.storage, **self._specs,
+                shape.pool_mb, shape.load, self.storage, shape.release, **self._specs,
             ).create()  # fmt: skip
             ends.callback(self._delete, database.server)
             console = cloud.site.services.log(f"console-{name}")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.lab.database_image import MARIADB, Release
 from tests.lab.demo.ledger import Ledger
 from tests.lab.demo.load import Load
 from tests.lab.demo.measure import CALM, load_series, network_series
@@ -17,7 +18,7 @@ from tests.lab.demo.probe import Probe
 from tests.lab.demo.workloads import command
 from tests.lab.openstack.client import CloudError, Order
 from tests.lab.openstack.cloud import OpenStack
-from tests.lab.openstack.guest import RELEASE, DatabaseServer
+from tests.lab.openstack.guest import DatabaseServer
 from tests.lab.openstack.move import COMPLETED, Move, Summary
 from tests.lab.openstack.service import PATIENCE
 
@@ -37,14 +38,15 @@ Run = dict[str, Any]
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """``ram_mb``, ``pool_mb``: of server and buffer pool; ``network``: MB/s; ``rate``: transactions
-    a second that sysbench asks for.
+    a second that sysbench asks for; ``release``: of the database.
     """
 
-    ram_mb: int = 1024
+    ram_mb: int = 1280
     pool_mb: int = 512
     network: float = 10
     rate: float = 10
     load: str = "oltp_read_write"
+    release: Release = MARIADB
 
 
 class Migration:
@@ -141,7 +143,7 @@ class WorkingServer:
         return move, {
             "scenario": scenario,
             "mode": mode,
-            "database": RELEASE.flavour,
+            "database": self._shape.release.flavour,
             "network_mb_s": self._shape.network,
             "pool_share": self._shape.pool_mb / self._shape.ram_mb,
             "completed": move.status == COMPLETED,

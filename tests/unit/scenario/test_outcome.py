@@ -36,6 +36,11 @@ class SentenceTest(base.TestCase):
         self.assertEqual(("compute1", "compute-2.example.org"), (found.source, found.destination))
         self.assertEqual(("completed", True, None), (found.state, found.by_dmigrate, found.reason))
 
+    def test_how_many_references_came_to_nothing(self) -> None:
+        found = self.parse(pages_referenced=900, misses=17)
+        self.assertEqual((900, 17), (found.references, found.misses))
+        self.assertEqual(0, self.parse(mode=summary.ORDINARY).references)
+
     def test_relays_that_did_without_the_volumes_are_not_the_real_thing(self) -> None:
         found = self.parse(
             fallback_reason="late-map",
