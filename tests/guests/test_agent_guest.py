@@ -106,7 +106,7 @@ class TestMySQL(LayoutTests):
         self.assertTrue(version.startswith("9."), version)
         self.assertNotIn("mariadb", version.lower())
 
-    def test_a_pool_that_the_server_does_not_fill_is_filled_by_the_agent(self) -> None:
+    def test_a_server_that_does_not_fill_its_pool_has_a_list_and_is_filled_by_it(self) -> None:
         def ended() -> dict[str, Any] | None:
             state = client.warm_up_progress()
             return state if state["state"] not in messages.WARM_UP_UNFINISHED else None
@@ -118,7 +118,8 @@ class TestMySQL(LayoutTests):
         client.warm_up()
         state = wait_until(ended, "the warm-up has ended")
         self.assertEqual(("done", None), (state["state"], state["code"]), state)
-        self.assertGreater(state["loaded"], 1000)
+        # What it is filled with may be in it already
+        self.assertGreater(state["total"], 1000)
 
 
 # Tests are those of the layouts
