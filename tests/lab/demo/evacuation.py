@@ -52,7 +52,7 @@ MODES = (AGENT, OWN, COLD)
 USUAL = {"RAM": "1536", "POOL": "0.5", "VOLUME": "50", "RATE": "0", "READS": "300"}
 #: Seconds in which the former throughput is measured, the span in which it has to be back, and the
 #: seconds from the power on after which a run ends at the latest.
-_FORMER, _WINDOW, _LONGEST = 30.0, 10.0, 600.0
+_FORMER, _WINDOW, _LONGEST = 30.0, 10.0, 400.0
 _SHARE = 0.9
 #: Seconds from the first answer on of which the throughput is told.
 _SPANS = (30, 60)
