@@ -18,7 +18,8 @@ _SENTENCE = re.compile(
     r"(?P<way>through the relays|in the ordinary way)"
     r"(?:, (?P<bare>but without the volumes, )?because (?P<reason>[^:]+))?"
 )
-_REFERENCES = re.compile(r", (?P<pages>\d+) pages by reference, (?P<misses>\d+) misses$")
+#: Nova cuts what an event tells after 255 characters.
+_REFERENCES = re.compile(r", (?P<pages>\d+) pages by(?: reference, (?P<misses>\d+) misses)?")
 _STATES = {
     "completed in": "completed",
     "failed after": "failed",
@@ -35,7 +36,7 @@ class Outcome:
     :ivar volumes: whether these used the volumes.
     :ivar reason: why not.
     :ivar references: pages that were sent as references.
-    :ivar misses: those of them that came to nothing.
+    :ivar misses: those of them that came to nothing, if the sentence is not cut before that.
     :ivar sentence: all that was told.
     """
 
@@ -72,7 +73,7 @@ def parse(sentence: str) -> Outcome:
         volumes=relayed and not found["bare"],
         reason=found["reason"],
         references=int(counted["pages"]) if counted else 0,
-        misses=int(counted["misses"]) if counted else 0,
+        misses=int(counted["misses"] or 0) if counted else 0,
         sentence=sentence,
     )
 

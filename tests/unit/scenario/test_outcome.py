@@ -39,6 +39,9 @@ class SentenceTest(base.TestCase):
     def test_how_many_references_came_to_nothing(self) -> None:
         found = self.parse(pages_referenced=900, misses=17)
         self.assertEqual((900, 17), (found.references, found.misses))
+        sentence = found.sentence.replace("900 pages by reference, 17 misses", "900 pages by refe")
+        found = outcome.parse(sentence)
+        self.assertEqual((900, 0), (found.references, found.misses))
         self.assertEqual(0, self.parse(mode=summary.ORDINARY).references)
 
     def test_relays_that_did_without_the_volumes_are_not_the_real_thing(self) -> None:
