@@ -63,6 +63,7 @@ class Evacuations:
         self._patience = patience
         self._interval = interval
         self._lock = threading.Lock()
+        self._stopped = threading.Event()
         #: By UUID the moment up to which the agent is waited for.
         self._waiting: dict[str, float] = {}
         self._cold: set[str] = set()
@@ -92,6 +93,10 @@ class Evacuations:
                 daemon=True,
             ).start()
 
+    def stop(self) -> None:
+        """Wait for nobody any more."""
+        self._stopped.set()
+
     def _run(self, instance: str, host: str, facts: Callable[[], Domain]) -> None:
         last = "there was no time for it"
         while self._wanted(instance):
@@ -109,14 +114,16 @@ class Evacuations:
                 LOG.info("Instance %s has come from another host; its agent warms it up", instance)
                 self._follow(instance, host, facts)
                 return
-            time.sleep(self._interval)
+            if self._stopped.wait(self._interval):
+                return
         LOG.warning(_NOT_WARMED, instance, last)
 
     def _follow(self, instance: str, host: str, facts: Callable[[], Domain]) -> None:
         """Tell how the agent's warm-up ends. It needs nobody for that."""
         last, end = "", time.monotonic() + self._patience
         while time.monotonic() < end:
-            time.sleep(self._interval)
+            if self._stopped.wait(self._interval):
+                return
             try:
                 with self._agent(instance, host, facts()) as agent:
                     state = agent.warm_up_progress()
