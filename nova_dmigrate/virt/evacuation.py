@@ -43,7 +43,7 @@ _NOT_WARM = (
 
 
 class _NoWay(Exception):
-    pass
+    """The configuration has no way to agents: to ask again is of no use."""
 
 
 class Evacuations:
