@@ -142,9 +142,10 @@ def _files(place: Path) -> int:
 
 
 def _agent(scene: Scene) -> dict[str, float]:
+    # ls complains of descriptors that are closed while it looks
     said = scene.guest.run(
-        "cd /proc/$(</run/agent.pid); ls task | wc -l; ls fd | wc -l; ls -l fd | grep -c socket:;"
-        " grep VmRSS status"
+        "cd /proc/$(</run/agent.pid); ls task 2>/dev/null | wc -l; ls fd 2>/dev/null | wc -l;"
+        " ls -l fd 2>/dev/null | grep -c socket:; grep VmRSS status"
     )
     threads, descriptors, sockets, status = said.splitlines()
     return {
