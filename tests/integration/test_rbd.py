@@ -271,7 +271,7 @@ class RbdTest(base.TestCase):
 
     def assert_recovers(self, data: bytes, reader: volumes.VolumeReader) -> None:
         """Reads come to work again, with the same reader."""
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while any(self.reads(reader, 1)):
             self.assertLess(time.monotonic(), deadline, "the reader does not recover")
         self.assert_reads(data, reader)
