@@ -32,14 +32,14 @@ functional)
     ;;
 integration)
     config=tests/integration/stestr.conf
-    concurrency=3 # they wait more than they work
+    concurrency=4 # they wait more than they work
     workers=(--worker-file tests/integration/workers.yaml)
     test_timeout=300
     suite_timeout=3900
     ;;
 guests)
     config=tests/guests/stestr.conf
-    concurrency=2
+    concurrency=3
     workers=(--worker-file tests/guests/workers.yaml)
     test_timeout=600
     suite_timeout=2400

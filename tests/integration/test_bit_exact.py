@@ -90,7 +90,9 @@ class TestMaps(migrations.MigrationTestCase):
     def assert_from_the_volume(self, summary: dict[str, Any], pages: int) -> None:
         self.assertEqual(pages, summary["referenced_pages"])
         self.assertEqual({}, summary["misses"])
-        self.assertGreaterEqual(summary["volume_bytes"], pages * PAGE_SIZE)
+        # What the source has sent unasked, while QEMU was held back, need not be read
+        read = pages - summary["copies_unasked"]
+        self.assertGreaterEqual(summary["volume_bytes"], read * PAGE_SIZE)
         self.assertLessEqual(summary["volume_bytes"], self.extents.size)
         expected = summary["raw_pages"] * 4104 + summary["zero_pages"] * 9 + pages * 24
         copies = summary["copies_unasked"] * 4104

@@ -416,8 +416,8 @@ class RelayedMigrationTest(host_base.Hosts):
             target=lambda: saved.append(client.save_map(path, MapLimits())), daemon=True
         )
         fetch.start()
-        # An agent that has not answered at all yet is given up, which the answer to "map_begin" rules
-        # out only once something is asked after it
+        # An agent that has not answered at all yet is given up; the answer to "map_begin" has come
+        # when something is asked after it
         for method in ("map_state", "map_chunk"):
             wait_until(lambda each=method: each in agent.asked, f"{method} is asked for")
             begin()

@@ -23,7 +23,8 @@ fi
 say "Virtual environment of Nova $release: $venv"
 # Pins may have gone up or down, and pip leaves alone what still fits
 "$PYTHON" -m venv --clear "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+# Most of its modules are never imported; Python compiles those that are
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
     "${requirements[@]/#/--requirement=}" --editable .
 # Nova's tests look for etc/nova/api-paste.ini beside the package; the wheel puts it into $venv/etc
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')

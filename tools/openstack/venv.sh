@@ -21,7 +21,8 @@ if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then
 fi
 say "Virtual environment of the OpenStack lab: $venv"
 "$PYTHON" -m venv --clear "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+# Most of its modules are never imported; Python compiles those that are
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile \
     --requirement "$here/requirements.txt" --constraint "$here/constraints.txt" \
     --editable ".[nova,host,report]"
 link_ceph_modules "$venv"
