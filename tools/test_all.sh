@@ -4,9 +4,8 @@
 # and the last line is the count of all tests.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-suites=(unit functional integration guests)
 # Where the counts are: a file of results for each suite, and one for Nova's own tests
-results=("${suites[@]}" openstack nova)
+results=(unit functional integration guests openstack nova)
 results=("${results[@]/#/$STATE/}")
 results=("${results[@]/%/.subunit}")
 failed=()
@@ -20,31 +19,43 @@ stage() {
     times+=("$name $((SECONDS - began)) s")
 }
 
-# What Nova's tests have said, once they have ended
+# Run something beside the next stages: beside NAME SECONDS COMMAND..., which then is ended
+beside() {
+    local name=$1 seconds=$2
+    shift 2
+    timeout --kill-after=30 "$seconds" "$@" >"$STATE/$name.log" 2>&1 &
+    beside[$name]=$!
+}
+
+# What that has said, once it has ended
 # shellcheck disable=SC2329 # the stage calls it
-await_nova() {
+await() {
     local status=0
-    wait "$nova" || status=$?
-    cat "$STATE/nova.log"
+    wait "${beside[$1]}" || status=$?
+    cat "$STATE/$1.log"
     return "$status"
 }
+
+declare -A beside=()
+trap 'kill "${beside[@]}" 2>/dev/null || true' EXIT
 
 # A count of an earlier run must never stand for this one
 rm -f "${results[@]}"
 
+# The first stages and the OpenStack lab leave some of the processors idle
+beside environments 900 bash -c 'tools/nova_tests/venv.sh 34 && tools/openstack/venv.sh'
 stage style tools/check_style.sh
 stage docs tools/build_docs.sh
-for suite in "${suites[@]}"; do
+stage unit tools/run_suite.sh unit
+stage environments await environments
+for suite in functional integration guests; do
     stage "$suite" tools/run_suite.sh "$suite"
 done
-# Nova's tests beside the OpenStack lab, which waits as long as it works. One that hangs ends long
-# before the limit of all, and its results count
-env CONCURRENCY="${CONCURRENCY:-4}" timeout --kill-after=30 1500 \
-    "$VENV/bin/python" -m tools.nova_tests --short 34 >"$STATE/nova.log" 2>&1 &
-nova=$!
-trap 'kill "$nova" 2>/dev/null || true' EXIT
+# Should one of Nova's tests hang, they end long before the limit of all, and their results count
+beside nova 1500 env CONCURRENCY="${CONCURRENCY:-4}" \
+    "$VENV/bin/python" -m tools.nova_tests --short 34
 stage openstack tools/run_suite.sh openstack
-stage nova await_nova
+stage nova await nova
 say "Summary: $(printf '%s; ' "${times[@]}")total $SECONDS s"
 if [ "${#failed[@]}" -gt 0 ]; then echo "Failed stages: ${failed[*]}"; fi
 status=0
