@@ -32,7 +32,7 @@ functional)
     ;;
 integration)
     config=tests/integration/stestr.conf
-    concurrency=4 # they wait more than they work
+    concurrency=4 # each of them waits now and then
     workers=(--worker-file tests/integration/workers.yaml)
     test_timeout=300
     suite_timeout=3900
