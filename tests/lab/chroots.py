@@ -80,9 +80,6 @@ class MariaDB11(_InChroot, databases.MariaDB):
     def _command(self) -> list[str]:
         return [*self._enter(self.RELEASE.program), *self._options()]
 
-    def _options(self) -> list[str]:
-        return [*super()._options(), f"--tmpdir={_INSIDE}"]
-
 
 class MariaDB105(MariaDB11):
     """Debian 11's MariaDB, with the flush method that is the default of later ones."""

@@ -212,7 +212,7 @@ class MariaDB(Server):
         run(
             [*self._volume.enter, "mariadb-install-db", "--no-defaults", "--user=mysql"]
             + [f"--datadir={self.datadir}", "--auth-root-authentication-method=normal"]
-            + ["--skip-test-db", *self._extra]
+            + ["--skip-test-db", f"--tmpdir={self._directory}", *self._extra]
         )
 
     def _command(self) -> list[str]:
@@ -224,6 +224,8 @@ class MariaDB(Server):
             f"--datadir={self.seen_datadir}",
             f"--socket={self.seen_socket}",
             f"--pid-file={directory / 'server.pid'}",
+            # Not shared: one that starts removes what look like left temporary tables.
+            f"--tmpdir={directory}",
             "--skip-networking",
             f"--innodb-buffer-pool-size={self._pool}",
             "--plugin-load-add=file_key_management",

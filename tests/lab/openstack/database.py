@@ -33,6 +33,9 @@ class Database:
         self._services = services
         self._port = port
         self._password = password
+        self._options = ["--no-defaults", "--user=root", f"--datadir={directory}", *_IN_A_HURRY]
+        # Another server that starts would remove temporary tables from a directory that it shares.
+        self._options.append(f"--tmpdir={directory}")
 
     def install(self) -> None:
         """Make its data directory, empty.
@@ -41,8 +44,8 @@ class Database:
         """
         self._services.run(
             NAME,
-            ["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={self.directory}"]
-            + ["--skip-test-db", "--auth-root-authentication-method=normal", *_IN_A_HURRY],
+            ["mariadb-install-db", *self._options, "--skip-test-db"]
+            + ["--auth-root-authentication-method=normal"],
         )
 
     def start(self, databases: Sequence[str]) -> None:
@@ -52,8 +55,7 @@ class Database:
         """
         self._services.start(
             NAME,
-            ["/usr/sbin/mariadbd", "--no-defaults", "--user=root", *_IN_A_HURRY]
-            + [f"--datadir={self.directory}", f"--pid-file={self.directory}/pid"]
+            ["/usr/sbin/mariadbd", *self._options, f"--pid-file={self.directory}/pid"]
             + ["--bind-address=127.0.0.1", f"--port={self._port}", f"--socket={self._socket}"]
             + ["--skip-name-resolve", "--max-connections=500", "--character-set-server=utf8mb3"],
         )
