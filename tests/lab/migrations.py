@@ -204,6 +204,13 @@ class MigrationTestCase(base.TestCase):
 
     # What must be true
 
+    def assert_from_the_volume(self, summary: Report, pages: int) -> None:
+        """So many pages have been references, and each has been read from its volume."""
+        self.assertEqual((pages, {}), (summary["referenced_pages"], summary["misses"]))
+        # What the source has sent unasked, while QEMU was held back, need not be read
+        read = pages - summary["copies_unasked"]
+        self.assertGreaterEqual(summary["volume_bytes"], read * PAGE_SIZE)
+
     def assert_delivered(self, migration: Migration, state: Report) -> Report:
         """The migration is complete, both relays are content, and the destination has, in each
         page, the last version that the source QEMU sent. Then the guest goes on at the source, for
