@@ -8,10 +8,11 @@ with Load(server, "oltp_read_write", rows, directory) as load:
 
 import contextlib
 import re
+import signal
 import subprocess
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,15 @@ class Load(Client):
     def begin_anew(self) -> None:
         """End its program, which may wait for a server that is gone; another one follows."""
         self._process.kill()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """It asks for nothing meanwhile, with transactions open; another one follows."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.begin_anew()
 
     def stop(self) -> None:
         self._stopped.set()

@@ -22,7 +22,15 @@ from pathlib import Path
 from nova_dmigrate.report import Section
 from tests.lab.demo.compare import Comparison, say
 from tests.lab.demo.machine import bare_machine
-from tests.lab.demo.settings import WrongSetting, available_release, release_from
+from tests.lab.demo.settings import (
+    WrongSetting,
+    available_release,
+    choice_from,
+    number_from,
+    os_memory_mb,
+    release_from,
+)
+from tests.lab.demo.workloads import LOADS
 from tests.lab.openstack.ceph_storage import CephStorage
 from tests.lab.openstack.cloud import OpenStack
 from tests.lab.openstack.guest import at_broker
@@ -39,17 +47,18 @@ _KINDS = (CephStorage, SharedDirectory)
 def shape_from_environment() -> Shape:
     """The shape that DB, NETWORK, RAM, POOL, RATE and LOAD choose.
 
-    :raises WrongSetting: there is no such DB.
+    :raises WrongSetting: one of them makes no sense.
     """
-    usual = Shape()
-    chosen = os.environ.get
+    usual, given = Shape(), os.environ
+    ram_mb = int(number_from(given, "RAM", usual.ram_mb, 512, os_memory_mb() // 3))
     return Shape(
-        ram_mb=int(chosen("RAM") or usual.ram_mb),
-        pool_mb=int(chosen("POOL") or usual.pool_mb),
-        network=float(chosen("NETWORK") or usual.network),
-        rate=float(chosen("RATE") or usual.rate),
-        load=chosen("LOAD") or usual.load,
-        release=release_from({name: value for name, value in os.environ.items() if value}),
+        ram_mb=ram_mb,
+        # The server has more than that, and the system
+        pool_mb=int(number_from(given, "POOL", usual.pool_mb, 32, ram_mb // 2)),
+        network=number_from(given, "NETWORK", usual.network, 1, 10_000),
+        rate=number_from(given, "RATE", usual.rate, 0, 1e6),
+        load=choice_from(given, "LOAD", usual.load, LOADS),
+        release=release_from(given),
     )
 
 
@@ -107,6 +116,9 @@ def main() -> int:
         return 2
     REPORT.mkdir(exist_ok=True)
     release = available_release(shape.release, say, at_broker)
+    if os.environ.get("DB") and release is not shape.release:
+        print(f"There is no {shape.release.flavour} here", file=sys.stderr)
+        return 1
     shape = dataclasses.replace(shape, release=release)
     machine = {
         **bare_machine(),

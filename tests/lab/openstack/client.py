@@ -81,17 +81,6 @@ class Client:
         name: str = self.sdk.compute.get_server(server.id).compute_host
         return name
 
-    def live_migrate(self, server: Any, to: str | None = None) -> None:
-        """Live-migrate a server, and wait for the end.
-
-        :param to: the name of a host; Nova's choice if None.
-        :raises CloudError: it has not ended as ``completed``.
-        """
-        status = Order(self, server, to).wait()
-        if status != COMPLETED:
-            events = "; ".join(self.events(server))
-            raise CloudError(f"the migration is {status}: {events}")
-
     def events(self, server: Any, action: str = "live-migration") -> list[str]:
         """Of the last action of a kind: each event, its result and what it tells."""
         for each in self.sdk.compute.server_actions(server.id):
@@ -181,12 +170,12 @@ class Order:
     ``source``: the host that the server is on.
     """
 
-    def __init__(self, client: Client, server: Any, to: str | None = None) -> None:
-        """:param to: the name of a host; Nova's choice if None."""
+    def __init__(self, client: Client, server: Any) -> None:
+        """Order it; the scheduler chooses the host."""
         self.source = client.host_of(server)
         self._client, self._server = client, server
         self._known = {each.uuid for each in client.migrations(server)}
-        client.sdk.compute.live_migrate_server(server.id, host=to, block_migration="auto")
+        client.sdk.compute.live_migrate_server(server.id, host=None, block_migration="auto")
 
     def over(self) -> bool:
         """Whether it has ended, however."""

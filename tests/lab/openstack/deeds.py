@@ -16,7 +16,7 @@ from tests.lab.openstack.working import Run
 
 #: MB/s of networks on which there is time in mid-migration for something to happen, and on which a
 #: server that changes its memory comes over although all of it is sent.
-SLOW, FAST = 4.0, 50.0
+SLOW, FAST = 8.0, 50.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,6 +31,8 @@ for name, (user, password, host) in attempts.items():
         attempts[name] = "in"
 print(json.dumps(attempts))
 """
+#: What the broker says of user or password, and of a virtual host: no other error is a refusal.
+_REFUSED = ("AccessRefused", "NotAllowed")
 #: An agent of that name serves beside the server's own.
 _IMPOSTOR = """
 mkdir -p /run/impostor
@@ -76,7 +78,7 @@ class Isolated:
             try:
                 entered = _attempts(scene, other.id)
                 wrong = [f"{name}: {result}" for name, result in entered.items()
-                         if (result == "in") != (name == "itself")]  # fmt: skip
+                         if result not in (["in"] if name == "itself" else _REFUSED)]  # fmt: skip
                 url = own.url(CLIENTS_ADDRESS, scene.server.id)
                 url = f"{url.rpartition('/')[0]}/{isolation.virtual_host(other.id)}"
                 reached = _impostor(scene, account, url, other.id)

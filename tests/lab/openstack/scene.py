@@ -10,7 +10,7 @@ from tests.lab.openstack.client import CloudError
 from tests.lab.openstack.cloud import OpenStack
 from tests.lab.openstack.computes import Compute
 from tests.lab.openstack.guest import DatabaseServer, tiny_server
-from tests.lab.openstack.sql import checksums, table_errors, wait_until_filled
+from tests.lab.openstack.sql import table_errors, wait_until_filled
 from tests.lab.openstack.storage import SharedDirectory
 from tests.lab.openstack.working import Run, Shape, WorkingServer
 
@@ -122,7 +122,7 @@ class Scene:
             self.working.wait_for_commit(_COMMIT)
         except CloudError:
             self.say("The database does not commit; its server is started anew")
-            self._reboot()
+            self.reboot()
             self.working.outlive()
         client.wait(self.working.database.account.served, "the agent is at the broker")
 
@@ -143,25 +143,6 @@ class Scene:
         wrong = [f"CHECK TABLE: {line}" for line in table_errors(self.working.server)]
         return wrong + self._wrong_with_ledger()
 
-    def wrong_with_volume(self) -> list[str]:
-        """What the database, whose clients have ended, has not as it was: on the other host, and
-        once more from the volume, when its server has been started anew.
-
-        :raises CloudError: the server does not migrate, or does not start.
-        """
-        before = checksums(self.working.server)
-        self.cloud.client.live_migrate(self.server)
-        moved = checksums(self.working.server)
-        self._reboot()
-        wait_until_filled(self.working.server)
-        restarted = checksums(self.working.server)
-        return [
-            f"CHECKSUM TABLE {name}: {checksum}, {where} {found.get(name)}"
-            for where, found in (("on the other host", moved), ("from the volume", restarted))
-            for name, checksum in before.items()
-            if found.get(name) != checksum
-        ]
-
     def _wrong_with_ledger(self) -> list[str]:
         """What of the acknowledged commits the database does not have."""
         found = self.working.ledger.check()
@@ -169,8 +150,11 @@ class Scene:
             return []
         return [f"{found.lost} of {found.acknowledged} commits lost, {found.wrong} rows wrong"]
 
-    def _reboot(self) -> None:
-        """Start the server anew, as by its power: what its database has in memory is gone."""
+    def reboot(self) -> None:
+        """Start the server anew, as by its power: what its database has in memory is gone.
+
+        :raises CloudError: it does not start.
+        """
         client = self.cloud.client
         client.sdk.compute.reboot_server(self.server.id, "HARD")
         client.wait_for_server(self.server, "ACTIVE")

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ class Shape:
 
     ram_mb: int = 1280
     pool_mb: int = 512
-    network: float = 10
-    rate: float = 10
+    network: float = 20
+    rate: float = 5
     load: str = "oltp_read_write"
     release: Release = MARIADB
 
@@ -186,6 +186,12 @@ class WorkingServer:
         # It may wait for an answer, without end; the others have a limit
         self._load.begin_anew()
         self.wait_for_commit()
+
+    @contextlib.contextmanager
+    def at_rest(self) -> Iterator[None]:
+        """No table but the ledger's changes meanwhile."""
+        with self._load.paused():
+            yield
 
     def stop_clients(self) -> None:
         """Let the clients finish; what they have noted stays."""
