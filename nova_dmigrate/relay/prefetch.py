@@ -137,7 +137,7 @@ class Prefetch:
             return self._busy_seconds + running
 
     def _read(self, plan: ReadPlan, buffer: PooledBuffer) -> BlockBatch | None:
-        """None if it was stopped before it could read."""
+        """None if it was stopped before all was read: then nobody waits for it."""
         count = plan.count
         view = buffer.view[: count * PAGE_SIZE]
         self._begin()
@@ -151,6 +151,8 @@ class Prefetch:
                 self.reads += 1
         finally:
             self._finish()
+        if self._stopped.is_set() and not good.all():
+            return None
         readable = good[plan.index]
         # What the source has sent in the meantime needs no digest.
         chosen = readable & self._table.wanted(plan.entries)
@@ -167,30 +169,47 @@ class Prefetch:
         if reader is None or self._errors[plan.volume] >= self._error_limit:
             return good
         places = np.cumsum(plan.lengths) - plan.lengths
-        ranges = _ranges(plan.starts, plan.lengths, places, view)
         told = False
-        for number, one in enumerate(ranges):
-            if self._errors[plan.volume] >= self._error_limit:
+        for place, start, length in zip(
+            places.tolist(), plan.starts.tolist(), plan.lengths.tolist(), strict=True
+        ):
+            if self._stopped.is_set() or self._errors[plan.volume] >= self._error_limit:
                 break
-            begin, length = int(places[number]), int(plan.lengths[number])
-            (error,) = reader.read_ranges([one])
+            error = _try(reader, start, view, place, length)
             if error is None:
-                good[begin : begin + length] = True
+                good[place : place + length] = True
                 continue
             self._count_error(plan.volume, error, quiet=told)
             told = True
+            if length > 1 and not isinstance(error, exception.VolumeTimeoutError):
+                error = self._read_singly(reader, start, view, place, good[place : place + length])
             if isinstance(error, exception.VolumeTimeoutError):
                 break  # the others of the plan would be waited for as long, one after the other
-            if length > 1:
-                # One bad block must not cost its neighbours: once more, block by block.
-                offsets = np.arange(length)
-                singles = _ranges(
-                    plan.starts[number] + offsets, np.ones_like(offsets), begin + offsets, view
-                )
-                good[begin : begin + length] = [
-                    single is None for single in reader.read_ranges(singles)
-                ]
         return good
+
+    def _read_singly(
+        self,
+        reader: VolumeReader,
+        start: int,
+        view: memoryview,
+        place: int,
+        good: NDArray[np.bool_],
+    ) -> exception.VolumeError | None:
+        """Read once more, block by block: one that is bad must not cost its neighbours.
+
+        :param good: is told which have been read. :returns: the last error.
+        """
+        error = None
+        for number in range(good.size):
+            self._bucket.take(PAGE_SIZE)
+            if self._stopped.is_set():
+                break
+            failed = _try(reader, start + number, view, place + number, 1)
+            good[number] = failed is None
+            error = failed or error
+            if isinstance(failed, exception.VolumeTimeoutError):
+                break
+        return error
 
     def _count_error(self, volume: int, error: exception.VolumeError, quiet: bool) -> None:
         """:param quiet: another error of the same plan has been logged."""
@@ -220,19 +239,12 @@ class Prefetch:
                 self._busy_seconds += time.monotonic() - self._busy_since
 
 
-def _ranges(
-    starts: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    places: NDArray[np.int64],
-    view: memoryview,
-) -> list[tuple[int, memoryview]]:
-    """Byte offsets in the volume with the parts of ``view`` to be filled; all arrays in blocks."""
-    return [
-        (start, view[place : place + length])
-        for start, length, place in zip(
-            (starts * PAGE_SIZE).tolist(),
-            (lengths * PAGE_SIZE).tolist(),
-            (places * PAGE_SIZE).tolist(),
-            strict=True,
-        )
-    ]
+def _try(
+    reader: VolumeReader, start: int, view: memoryview, place: int, length: int
+) -> exception.VolumeError | None:
+    """Read into a part of ``view``, all in blocks; why that has failed."""
+    try:
+        reader.read_into(start * PAGE_SIZE, view[place * PAGE_SIZE : (place + length) * PAGE_SIZE])
+    except exception.VolumeError as error:
+        return error
+    return None

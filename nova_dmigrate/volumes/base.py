@@ -8,7 +8,7 @@ blocking and thread-safe, so that whoever reads chooses the queue depth by the n
 import abc
 import dataclasses
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -70,17 +70,9 @@ class VolumeReader(abc.ABC):
         undefined.
 
         :raises VolumeBoundsError: if the range is unaligned or not inside the volume.
+        :raises VolumeTimeoutError: if the volume does not answer.
         :raises VolumeReadError: if it cannot be read in full, or the reader was closed.
         """
-
-    def read_ranges(
-        self, ranges: Sequence[tuple[int, memoryview]]
-    ) -> list[exception.VolumeError | None]:
-        """Fill several buffers, each from its offset. A range that fails does not stop others.
-
-        :returns: for each range None or the error that ``read_into`` would raise.
-        """
-        return [self._try_read(offset, buffer) for offset, buffer in ranges]
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -96,13 +88,6 @@ class VolumeReader(abc.ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _try_read(self, offset: int, buffer: memoryview) -> exception.VolumeError | None:
-        try:
-            self.read_into(offset, buffer)
-        except exception.VolumeError as error:
-            return error
-        return None
 
     def check_range(self, offset: int, length: int) -> None:
         """Check a range in bytes: what the guest's map asks for must not leave the volume.

@@ -10,7 +10,7 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 from oslo_log import log as logging
@@ -21,8 +21,6 @@ from nova_dmigrate.volumes.uses import Uses
 
 LOG = logging.getLogger(__name__)
 
-# Ranges that follow each other on the volume are read by one system call, up to this many.
-_MAX_BUFFERS = min(os.sysconf("SC_IOV_MAX"), 1024)
 # Buffers that are not aligned for direct I/O are read through an aligned one of this size.
 _BOUNCE_BYTES = 1 << 20
 
@@ -48,22 +46,7 @@ class BlockReader(base.VolumeReader):
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self.check_range(offset, buffer.nbytes)
         with self._descriptor() as fd:
-            self._read(fd, offset, [_bytes(buffer)])
-
-    def read_ranges(
-        self, ranges: Sequence[tuple[int, memoryview]]
-    ) -> list[exception.VolumeError | None]:
-        results: list[exception.VolumeError | None] = []
-        for offset, buffers in _merged(ranges):
-            error = self._try_read_all(offset, buffers)
-            if error is not None and len(buffers) > 1:
-                # One bad block must not fail its neighbours.
-                for buffer in buffers:
-                    results.append(self._try_read(offset, buffer))
-                    offset += buffer.nbytes
-            else:
-                results.extend([error] * len(buffers))
-        return results
+            self._read(fd, offset, _bytes(buffer))
 
     def close(self) -> None:
         self._uses.close()
@@ -131,55 +114,38 @@ class BlockReader(base.VolumeReader):
         finally:
             self._uses.end()
 
-    def _try_read_all(
-        self, offset: int, buffers: Sequence[memoryview]
-    ) -> exception.VolumeError | None:
-        """Fill buffers that follow each other on the volume, or tell why not."""
-        try:
-            self.check_range(offset, sum(buffer.nbytes for buffer in buffers))
-            for buffer in buffers:
-                self.check_range(offset, buffer.nbytes)
-            with self._descriptor() as fd:
-                self._read(fd, offset, [_bytes(buffer) for buffer in buffers])
-        except exception.VolumeError as error:
-            return error
-        return None
-
-    def _read(self, fd: int, offset: int, buffers: list[memoryview]) -> None:
+    def _read(self, fd: int, offset: int, buffer: memoryview) -> None:
         if not self.direct:
-            length = sum(buffer.nbytes for buffer in buffers)
             # Before, so that nothing stale is read; after, so that nothing is left behind.
-            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
-            self._fill(fd, offset, buffers)
-            os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
-        elif all(_is_aligned(buffer) for buffer in buffers):
-            self._fill(fd, offset, buffers)
+            os.posix_fadvise(fd, offset, buffer.nbytes, os.POSIX_FADV_DONTNEED)
+            self._fill(fd, offset, buffer)
+            os.posix_fadvise(fd, offset, buffer.nbytes, os.POSIX_FADV_DONTNEED)
+        elif _is_aligned(buffer):
+            self._fill(fd, offset, buffer)
         else:
-            self._fill_through_bounce(fd, offset, buffers)
+            self._fill_through_bounce(fd, offset, buffer)
 
-    def _fill(self, fd: int, offset: int, buffers: list[memoryview]) -> None:
-        """Read until the buffers are full; a single read may return less."""
-        while buffers:
+    def _fill(self, fd: int, offset: int, buffer: memoryview) -> None:
+        """Read until the buffer is full; a single read may return less."""
+        while buffer:
             try:
-                done = os.preadv(fd, buffers, offset)
+                done = os.preadv(fd, [buffer], offset)
             except OSError as error:
                 raise self._read_error(offset, _reason(error)) from error
             # Direct I/O continues at block boundaries only.
             if done % base.BLOCK_SIZE or not done:
                 raise self._read_error(offset + done, "the volume ends there")
             offset += done
-            buffers = _behind(buffers, done)
+            buffer = buffer[done:]
 
-    def _fill_through_bounce(self, fd: int, offset: int, buffers: list[memoryview]) -> None:
+    def _fill_through_bounce(self, fd: int, offset: int, buffer: memoryview) -> None:
         bounce: memoryview | None = getattr(self._local, "bounce", None)
         if bounce is None:
             bounce = self._local.bounce = base.aligned_buffer(_BOUNCE_BYTES)
-        for buffer in buffers:
-            for start in range(0, buffer.nbytes, _BOUNCE_BYTES):
-                part = buffer[start : start + _BOUNCE_BYTES]
-                self._fill(fd, offset, [bounce[: part.nbytes]])
-                part[:] = bounce[: part.nbytes]
-                offset += part.nbytes
+        for start in range(0, buffer.nbytes, _BOUNCE_BYTES):
+            part = buffer[start : start + _BOUNCE_BYTES]
+            self._fill(fd, offset + start, bounce[: part.nbytes])
+            part[:] = bounce[: part.nbytes]
 
     def _read_error(self, offset: int, reason: str) -> exception.VolumeReadError:
         return exception.VolumeReadError(
@@ -198,33 +164,6 @@ def _probe(fd: int) -> None:
     except OSError as error:
         if error.errno == errno.EINVAL:
             raise
-
-
-def _merged(
-    ranges: Sequence[tuple[int, memoryview]],
-) -> Iterator[tuple[int, list[memoryview]]]:
-    """Join neighbours in ``ranges`` that follow each other on the volume."""
-    start = end = 0
-    buffers: list[memoryview] = []
-    for offset, buffer in ranges:
-        if buffers and (offset != end or len(buffers) == _MAX_BUFFERS):
-            yield start, buffers
-            buffers = []
-        if not buffers:
-            start = offset
-        buffers.append(buffer)
-        end = offset + buffer.nbytes
-    if buffers:
-        yield start, buffers
-
-
-def _behind(buffers: list[memoryview], done: int) -> list[memoryview]:
-    """What is left of ``buffers`` after their first ``done`` bytes."""
-    for index, buffer in enumerate(buffers):
-        if done < buffer.nbytes:
-            return [buffer[done:], *buffers[index + 1 :]]
-        done -= buffer.nbytes
-    return []
 
 
 def _bytes(buffer: memoryview) -> memoryview:

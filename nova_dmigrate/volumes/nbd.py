@@ -23,14 +23,14 @@ import collections
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from oslo_log import log as logging
 
 from nova_dmigrate import exception
 from nova_dmigrate.volumes import base, image_layers
 from nova_dmigrate.volumes.image_location import ImageLocation
-from nova_dmigrate.volumes.nbd_connection import ConnectionFailed, NbdConnection
+from nova_dmigrate.volumes.nbd_connection import ConnectionFailed, NbdConnection, NoAnswer
 from nova_dmigrate.volumes.storage_daemon import EXPORT, PROGRAM, StorageDaemon
 from nova_dmigrate.volumes.uses import Uses
 
@@ -83,49 +83,21 @@ class NbdReader(base.VolumeReader):
             raise self._open_error(f"{spec.location} is not opened: {said or error}") from error
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        (error,) = self.read_ranges([(offset, buffer)])
-        if error is not None:
-            raise error
-
-    def read_ranges(
-        self, ranges: Sequence[tuple[int, memoryview]]
-    ) -> list[exception.VolumeError | None]:
-        results: list[exception.VolumeError | None] = [self._refusal(*each) for each in ranges]
-        good = [number for number, refused in enumerate(results) if refused is None]
-        if good:
-            wanted = [(ranges[each][0], ranges[each][1].cast("B")) for each in good]
-            for number, error in zip(good, self._read(wanted), strict=True):
-                results[number] = error
-        return results
+        self.check_range(offset, buffer.nbytes)
+        try:
+            with self._connection() as connection:
+                number = connection.read(offset, buffer.cast("B"))
+        except NoAnswer as error:
+            raise exception.VolumeTimeoutError(**self._told(offset, str(error))) from error
+        except ConnectionFailed as error:
+            raise exception.VolumeReadError(**self._told(offset, str(error))) from error
+        if number:
+            raise exception.VolumeReadError(**self._told(offset, os.strerror(number)))
 
     def close(self) -> None:
         self._uses.close()
 
     # Reading
-
-    def _refusal(self, offset: int, buffer: memoryview) -> exception.VolumeError | None:
-        try:
-            self.check_range(offset, buffer.nbytes)
-        except exception.VolumeBoundsError as error:
-            return error
-        return None
-
-    def _read(
-        self, ranges: Sequence[tuple[int, memoryview]]
-    ) -> Sequence[exception.VolumeError | None]:
-        """:param ranges: inside the volume, with buffers of one dimension."""
-        try:
-            with self._connection() as connection:
-                numbers = connection.read(ranges)
-        except ConnectionFailed as error:
-            # Which of them it is cannot be told. None is tried again: each may take as long.
-            return [self._read_error(offset, str(error)) for offset, _ in ranges]
-        except exception.VolumeReadError as error:
-            return [error] * len(ranges)
-        return [
-            self._read_error(offset, os.strerror(number)) if number else None
-            for number, (offset, _) in zip(numbers, ranges, strict=True)
-        ]
 
     @contextlib.contextmanager
     def _connection(self) -> Iterator[NbdConnection]:
@@ -146,7 +118,7 @@ class NbdReader(base.VolumeReader):
         except ConnectionFailed as error:
             if connection is not None:
                 connection.close()
-            raise ConnectionFailed(self._why(error)) from error
+            raise type(error)(self._why(error)) from error
         finally:
             self._uses.end()
 
@@ -169,10 +141,8 @@ class NbdReader(base.VolumeReader):
     def _open_error(self, reason: str) -> exception.VolumeOpenError:
         return exception.VolumeOpenError(volume=self.volume_id, reason=reason)
 
-    def _read_error(self, offset: int, reason: str) -> exception.VolumeReadError:
-        return exception.VolumeReadError(
-            volume=self.volume_id, reason=f"reading at byte {offset}: {reason}"
-        )
+    def _told(self, offset: int, reason: str) -> dict[str, str]:
+        return {"volume": self.volume_id, "reason": f"reading at byte {offset}: {reason}"}
 
 
 def _key(location: ImageLocation, secret: str, keys: base.Keys | None) -> bytes:

@@ -12,7 +12,6 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 # Negotiation
@@ -42,9 +41,8 @@ _READ, _DISCONNECT = 0, 2
 _REPLY = struct.Struct(">IIQ")
 _REPLY_MAGIC = 0x67446698
 
-#: Longer reads are made as several ones, of which so many are under way.
-_MAX_READ = 1 << 20
-_DEPTH = 16
+#: The longest that servers take, QEMU's as well; longer reads are made as several ones.
+_MAX_READ = 32 << 20
 
 
 class ConnectionFailed(Exception):
@@ -52,6 +50,10 @@ class ConnectionFailed(Exception):
 
     The connection is of no use any more.
     """
+
+
+class NoAnswer(ConnectionFailed):
+    """The server has not answered in time."""
 
 
 class NbdConnection:
@@ -80,25 +82,20 @@ class NbdConnection:
             self._socket.close()
             raise
 
-    def read(self, ranges: Sequence[tuple[int, memoryview]]) -> list[int]:
-        """Fill the buffers, each from its offset.
+    def read(self, offset: int, buffer: memoryview) -> int:
+        """Fill a buffer of bytes, of one dimension, from an offset in bytes.
 
-        :param ranges: offsets in bytes with buffers of bytes, of one dimension.
-        :returns: for each range 0, or the number of the error for which the server has not read it.
-        :raises ConnectionFailed: which of the buffers are filled is not known.
+        :returns: 0, or the number of the error for which the server has not read all of it.
+        :raises ConnectionFailed: what of the buffer is filled is not known.
         """
-        results = [0] * len(ranges)
-        parts = _parts(ranges)
-        under_way: dict[int, tuple[int, memoryview]] = {}
         try:
-            self._begin(parts, under_way)
-            while under_way:
-                number, error = self._finish(under_way)
-                results[number] = results[number] or error
-                self._begin(parts, under_way)
+            for start in range(0, buffer.nbytes, _MAX_READ):
+                number = self._read_part(offset + start, buffer[start : start + _MAX_READ])
+                if number:
+                    return number
         except OSError as error:
             raise self._failure(error) from error
-        return results
+        return 0
 
     def close(self) -> None:
         """Part from the server, which is not waited for."""
@@ -155,33 +152,17 @@ class NbdConnection:
 
     # Reading
 
-    def _begin(
-        self,
-        parts: Iterator[tuple[int, int, memoryview]],
-        under_way: dict[int, tuple[int, memoryview]],
-    ) -> None:
-        """Ask for as many parts as may be under way."""
-        requests = []
-        while len(under_way) < _DEPTH and (part := next(parts, None)) is not None:
-            number, offset, buffer = part
-            self._cookie += 1
-            under_way[self._cookie] = number, buffer
-            requests.append(
-                _REQUEST.pack(_REQUEST_MAGIC, 0, _READ, self._cookie, offset, buffer.nbytes)
-            )
-        if requests:
-            self._socket.sendall(b"".join(requests))
-
-    def _finish(self, under_way: dict[int, tuple[int, memoryview]]) -> tuple[int, int]:
-        """Take one answer: (number of its range, error of it or 0)."""
+    def _read_part(self, offset: int, buffer: memoryview) -> int:
+        self._cookie += 1
+        self._socket.sendall(
+            _REQUEST.pack(_REQUEST_MAGIC, 0, _READ, self._cookie, offset, buffer.nbytes)
+        )
         magic, error, cookie = _REPLY.unpack(self._receive(_REPLY.size))
-        part = under_way.pop(cookie, None)
-        if magic != _REPLY_MAGIC or part is None:
+        if (magic, cookie) != (_REPLY_MAGIC, self._cookie):
             raise ConnectionFailed("its answer to a read is not understood")
-        number, buffer = part
         if not error:
             self._receive_into(buffer)
-        return number, error
+        return int(error)
 
     def _receive(self, length: int) -> bytes:
         data = bytearray(length)
@@ -197,14 +178,5 @@ class NbdConnection:
 
     def _failure(self, error: OSError) -> ConnectionFailed:
         if isinstance(error, TimeoutError):
-            return ConnectionFailed(f"no answer for {self._timeout:g} seconds")
+            return NoAnswer(f"no answer for {self._timeout:g} seconds")
         return ConnectionFailed(error.strerror or str(error))
-
-
-def _parts(
-    ranges: Sequence[tuple[int, memoryview]],
-) -> Iterator[tuple[int, int, memoryview]]:
-    """What is asked for one by one: number of the range, offset, buffer."""
-    for number, (offset, buffer) in enumerate(ranges):
-        for start in range(0, buffer.nbytes, _MAX_READ):
-            yield number, offset + start, buffer[start : start + _MAX_READ]

@@ -10,7 +10,6 @@ that length takes, while asking the object map for it (each time, or what the gu
 would be missed) takes as long as that answer.
 """
 
-import collections
 import dataclasses
 import errno
 import importlib.util
@@ -18,7 +17,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from oslo_log import log as logging
@@ -32,8 +31,6 @@ LOG = logging.getLogger(__name__)
 
 #: Ceph's own, of which Debian's packages are python3-rados and python3-rbd.
 _MODULES = ("rados", "rbd")
-#: Ranges of one call that are read at the same time.
-_DEPTH = 16
 #: Ceph's own time limits come first: they end the operation as well.
 _LAST_RESORT = 1.5
 
@@ -73,23 +70,6 @@ class RbdReader(base.VolumeReader):
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         self._finish(self._begin(offset, buffer))
-
-    def read_ranges(
-        self, ranges: Sequence[tuple[int, memoryview]]
-    ) -> list[exception.VolumeError | None]:
-        results: list[exception.VolumeError | None] = []
-        under_way: collections.deque[_Read | exception.VolumeError] = collections.deque()
-        for offset, buffer in ranges:
-            if len(under_way) == _DEPTH:
-                results.append(self._try_finish(under_way.popleft()))
-            last = results[-1] if results else None
-            if isinstance(last, exception.VolumeTimeoutError):
-                # The others would wait as long, one after the other
-                under_way.append(last)
-            else:
-                under_way.append(self._try_begin(offset, buffer))
-        results.extend(map(self._try_finish, under_way))
-        return results
 
     def close(self) -> None:
         self._uses.close()
@@ -187,21 +167,6 @@ class RbdReader(base.VolumeReader):
         if len(read.data) != read.buffer.nbytes:
             raise self._read_error(read, "the volume ends there")
         read.buffer.cast("B")[:] = read.data
-
-    def _try_begin(self, offset: int, buffer: memoryview) -> "_Read | exception.VolumeError":
-        try:
-            return self._begin(offset, buffer)
-        except exception.VolumeError as error:
-            return error
-
-    def _try_finish(self, read: "_Read | exception.VolumeError") -> exception.VolumeError | None:
-        if isinstance(read, exception.VolumeError):
-            return read
-        try:
-            self._finish(read)
-        except exception.VolumeError as error:
-            return error
-        return None
 
     def _read_error(self, read: "_Read", reason: str) -> exception.VolumeReadError:
         return exception.VolumeReadError(

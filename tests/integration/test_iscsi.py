@@ -63,5 +63,5 @@ class IscsiTest(test_nbd.NbdTestCase):
         os.kill(target.process.pid, signal.SIGSTOP)
         self.addCleanup(os.kill, target.process.pid, signal.SIGCONT)
         buffer = volumes.aligned_buffer(BLOCK)
-        error = self.assertRaises(exception.VolumeReadError, reader.read_into, BLOCK, buffer)
+        error = self.assertRaises(exception.VolumeTimeoutError, reader.read_into, BLOCK, buffer)
         self.assertIn(f"no answer for {test_nbd.SHORT:g} seconds", str(error))

@@ -19,6 +19,7 @@ from nova_dmigrate import exception, volumes
 from tests import base
 from tests.lab import processes
 from tests.lab.relays import wait_until
+from tests.lab.volume_reads import try_blocks, try_reads
 
 BLOCK = 4096
 CLUSTER = 65536
@@ -222,8 +223,8 @@ class ReadTest(NbdTestCase):
         reader = self.open(f"qcow2:{self.image('qcow2', data)}")
         numbers = random.Random(1).choices(range(-1, SIZE // BLOCK + 2), k=200)
         buffers = [memoryview(bytearray(BLOCK + 1))[1:] for _ in numbers]
-        results = reader.read_ranges(
-            [(number * BLOCK, part) for number, part in zip(numbers, buffers, strict=True)]
+        results = try_reads(
+            reader, [(number * BLOCK, part) for number, part in zip(numbers, buffers, strict=True)]
         )
         self.assertEqual(len(numbers), len(results))
         for number, part, error in zip(numbers, buffers, results, strict=True):
@@ -380,11 +381,8 @@ class BesideWriterTest(NbdTestCase):
 class FailureTest(NbdTestCase):
     def blocks(self, reader: volumes.VolumeReader, count: int = 40) -> list[Any]:
         """What becomes of reads of as many blocks; it must be told in a few time limits."""
-        buffer = volumes.aligned_buffer(count * BLOCK)
         begun = time.monotonic()
-        results = reader.read_ranges(
-            [(at, buffer[at : at + BLOCK]) for at in range(0, len(buffer), BLOCK)]
-        )
+        results = try_blocks(reader, count)
         self.assertLess(time.monotonic() - begun, 30)
         return results
 
@@ -422,7 +420,8 @@ class FailureTest(NbdTestCase):
         reader = self.open(f"qcow2:{self.image('qcow2', data)}", timeout=SHORT)
         os.kill(self.daemon(reader), signal.SIGSTOP)
         try:
-            for error in self.blocks(reader):
+            for error in self.blocks(reader, 3):
+                self.assertIsInstance(error, exception.VolumeTimeoutError)
                 self.assertIn(f"no answer for {SHORT:g} seconds", str(error))
         finally:
             os.kill(self.daemon(reader), signal.SIGCONT)

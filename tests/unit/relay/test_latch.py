@@ -3,13 +3,11 @@
 
 import socket
 import threading
-from collections.abc import Sequence
 from struct import pack
 from unittest import mock
 
 import numpy as np
 
-from nova_dmigrate import exception
 from nova_dmigrate.relay.session import RelaySettings
 from nova_dmigrate.stream import format as fmt
 from nova_dmigrate.volumes import DRIVERS, BlockReader, VolumeSpec
@@ -156,12 +154,10 @@ class TestLatch(PairTestCase):
         reads: list[int] = []
 
         class Waiting(BlockReader):
-            def read_ranges(
-                self, ranges: Sequence[tuple[int, memoryview]]
-            ) -> list[exception.VolumeError | None]:
-                reads.extend(offset for offset, _ in ranges)
+            def read_into(self, offset: int, buffer: memoryview) -> None:
+                reads.append(offset)
                 latched.wait(HANGS)
-                return super().read_ranges(ranges)
+                super().read_into(offset, buffer)
 
         def receive(qemu: socket.socket) -> None:
             got = b""

@@ -4,14 +4,13 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nova_dmigrate import exception
 from nova_dmigrate.buffermap import codec
 from nova_dmigrate.relay import handover
 from nova_dmigrate.relay.monitor import ask
@@ -384,11 +383,9 @@ class TestVolumes(MapTestCase):
         answer = threading.Event()
 
         class Hung(BlockReader):
-            def read_ranges(
-                self, ranges: Sequence[tuple[int, memoryview]]
-            ) -> list[exception.VolumeError | None]:
+            def read_into(self, offset: int, buffer: memoryview) -> None:
                 answer.wait(HANGS)
-                return super().read_ranges(ranges)
+                super().read_into(offset, buffer)
 
         try:
             pair = self.with_reader(guest, Hung)
@@ -407,11 +404,9 @@ class TestVolumes(MapTestCase):
         answer = threading.Event()
 
         class Hung(BlockReader):
-            def read_ranges(
-                self, ranges: Sequence[tuple[int, memoryview]]
-            ) -> list[exception.VolumeError | None]:
+            def read_into(self, offset: int, buffer: memoryview) -> None:
                 answer.wait(HANGS)
-                return super().read_ranges(ranges)
+                super().read_into(offset, buffer)
 
         directory = self.make_directory()
         volume = directory / "volume"
@@ -438,14 +433,14 @@ class TestVolumes(MapTestCase):
             class Late(BlockReader):
                 """Answers from the moment on at which the source sends copies unasked."""
 
-                def read_ranges(
-                    self, ranges: Sequence[tuple[int, memoryview]], pairs: list[Pair] = pairs
-                ) -> list[exception.VolumeError | None]:
+                def read_into(
+                    self, offset: int, buffer: memoryview, pairs: list[Pair] = pairs
+                ) -> None:
                     deadline = time.monotonic() + HANGS
                     while not pairs[0].source._outbox.copies_unasked:
                         assert time.monotonic() < deadline
                         time.sleep(0.001)
-                    return super().read_ranges(ranges)
+                    super().read_into(offset, buffer)
 
             path = guest.write_volume(self.make_directory() / "volume")
             settings = RelaySettings(volume_read_size=16 << 10, volume_queue_depth=2)

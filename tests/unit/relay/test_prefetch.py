@@ -3,7 +3,6 @@
 
 import os
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from unittest import skipUnless
 
@@ -281,30 +280,73 @@ class PrefetchTest(TestCase):
         asked: list[int] = []
 
         class Hung(BlockReader):
-            def read_ranges(
-                self, ranges: Sequence[tuple[int, memoryview]]
-            ) -> list[exception.VolumeError | None]:
-                asked.append(len(ranges))
-                reason = "no answer in time"
-                return [exception.VolumeTimeoutError(volume="volume", reason=reason)] * len(ranges)
+            def read_into(self, offset: int, buffer: memoryview) -> None:
+                asked.append(offset)
+                raise exception.VolumeTimeoutError(volume="volume", reason="no answer in time")
 
         for blocks in (np.arange(0, 64, 8), np.arange(8)):
             asked.clear()
             reader = Hung(VolumeSpec("volume", "block", str(self.path)))
             prefetch, pages, failed = self.read(blocks, reader, volume_merge_gap=0)
             self.assertEqual(({}, list(range(8))), (pages, failed))
-            self.assertEqual(([1], 1), (asked, prefetch.errors))
+            self.assertEqual((1, 1), (len(asked), prefetch.errors))
+
+    def test_a_range_is_read_again_block_by_block_within_depth_and_rate(self) -> None:
+        asked: list[int] = []
+        taken: list[int] = []
+
+        class Scratched(BlockReader):
+            def read_into(self, offset: int, buffer: memoryview) -> None:
+                asked.append(buffer.nbytes // PAGE)
+                if offset <= 5 * PAGE < offset + buffer.nbytes:
+                    raise exception.VolumeReadError(volume="volume", reason="scratched")
+                super().read_into(offset, buffer)
+
+        class Counting(TokenBucket):
+            def take(self, size: int) -> None:
+                taken.append(size // PAGE)
+                super().take(size)
+
+        blocks = np.arange(8)
+        settings = RelaySettings(volume_queue_depth=1, volume_read_size=64 * PAGE)
+        reader = Scratched(VolumeSpec("volume", "block", str(self.path)))
+        with reader:
+            prefetch = Prefetch(
+                page_map(blocks, 64), EntryTable(8), [reader], settings, Counting(0),
+                self.batches.append,
+            )  # fmt: skip
+            prefetch.work()
+        self.assertEqual(([8] + 8 * [1], [8] + 8 * [1]), (asked, taken))
+        (batch,) = self.batches
+        self.assertEqual(([5], [0, 1, 2, 3, 4, 6, 7]), (list(batch.failed), list(batch.entries)))
+
+    def test_of_a_volume_that_stops_to_answer_no_more_blocks_are_asked_for(self) -> None:
+        asked: list[int] = []
+
+        class Dying(BlockReader):
+            def read_into(self, offset: int, buffer: memoryview) -> None:
+                asked.append(offset // PAGE)
+                if buffer.nbytes > PAGE:
+                    raise exception.VolumeReadError(volume="volume", reason="scratched")
+                if offset >= 2 * PAGE:
+                    raise exception.VolumeTimeoutError(volume="volume", reason="no answer")
+                super().read_into(offset, buffer)
+
+        blocks = np.concatenate([np.arange(8), 16 + np.arange(8)])
+        reader = Dying(VolumeSpec("volume", "block", str(self.path)))
+        options = {"volume_merge_gap": 0, "volume_read_size": 64 * PAGE}
+        _, pages, failed = self.read(blocks, reader, **options)
+        self.assertEqual([0, 0, 1, 2], asked)
+        self.assert_pages(blocks, pages, without=list(range(2, 16)))
+        self.assertEqual(list(range(2, 16)), failed)
 
     def test_what_was_sent_during_the_read_is_not_delivered(self) -> None:
         test = self
 
         class Slow(BlockReader):
-            def read_ranges(
-                self, ranges: Sequence[tuple[int, memoryview]]
-            ) -> list[exception.VolumeError | None]:
-                results = super().read_ranges(ranges)
+            def read_into(self, offset: int, buffer: memoryview) -> None:
+                super().read_into(offset, buffer)
                 test.table.pages(entries(1))
-                return results
 
         blocks = [4, 5, 6]
         reader = Slow(VolumeSpec("volume", "block", str(self.path)))

@@ -70,30 +70,18 @@ class ReadTest(BlockTestCase):
         self.open().read_into(0, buffer)
         self.assertEqual(CONTENT * 10, bytes(buffer))
 
-    @hypothesis.settings(deadline=None, derandomize=True, database=None, max_examples=60)
-    @hypothesis.given(
-        st.lists(
-            st.tuples(st.integers(-1, 66), st.integers(0, 5), st.sampled_from([0, 0, 0, 8, 512])),
-            max_size=12,
-        )
-    )
-    def test_many_ranges_are_each_read_or_refused_by_themselves(self, wanted):
-        ranges, expected = [], []
-        for number, blocks, shift in wanted:
-            offset, length = number * BLOCK, blocks * BLOCK
-            ranges.append((offset, volumes.aligned_buffer(length + BLOCK)[shift:][:length]))
-            inside = offset >= 0 and 0 < length <= len(CONTENT) - offset
-            expected.append(CONTENT[offset : offset + length] if inside else None)
+    @hypothesis.settings(deadline=None, derandomize=True, database=None, max_examples=200)
+    @hypothesis.given(st.integers(-1, 66), st.integers(0, 5), st.sampled_from([0, 0, 0, 8, 512]))
+    def test_a_range_is_read_or_refused(self, number, blocks, shift):
+        offset, length = number * BLOCK, blocks * BLOCK
+        buffer = volumes.aligned_buffer(length + BLOCK)[shift:][:length]
         for reader in (self.reader_direct(), self.reader_buffered()):
             with reader:
-                results = reader.read_ranges(ranges)
-            self.assertEqual(len(ranges), len(results))
-            for (_, buffer), content, result in zip(ranges, expected, results, strict=True):
-                if content is None:
-                    self.assertIsInstance(result, exception.VolumeBoundsError)
+                if offset >= 0 and 0 < length <= len(CONTENT) - offset:
+                    reader.read_into(offset, buffer)
+                    self.assertEqual(CONTENT[offset : offset + length], bytes(buffer))
                 else:
-                    self.assertIsNone(result)
-                    self.assertEqual(content, bytes(buffer))
+                    self.assertRaises(exception.VolumeBoundsError, reader.read_into, offset, buffer)
 
     def reader_direct(self) -> volumes.BlockReader:
         return open_block(self.path)
@@ -102,50 +90,11 @@ class ReadTest(BlockTestCase):
         with mock.patch("os.open", refuse_direct_open):
             return open_block(self.path)
 
-    def test_neighbours_are_read_together(self):
-        reader = self.open()
-        buffers = [volumes.aligned_buffer(BLOCK) for _ in range(6)]
-        offsets = [number * BLOCK for number in (3, 4, 5, 9, 8, 6)]
-        with mock.patch("os.preadv", wraps=os.preadv) as preadv:
-            results = reader.read_ranges(list(zip(offsets, buffers, strict=True)))
-        self.assertEqual([None] * 6, results)
-        self.assertEqual([3, 1, 1, 1], [len(call.args[1]) for call in preadv.mock_calls])
-        for offset, buffer in zip(offsets, buffers, strict=True):
-            self.assertEqual(CONTENT[offset : offset + BLOCK], bytes(buffer))
-
-    def test_ranges_that_are_whole_blocks_only_together_are_refused(self):
-        buffer = volumes.aligned_buffer(2 * BLOCK)
-        ranges = [(0, buffer[:2048]), (2048, buffer[2048:BLOCK]), (BLOCK, buffer[BLOCK:])]
-        results = self.open().read_ranges(ranges)
-        self.assertIsInstance(results[0], exception.VolumeBoundsError)
-        self.assertIsInstance(results[1], exception.VolumeBoundsError)
-        self.assertIsNone(results[2])
-        self.assertEqual(bytes(BLOCK) + CONTENT[BLOCK : 2 * BLOCK], bytes(buffer))
-
-    def test_an_empty_range_is_refused_between_others_too(self):
-        buffer = volumes.aligned_buffer(2 * BLOCK)
-        ranges = [(0, buffer[:BLOCK]), (BLOCK, buffer[:0]), (BLOCK, buffer[BLOCK:])]
-        results = self.open().read_ranges(ranges)
-        self.assertIsInstance(results[1], exception.VolumeBoundsError)
-        self.assertEqual([None, None], results[::2])
-        self.assertEqual(CONTENT[: 2 * BLOCK], bytes(buffer))
-
-    def test_more_neighbours_than_one_call_takes_are_read(self):
-        self.path.write_bytes(CONTENT * 40)
-        buffer = volumes.aligned_buffer(len(CONTENT) * 40)
-        parts = [(at, buffer[at : at + BLOCK]) for at in range(0, len(buffer), BLOCK)]
-        self.assertEqual({None}, set(self.open().read_ranges(parts)))
-        self.assertEqual(CONTENT * 40, bytes(buffer))
-
     def test_reads_that_return_less_than_asked_are_continued(self):
         reader = self.open()
         real = os.preadv
         with mock.patch("os.preadv", lambda fd, buffers, at: real(fd, [buffers[0][:BLOCK]], at)):
             self.assert_all_read(reader)
-            parts = [volumes.aligned_buffer(3 * BLOCK) for _ in range(4)]
-            results = reader.read_ranges([(n * 3 * BLOCK, part) for n, part in enumerate(parts)])
-        self.assertEqual([None] * 4, results)
-        self.assertEqual(CONTENT[: 12 * BLOCK], b"".join(parts))
 
     def test_many_threads_can_read_at_once(self):
         reader = self.open()
@@ -218,16 +167,6 @@ class FaultTest(BlockTestCase):
                 exception.VolumeReadError, reader.read_into, offset * BLOCK, buffer
             )
             self.assertIn("the volume ends there", str(error))
-
-    def test_a_bad_range_among_neighbours_fails_alone(self):
-        reader = self.open()
-        os.truncate(self.path, 5 * BLOCK)
-        parts = [volumes.aligned_buffer(2 * BLOCK) for _ in range(4)]
-        results = reader.read_ranges([(n * 2 * BLOCK, part) for n, part in enumerate(parts)])
-        self.assertEqual([None, None], results[:2])
-        self.assertEqual(CONTENT[: 4 * BLOCK], b"".join(parts[:2]))
-        for result in results[2:]:
-            self.assertIsInstance(result, exception.VolumeReadError)
 
     def test_a_closed_reader_fails_and_can_be_closed_again(self):
         reader = self.open()
@@ -326,9 +265,11 @@ class DeviceTest(BlockTestCase):
         # The device keeps its size: what lies beyond the file's new end is unreadable media.
         os.truncate(self.path, 6 * BLOCK)
         parts = [volumes.aligned_buffer(2 * BLOCK) for _ in range(5)]
-        results = reader.read_ranges([(n * 2 * BLOCK, part) for n, part in enumerate(parts)])
-        self.assertEqual([None] * 3, results[:3])
+        for number, part in enumerate(parts[:3]):
+            reader.read_into(number * 2 * BLOCK, part)
         self.assertEqual(CONTENT[: 6 * BLOCK], b"".join(parts[:3]))
-        for result in results[3:]:
-            self.assertIsInstance(result, exception.VolumeReadError)
-            self.assertIn("Input/output error", str(result))
+        for number, part in enumerate(parts[3:], start=3):
+            error = self.assertRaises(
+                exception.VolumeReadError, reader.read_into, number * 2 * BLOCK, part
+            )
+            self.assertIn("Input/output error", str(error))

@@ -45,16 +45,6 @@ class Store(volumes.VolumeReader):
 
 
 class ReaderTest(base.TestCase):
-    def test_a_range_that_fails_does_not_stop_the_others(self):
-        buffers = [volumes.aligned_buffer(4096) for _ in range(4)]
-        offsets = [2 * 4096, 4096, 8 * 4096, 3 * 4096]
-        results = Store().read_ranges(list(zip(offsets, buffers, strict=True)))
-        self.assertEqual([2, 0, 0, 3], [buffer[4095] for buffer in buffers])
-        self.assertEqual(
-            [type(None), exception.VolumeReadError, exception.VolumeBoundsError, type(None)],
-            [type(result) for result in results],
-        )
-
     def test_a_reader_is_closed_at_the_end_of_its_block(self):
         with Store() as reader:
             self.assertEqual(8 * 4096, reader.size)
