@@ -12,9 +12,9 @@ HERE = Path(__file__).parent
 Call = tuple[str, ...]
 
 STACK = ("pre-install", "install", "post-config", "extra", "test-config")
-#: What runs where in a devstack of one node, and of a further one of compute.
+#: What runs where in a devstack of one node, and of a further one of compute, as Zuul has it.
 ALL_IN_ONE = "rabbit,mysql,key,g-api,placement-api,n-api,n-cond,n-sch,n-cpu,c-api,c-vol,tempest"
-COMPUTE = "n-cpu,q-ovn-metadata-agent"
+COMPUTE = "n-cpu,q-ovn-metadata-agent,c-vol,c-bak"
 
 _SCRIPT = """
 set -o errexit
@@ -48,6 +48,7 @@ class Node:
             "DISTRO": "noble",
             "VIRT_DRIVER": "libvirt",
             "HOST_IP": "192.0.2.11",
+            "SERVICE_HOST": "192.0.2.10",
             "RABBIT_HOST": "192.0.2.10",
             "RABBIT_PASSWORD": "secretrabbit",
             "ENABLE_DEBUG_LOG_LEVEL": "True",

@@ -77,7 +77,11 @@ function exportfs {
 }
 
 function make_cert {
-    _note make_cert "$@"
+    local names=$4
+    if [[ -n "$SERVICE_HOST" && "$3" != "$SERVICE_HOST" ]]; then
+        names+=,IP:$SERVICE_HOST
+    fi
+    _note make_cert "${@:1:3}" "$names"
     mkdir -p "$1/private"
     touch "$1/ca-chain.pem" "$1/$2.crt" "$1/private/$2.key"
 }

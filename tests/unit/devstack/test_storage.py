@@ -66,10 +66,17 @@ class NFSTest(base.TestCase):
         )
 
     def test_a_compute_host_gets_the_client_alone(self) -> None:
-        self.node.variables["ENABLED_SERVICES"] = COMPUTE
+        self.node.variables |= {
+            "ENABLED_SERVICES": COMPUTE,
+            "DEVSTACK_PLUGINS": "nova-dmigrate",
+            "NOVA_DMIGRATE_NFS": "True",
+        }
         self.assertEqual([("nfs-common",)], self._installed("noble"))
         self.assertEqual([("nfs-utils",)], self._installed("rhel9"))
-        self.assertFalse(self.exports.exists())
+        # It may have volumes, but not of this kind, and no program to export with
+        self.exports.parent.rmdir()
+        self.node.stack()
+        self.assertEqual([], self.node.called("exportfs"))
 
     def test_relays_may_read_below_novas_mounts(self) -> None:
         self.node.run("stack post-config")
