@@ -4,6 +4,8 @@
 ``SCALE_ONLY``: ``map``, ``messages`` or ``evacuation``; all three without it. ``SCALE_POOL_GIB``:
 pools, separated by commas. ``SCALE_LAYOUT``: ``huge`` or ``scattered``, of their memory, or both.
 ``SCALE_HOSTS``: that are evacuated. ``SCALE_OUTPUT``: the file, scale.json.
+
+Exit status: 0; 1 a map has taken more memory than is reckoned with; 2 wrong settings.
 """
 
 import json
@@ -56,7 +58,10 @@ def main() -> int:
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(tables.render(results))
     print(f"\n{path}")
-    return 0
+    wrong = [each for row in results.get("maps", ()) for each in mapping.excesses(row)]
+    for each in wrong:
+        print(f"More memory than is reckoned with: {each}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

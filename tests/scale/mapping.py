@@ -47,6 +47,10 @@ _FETCH_NEEDS = {synthetic.HUGE: 5, synthetic.SCATTERED: 22}
 #: And the relays for each page, the destination's as its host reckons.
 _SOURCE_NEEDS = {synthetic.HUGE: 21, synthetic.SCATTERED: 23}
 _DESTINATION_NEEDS = product_limits().page_memory
+#: Bytes of the map itself for each page, at most, as the design has it.
+_MAP_BOUND = 8
+#: MB that a process may take besides, whatever the map.
+_BESIDES = 64
 
 
 def measure(directory: Path, shape: synthetic.Shape) -> Report:
@@ -59,6 +63,27 @@ def measure(directory: Path, shape: synthetic.Shape) -> Report:
         "layout": shape.layout,
         **_if_room(need, lambda: _measured(directory, shape)),
     }
+
+
+def excesses(row: Report) -> list[str]:
+    """What of a row has taken more memory than is reckoned with, in sentences."""
+    if "refused" in row:
+        return []
+    pages, program, layout = row["host"]["pages"], row["host"]["program_mb"], row["layout"]
+    took = {"fetching": (row["host"]["peak_mb"] - program, _FETCH_NEEDS[layout])}
+    for role, need in {"source": _SOURCE_NEEDS[layout], "destination": _DESTINATION_NEEDS}.items():
+        if "refused" not in row[role]:
+            took[role] = row[role]["peak_mb"] - row[role]["program_mb"], need
+        if "refused" not in row["relays"]:
+            took[f"{role} relay"] = row["relays"][f"{role}_peak_mb"] - program, need
+    found = [
+        f"{who}: {megabytes:.0f} MB, {need} bytes a page are reckoned with"
+        for who, (megabytes, need) in took.items()
+        if megabytes > pages * need / 1e6 + _BESIDES
+    ]
+    if "refused" not in row["source"] and row["source"]["map_bytes"] > pages * _MAP_BOUND:
+        found.append(f"the map: {row['source']['map_bytes']} bytes, {_MAP_BOUND} a page at most")
+    return [f"{row['pool_gib']:g} GiB, {layout}: {each}" for each in found]
 
 
 def _measured(directory: Path, shape: synthetic.Shape) -> Report:

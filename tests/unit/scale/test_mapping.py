@@ -21,6 +21,13 @@ class MappingTest(base.TestCase):
         self.assertLessEqual(row["source"]["map_bytes"], 8 * pages)
         self.assertGreater(row["agent"]["wire_bytes"], row["host"]["chunk_bytes"])
         self.assertIn("0.125  scattered", tables.render({"maps": [row]}))
+        self.assertEqual([], mapping.excesses(row))
+        for part, key in (("host", "peak_mb"), ("source", "peak_mb"), ("destination", "peak_mb"),
+                          ("relays", "source_peak_mb"), ("relays", "destination_peak_mb"),
+                          ("source", "map_bytes")):  # fmt: skip
+            more = {**row, part: {**row[part], key: row[part][key] + (1 << 20)}}
+            (told,) = mapping.excesses(more)
+            self.assertTrue(told.startswith("0.125 GiB, scattered: "), told)
 
     def test_what_does_not_fit_is_refused(self) -> None:
         shape = synthetic.Shape.of_gib(1 << 30)
