@@ -43,8 +43,8 @@ def usable() -> bool:
 class RbdReader(base.VolumeReader):
     """The image at ``spec.location``, an :class:`RbdLocation` as text.
 
-    A read takes 1.5 times ``access.timeout`` at most. Opening asks Ceph for one thing after the other,
-    a dozen at most, each of which has ``access.timeout``.
+    A read takes 1.5 times ``access.timeout`` at most. Opening asks Ceph for one thing after the
+    other, a dozen at most, each of which has ``access.timeout``.
 
     :param access: this host's own account with Ceph counts more than the location's.
     :raises VolumeOpenError: Ceph's Python modules are missing, or the image cannot be opened.
