@@ -21,18 +21,18 @@ _WAYS = {
     ("database server", MIGRATING): (COMPLETED, DMIGRATE),
     ("broker", MIGRATING): (COMPLETED, DMIGRATE),
 }
-#: Some of what `make soak` does whole: each victim, and each phase with several of them.
+#: Some of what `make soak` does whole: each victim, and each phase.
 _PHASES: dict[str, tuple[str, ...]] = {
     "source relay": (MIGRATING, CONVERGING),
     "destination relay": ("starting relays",),
-    "source service": ("waiting", MIGRATING),
-    "destination service": ("checking", CONVERGING),
-    "agent": ("waiting", CONVERGING),
+    "source service": (MIGRATING,),
+    "destination service": ("checking",),
+    "agent": ("waiting",),
     "broker": (MIGRATING,),
-    "database server": ("starting relays", MIGRATING),
+    "database server": (MIGRATING,),
     "source libvirtd": (MIGRATING,),
     "destination libvirtd": (CONVERGING,),
-    CANCEL: ("checking", CONVERGING),
+    CANCEL: (CONVERGING,),
 }
 _DRILLS = [Drill(victim, phase) for victim, phases in _PHASES.items() for phase in phases]
 
