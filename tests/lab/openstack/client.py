@@ -61,6 +61,21 @@ class Client:
 
         self.wait(up, "the compute hosts are up")
 
+    def wait_for_backends(self, names: list[str], check: Callable[[], None]) -> None:
+        """Wait until Cinder's scheduler knows what its backends can take. Until then it refuses
+        volumes, of which it tells their owner only that they are in error.
+
+        :param check: raises what makes the wait vain.
+        :raises CloudError: it does not in time.
+        """
+
+        def known() -> bool:
+            check()
+            pools = self.sdk.block_storage.backend_pools(detail=True)
+            return {pool.capabilities["volume_backend_name"] for pool in pools}.issuperset(names)
+
+        self.wait(known, "Cinder's scheduler knows all backends")
+
     def wait_for_server(self, server: Any, status: str) -> Any:
         """:raises CloudError: a server does not come to have a status."""
         try:
@@ -70,6 +85,19 @@ class Client:
         except Exception as error:
             fault = self.sdk.compute.get_server(server.id).fault
             raise CloudError(f"server {server.name} is not {status}: {error}; {fault}") from error
+
+    def make_volume(self, name: str, size_gb: int, backend: str) -> Any:
+        """Make a volume and wait until it can be used.
+
+        :raises CloudError: it cannot.
+        """
+        sdk = self.sdk.block_storage
+        volume = sdk.create_volume(name=name, size=size_gb, volume_type=backend)
+        try:
+            return sdk.wait_for_status(volume, "available", ["error"], interval=1, wait=PATIENCE)
+        except Exception as error:
+            told = sdk.get(f"/messages?resource_uuid={volume.id}", microversion="3.5").json()
+            raise CloudError(f"volume {name}: {error}; {told}") from error
 
     def delete_server(self, server: Any) -> None:
         """Delete a server and wait until it is gone."""

@@ -124,6 +124,7 @@ class OpenStack:
                 compute.start()
             self.network = seed.network(self.client)
             self.client.wait_for_computes(list(self.computes), site.services.check_all_alive)
+            self.client.wait_for_backends(list(self.storages), site.services.check_all_alive)
 
     def _explain(self, error: BaseException) -> None:
         """Let an error tell which services have ended, if any."""

@@ -29,7 +29,6 @@ from tests.lab.guest_network import CLIENTS_ADDRESS, guest_address
 from tests.lab.openstack import seed, shell
 from tests.lab.openstack.account import AgentAccount
 from tests.lab.openstack.cloud import OpenStack
-from tests.lab.openstack.service import PATIENCE
 
 _SCRIPTS = Path(__file__).with_name("guest_scripts")
 #: Image and flavor of servers that do nothing, and whose kernel they have.
@@ -168,7 +167,7 @@ class DatabaseServer:
         content = self._cloud.directory / f"{self._name}-volume.raw"
         create_volume(self._release, self._load, self._pool_mb, content)
         size = -(-content.stat().st_size >> 30)
-        volume = _volume(self._cloud, self._name, size, self._storage)
+        volume = self._cloud.client.make_volume(self._name, size, self._storage)
         self._cloud.storages[self._storage].fill(volume.id, content)
         content.unlink()
         return volume
@@ -239,12 +238,6 @@ def _upload(
         os_command_line=arguments,
         hw_rng_model="virtio",
     )
-
-
-def _volume(cloud: OpenStack, name: str, size_gb: int, storage: str) -> Any:
-    sdk = cloud.client.sdk.block_storage
-    volume = sdk.create_volume(name=name, size=size_gb, volume_type=storage)
-    return sdk.wait_for_status(volume, "available", ["error"], interval=1, wait=PATIENCE)
 
 
 def _order(
