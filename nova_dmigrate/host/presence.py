@@ -45,26 +45,22 @@ class Presence:
         return self._seen
 
     def _run(self) -> None:
-        client: HostClient | None = None
+        with self._connect() as client:
+            self._ask(client)
+
+    def _ask(self, client: HostClient) -> None:
         delay = _INTERVAL
         while not self._stopped.wait(delay):
             asked, away = time.monotonic(), delay > _INTERVAL
             try:
-                client = client or self._connect()
                 client.hello()
             except Exception as error:  # noqa: BLE001 - whatever it is, nobody else is better off
                 if not away:
                     LOG.warning("Leases do not count, nobody can ask this service: %s", error)
                 if not isinstance(error, exception.HostError):
                     LOG.debug("An unexpected error", exc_info=True)
-                # A new one looks whether there is a broker before it connects without a time limit
-                if client is not None:
-                    client.close()
-                    client = None
                 delay = min(delay * 2, _MAX_INTERVAL)
                 continue
             if away:
                 LOG.warning("This service can be asked again")
             self._seen, delay = asked, _INTERVAL
-        if client is not None:
-            client.close()

@@ -12,7 +12,6 @@ import importlib
 import logging
 import queue
 import socket
-import sys
 import threading
 import time
 from typing import Any
@@ -24,6 +23,7 @@ from oslo_messaging import opts as messaging_opts
 from nova_dmigrate import exception
 from nova_dmigrate.rpc.dispatcher import Answer, Dispatcher
 from nova_dmigrate.rpc.protocol import Protocol
+from nova_dmigrate.rpc.requester import Requester
 from nova_dmigrate.rpc.transport import Transport
 
 LOG = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ _AMQP_PORT = 5672
 _RETRY_INTERVAL = 2.0  # seconds between attempts to serve at a broker that refuses
 _STOP_PATIENCE = 5.0
 _MOMENT = 0.25  # seconds that an error of oslo.messaging takes to come from its thread
+_REFUSALS = (oslo_messaging.RemoteError, oslo_messaging.RPCDispatcherError)
+_SERVED = (*_REFUSALS, oslo_messaging.MessageUndeliverable)  # errors with which the broker serves
 
 
 def set_defaults(conf: cfg.ConfigOpts, threads: int = _THREADS) -> None:
@@ -93,13 +95,10 @@ class BrokerTransport(Transport):
     ) -> None:
         self._name = name
         self._protocol = protocol
-        conf = conf or make_conf()
+        self._conf = conf or make_conf()
         try:
-            parsed = oslo_messaging.TransportURL.parse(conf, url)
-            # No exception class of the other side's choice is ever made here
-            self._transport = oslo_messaging.get_rpc_transport(
-                conf, url=parsed, allowed_remote_exmods=[]
-            )
+            self._url = oslo_messaging.TransportURL.parse(self._conf, url)
+            self._requester = self._make_requester()
         except (oslo_messaging.MessagingException, ValueError) as error:
             # The URL has a password in it
             raise exception.ConfigurationError(
@@ -107,29 +106,29 @@ class BrokerTransport(Transport):
             ) from error
         self._addresses = [
             (host.hostname, host.port or _AMQP_PORT)
-            for host in parsed.hosts
-            if parsed.transport == "rabbit"
+            for host in self._url.hosts
+            if self._url.transport == "rabbit"
         ]
-        target = oslo_messaging.Target(
-            exchange=protocol.exchange,
-            topic=protocol.topic,
-            namespace=protocol.namespace,
-            server=name,
-        )
-        self._client = oslo_messaging.get_rpc_client(self._transport, target)
-        self._reached = False
+        self._lock = threading.Lock()
 
     def call(self, method: str, request_id: str, arguments: dict[str, Any], timeout: float) -> Any:
         end = time.monotonic() + timeout
-        self._check_broker(timeout)
+        if not self._requester.reached:
+            self._check_broker(timeout)
+        with self._lock:
+            requester = self._requester
+            requester.begin()
         left = max(0.1, end - time.monotonic())
         outcome: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
         def ask() -> None:
             try:
-                outcome.put((self._ask(method, request_id, arguments, left), None))
+                answer = self._ask(requester.client, method, request_id, arguments, left)
+                outcome.put((answer, None))
             except Exception as error:  # noqa: BLE001 - raised again in the caller's thread
                 outcome.put((None, error))
+            finally:
+                requester.end()
 
         # oslo.messaging connects without any limit of time: it may keep this thread, not ours.
         threading.Thread(target=ask, name=f"rpc-{method}", daemon=True).start()
@@ -137,22 +136,49 @@ class BrokerTransport(Transport):
             # The call has its own time-out: let it be the one that tells.
             answer, error = outcome.get(timeout=left + _MOMENT)
         except queue.Empty:
+            self._replace(requester)
             raise self._unreachable(f"the broker does not answer within {timeout:g} s") from None
         if error is not None:
+            if not isinstance(error, _SERVED):
+                self._replace(requester)
             raise self._translated(error, method) from error
-        self._reached = True
+        requester.reached = True
         return answer
 
     def close(self) -> None:
-        if sys.is_finalizing():
-            # No thread begins any more; the connection ends with the process
-            return
-        closer = threading.Thread(target=self._transport.cleanup, name="rpc-close", daemon=True)
-        closer.start()
-        closer.join(_STOP_PATIENCE)
+        self._requester.close()
 
-    def _ask(self, method: str, request_id: str, arguments: dict[str, Any], timeout: float) -> Any:
-        prepared = self._client.prepare(
+    def _make_requester(self) -> Requester:
+        # No exception class of the other side's choice is ever made here
+        transport = oslo_messaging.get_rpc_transport(
+            self._conf, url=self._url, allowed_remote_exmods=[]
+        )
+        target = oslo_messaging.Target(
+            exchange=self._protocol.exchange,
+            topic=self._protocol.topic,
+            namespace=self._protocol.namespace,
+            server=self._name,
+        )
+        return Requester(transport, oslo_messaging.get_rpc_client(transport, target))
+
+    def _replace(self, requester: Requester) -> None:
+        """Ask by a new one from now on: this one may not be answered for a minute.
+
+        When the broker comes back, a request may arrive before the queue for its answer is there
+        again. Who answers takes that queue for gone then, and drops all that belongs there for 60
+        seconds (oslo.messaging's ObsoleteReplyQueuesCache): longer than leases last.
+        """
+        if requester.young:
+            return
+        with self._lock:
+            if self._requester is requester:
+                self._requester = self._make_requester()
+                requester.give_up()
+
+    def _ask(
+        self, client: Any, method: str, request_id: str, arguments: dict[str, Any], timeout: float
+    ) -> Any:
+        prepared = client.prepare(
             version=self._protocol.methods[method].since,
             timeout=timeout,
             retry=1,
@@ -162,11 +188,11 @@ class BrokerTransport(Transport):
         return prepared.call({}, method, request_id=request_id, arguments=arguments)
 
     def _check_broker(self, timeout: float) -> None:
-        """Before the first connection: where nobody listens, oslo.messaging would try for ever.
+        """Before the first answer: where nobody listens, oslo.messaging would try for ever.
 
         All brokers are tried at once: one that is off may only tell so by its silence.
         """
-        if self._reached or not self._addresses:
+        if not self._addresses:
             return
         outcomes: queue.SimpleQueue[OSError | None] = queue.SimpleQueue()
 
@@ -196,7 +222,7 @@ class BrokerTransport(Transport):
             return self._unreachable("no answer in time")
         if isinstance(error, oslo_messaging.MessageUndeliverable):
             return self._unreachable(f"no {self._protocol.server} is connected to the broker")
-        if isinstance(error, (oslo_messaging.RemoteError, oslo_messaging.RPCDispatcherError)):
+        if isinstance(error, _REFUSALS):
             # Our own server answers errors as results: this is a version or method it lacks
             return self._protocol.refused_error(
                 self._name,

@@ -2,10 +2,15 @@
 """Leases of relays while nobody can renew them."""
 
 import contextlib
+import signal
+import subprocess
+import sys
 import time
 
 from nova_dmigrate import exception
+from nova_dmigrate.rpc import isolation
 from tests.integration import host_base
+from tests.lab import processes
 from tests.lab.host_services import ServedRelay
 from tests.lab.relays import wait_until
 
@@ -13,6 +18,24 @@ from tests.lab.relays import wait_until
 #: that it does not outlast.
 LEASE = 10.0
 LONG = 20.0
+#: Asks a service twice, and tells the queue for its answers after the first one.
+ASKER = """
+import sys
+from nova_dmigrate import exception
+from nova_dmigrate.rpc.broker import BrokerTransport
+from nova_dmigrate.rpc.host_client import HostClient
+from nova_dmigrate.rpc.host_messages import HOST
+
+transport = BrokerTransport(sys.argv[1], sys.argv[2], HOST)
+with HostClient(sys.argv[1], transport, timeout=12) as client:
+    client.hello(60)
+    print(transport._requester._transport._driver._reply_q, flush=True)
+    sys.stdin.readline()
+    try:
+        client.session("none")
+    except exception.HostRefused as error:
+        print(error, flush=True)
+"""
 
 
 class OutageTest(host_base.Hosts):
@@ -110,3 +133,31 @@ class OutageTest(host_base.Hosts):
         pair.destination.wait("running")
         pair.destination.client.renew(pair.order.session_id, LEASE)
         self.assert_nothing_left()
+
+    def test_who_had_no_queue_for_an_answer_is_answered_when_it_asks_again(self) -> None:
+        argv = [sys.executable, "-W", "ignore", "-c", ASKER, "two", self.broker.services_url()]
+        asker = processes.spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.addCleanup(processes.end, asker)
+        assert asker.stdin and asker.stdout and self.two.process
+        answers = asker.stdout.readline().decode().strip()
+        vhost = isolation.SERVICES
+        self.two.process.send_signal(signal.SIGSTOP)
+        self.addCleanup(self.two.process.send_signal, signal.SIGCONT)
+        asker.stdin.write(b"\n")
+        asker.stdin.flush()
+
+        def asked() -> bool:
+            lines = self.broker.control("list_queues", "-p", vhost, "name", "messages").splitlines()
+            queues = map(str.split, lines)
+            return any(name.endswith(".two") and int(count) for name, count in queues)
+
+        wait_until(asked, "the question is at the broker")
+        # As when the broker is back, and the queue is not yet
+        asker.send_signal(signal.SIGSTOP)
+        self.broker.control("delete_queue", "-p", vhost, answers)
+        self.two.process.send_signal(signal.SIGCONT)
+        dropped = f"{answers} doesn't exist, drop reply"
+        wait_until(lambda: dropped in self.two.log_file.read_text(), "the answer is dropped")
+        asker.send_signal(signal.SIGCONT)
+        self.assertIn(b"there is no session none", asker.stdout.read())
+        self.assertEqual(1, self.two.log_file.read_text().count(dropped))
