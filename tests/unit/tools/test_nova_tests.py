@@ -278,6 +278,23 @@ class ComparisonTest(base.TestCase):
         self.assertEqual("FAILS WITH BOTH: Nova 34: a", named)
         self.assertIn("1 passed, 1 failed", count)
 
+    def test_what_passes_with_ours_needs_no_stock_driver_unless_all_run_with_both(self) -> None:
+        comparison = Comparison(whole=False)
+        ours = {"a": "success", "b": "skip", "c": "fail"}
+        comparison.add({}, ours)
+        self.assertEqual(["b", "c"], comparison.unsettled)
+        settled = Comparison(whole=False)
+        settled.add({"b": "skip", "c": "success"}, ours)
+        self.assertFalse(settled.good)
+        self.assertEqual(
+            [
+                "DIFFERS: Nova 34: c: success with the stock driver, fail with DMigrate's",
+                "skipped with both: Nova 34: b",
+                "Nova 34: 2 of 3 pass or are as stock (1 passed, 1 skipped with both)",
+            ],
+            settled.lines("Nova 34"),
+        )
+
     def test_a_test_that_passes_with_ours_alone_differs(self) -> None:
         self.assertFalse(self.compare({"a": "fail"}, {"a": "success"}).good)
 
