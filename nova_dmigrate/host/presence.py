@@ -5,6 +5,7 @@ Leases are renewed over the broker. While that is away nobody can renew one, how
 wanted.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -45,22 +46,21 @@ class Presence:
         return self._seen
 
     def _run(self) -> None:
-        with self._connect() as client:
-            self._ask(client)
-
-    def _ask(self, client: HostClient) -> None:
-        delay = _INTERVAL
-        while not self._stopped.wait(delay):
-            asked, away = time.monotonic(), delay > _INTERVAL
-            try:
-                client.hello()
-            except Exception as error:  # noqa: BLE001 - whatever it is, nobody else is better off
-                if not away:
-                    LOG.warning("Leases do not count, nobody can ask this service: %s", error)
-                if not isinstance(error, exception.HostError):
-                    LOG.debug("An unexpected error", exc_info=True)
-                delay = min(delay * 2, _MAX_INTERVAL)
-                continue
-            if away:
-                LOG.warning("This service can be asked again")
-            self._seen, delay = asked, _INTERVAL
+        with contextlib.ExitStack() as stack:
+            client: HostClient | None = None
+            delay = _INTERVAL
+            while not self._stopped.wait(delay):
+                asked, away = time.monotonic(), delay > _INTERVAL
+                try:
+                    client = client or stack.enter_context(self._connect())
+                    client.hello()
+                except Exception as error:  # noqa: BLE001 - whatever it is, nobody is better off
+                    if not away:
+                        LOG.warning("Leases do not count, nobody can ask this service: %s", error)
+                    if not isinstance(error, exception.HostError):
+                        LOG.debug("An unexpected error", exc_info=True)
+                    delay = min(delay * 2, _MAX_INTERVAL)
+                    continue
+                if away:
+                    LOG.warning("This service can be asked again")
+                self._seen, delay = asked, _INTERVAL

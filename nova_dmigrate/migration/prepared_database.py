@@ -12,6 +12,7 @@ from nova_dmigrate.rpc.client import AgentClient
 LOG = logging.getLogger(__name__)
 
 _POLL = 0.5  # seconds
+_AGAIN = 2.0  # seconds after which a lease is renewed again that was not
 
 
 class PreparedDatabase:
@@ -64,12 +65,17 @@ class PreparedDatabase:
             self._keeper.start()
 
     def _keep(self) -> None:
-        while not self._stopped.wait(self._lease / 3):
+        pause = self._lease / 3
+        while not self._stopped.wait(pause):
             if self._lease_id is None:
                 return
+            pause = self._lease / 3
             try:
                 self._agent.renew(self._lease_id, self._lease)
             except exception.RpcError as error:
+                if isinstance(error, exception.AgentUnreachable):
+                    # An outage may be over in a moment, and the lease soon
+                    pause = min(pause, _AGAIN)
                 # The guest may just be moving: it is asked again
                 if not self._stopped.is_set():
                     LOG.info("The lease is not renewed: %s", error)

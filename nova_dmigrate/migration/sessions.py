@@ -24,6 +24,7 @@ from nova_dmigrate.volumes import VolumeSpec
 LOG = logging.getLogger(__name__)
 
 _POLL = 0.2  # seconds
+_AGAIN = 2.0  # seconds after which a lease is renewed again that was not
 #: What a relay that was just started may take to be ready, in seconds.
 _START_PATIENCE = 20.0
 
@@ -267,8 +268,11 @@ class RelaySessions:
 
     def _keep(self, host: HostClient) -> None:
         """Renew a lease until the sessions are closed: the thread of this name."""
-        while not self._closed.wait(self._lease / 4) and host in self._open:
-            self._renew(host)
+        pause = self._lease / 4
+        while not self._closed.wait(pause) and host in self._open:
+            renewed = self._renew(host) is not None
+            # An outage may be over in a moment, and the lease soon
+            pause = self._lease / 4 if renewed else min(self._lease / 4, _AGAIN)
 
     def _renew(self, host: HostClient) -> SessionState | None:
         try:

@@ -23,7 +23,7 @@ from oslo_messaging import opts as messaging_opts
 from nova_dmigrate import exception
 from nova_dmigrate.rpc.dispatcher import Answer, Dispatcher
 from nova_dmigrate.rpc.protocol import Protocol
-from nova_dmigrate.rpc.requester import Requester
+from nova_dmigrate.rpc.requester import Requester, Requesters
 from nova_dmigrate.rpc.transport import Transport
 
 LOG = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ _AMQP_PORT = 5672
 _RETRY_INTERVAL = 2.0  # seconds between attempts to serve at a broker that refuses
 _STOP_PATIENCE = 5.0
 _MOMENT = 0.25  # seconds that an error of oslo.messaging takes to come from its thread
+_RESTART = 2.0  # seconds for which a broker that is gone is looked for again
 _REFUSALS = (oslo_messaging.RemoteError, oslo_messaging.RPCDispatcherError)
 _SERVED = (*_REFUSALS, oslo_messaging.MessageUndeliverable)  # errors with which the broker serves
 
@@ -97,8 +98,8 @@ class BrokerTransport(Transport):
         self._protocol = protocol
         self._conf = conf or make_conf()
         try:
-            self._url = oslo_messaging.TransportURL.parse(self._conf, url)
-            self._requester = self._make_requester()
+            parsed = oslo_messaging.TransportURL.parse(self._conf, url)
+            self._requesters = Requesters(lambda: self._make_requester(url))
         except (oslo_messaging.MessagingException, ValueError) as error:
             # The URL has a password in it
             raise exception.ConfigurationError(
@@ -106,18 +107,16 @@ class BrokerTransport(Transport):
             ) from error
         self._addresses = [
             (host.hostname, host.port or _AMQP_PORT)
-            for host in self._url.hosts
-            if self._url.transport == "rabbit"
+            for host in parsed.hosts
+            if parsed.transport == "rabbit"
         ]
-        self._lock = threading.Lock()
+        self._known = False
 
     def call(self, method: str, request_id: str, arguments: dict[str, Any], timeout: float) -> Any:
         end = time.monotonic() + timeout
-        if not self._requester.reached:
-            self._check_broker(timeout)
-        with self._lock:
-            requester = self._requester
-            requester.begin()
+        requester = self._requesters.take(lambda: self._await_broker(timeout))
+        if requester is None:
+            raise self._unreachable("the broker does not answer, or the way to it is closed")
         left = max(0.1, end - time.monotonic())
         outcome: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
 
@@ -136,22 +135,25 @@ class BrokerTransport(Transport):
             # The call has its own time-out: let it be the one that tells.
             answer, error = outcome.get(timeout=left + _MOMENT)
         except queue.Empty:
-            self._replace(requester)
+            self._requesters.doubt(requester, stuck=True)
             raise self._unreachable(f"the broker does not answer within {timeout:g} s") from None
         if error is not None:
             if not isinstance(error, _SERVED):
-                self._replace(requester)
+                self._requesters.doubt(requester, stuck=False)
             raise self._translated(error, method) from error
-        requester.reached = True
+        requester.reached = self._known = True
         return answer
 
     def close(self) -> None:
-        self._requester.close()
+        self._requesters.close()
 
-    def _make_requester(self) -> Requester:
+    def _make_requester(self, url: str) -> Requester:
         # No exception class of the other side's choice is ever made here
         transport = oslo_messaging.get_rpc_transport(
-            self._conf, url=self._url, allowed_remote_exmods=[]
+            self._conf,
+            # Connecting changes the order of its hosts
+            url=oslo_messaging.TransportURL.parse(self._conf, url),
+            allowed_remote_exmods=[],
         )
         target = oslo_messaging.Target(
             exchange=self._protocol.exchange,
@@ -160,20 +162,6 @@ class BrokerTransport(Transport):
             server=self._name,
         )
         return Requester(transport, oslo_messaging.get_rpc_client(transport, target))
-
-    def _replace(self, requester: Requester) -> None:
-        """Ask by a new one from now on: this one may not be answered for a minute.
-
-        When the broker comes back, a request may arrive before the queue for its answer is there
-        again. Who answers takes that queue for gone then, and drops all that belongs there for 60
-        seconds (oslo.messaging's ObsoleteReplyQueuesCache): longer than leases last.
-        """
-        if requester.young:
-            return
-        with self._lock:
-            if self._requester is requester:
-                self._requester = self._make_requester()
-                requester.give_up()
 
     def _ask(
         self, client: Any, method: str, request_id: str, arguments: dict[str, Any], timeout: float
@@ -186,6 +174,19 @@ class BrokerTransport(Transport):
             transport_options=oslo_messaging.TransportOptions(at_least_once=True),
         )
         return prepared.call({}, method, request_id=request_id, arguments=arguments)
+
+    def _await_broker(self, timeout: float) -> None:
+        """Where a broker has been before, one that is just being restarted has a moment."""
+        end = time.monotonic() + min(timeout, _RESTART)
+        while True:
+            try:
+                self._check_broker(timeout)
+            except self._protocol.unreachable:
+                if not self._known or time.monotonic() > end:
+                    raise
+                time.sleep(_MOMENT)
+            else:
+                return
 
     def _check_broker(self, timeout: float) -> None:
         """Before the first answer: where nobody listens, oslo.messaging would try for ever.

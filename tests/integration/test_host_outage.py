@@ -29,7 +29,7 @@ from nova_dmigrate.rpc.host_messages import HOST
 transport = BrokerTransport(sys.argv[1], sys.argv[2], HOST)
 with HostClient(sys.argv[1], transport, timeout=12) as client:
     client.hello(60)
-    print(transport._requester._transport._driver._reply_q, flush=True)
+    print(transport._requesters._current._transport._driver._reply_q, flush=True)
     sys.stdin.readline()
     try:
         client.session("none")

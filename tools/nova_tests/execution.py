@@ -50,7 +50,7 @@ class Worker:
     def run(self, only: Iterable[str] = ()) -> Run:
         """Run all tests, or ``only`` those.
 
-        :raises RuntimeError: no test made the driver, so they prove nothing.
+        :raises RuntimeError: no test ran, or made the driver, so they prove nothing.
         """
         name = f"{self.job.name}-{self.driver}{'-again' if only else ''}"
         # Results of an earlier run must never stand for this one's
@@ -79,6 +79,8 @@ class Worker:
         if ending.verdict == NEVER_MADE:
             raise RuntimeError(f"{name}: no test made the driver")
         trouble = told(ending, files["log"])
+        if not statuses:
+            raise RuntimeError(f"{name}: no test ran; {trouble}\n{_tail(files['log'])}")
         if trouble:
             trouble = f"{name}: {trouble}"
             print(trouble, flush=True)

@@ -134,7 +134,8 @@ class BrokerTest(base.TestCase):
     def test_no_class_of_the_other_sides_choice_is_allowed(self) -> None:
         transport = broker.BrokerTransport("i", "fake://two/", messages.AGENT)
         self.addCleanup(transport.close)
-        self.assertEqual([], transport._requester._transport._driver._allowed_remote_exmods)
+        driver = transport._requesters._current._transport._driver
+        self.assertEqual([], driver._allowed_remote_exmods)
 
 
 class IsolationTest(base.TestCase):
