@@ -80,6 +80,8 @@ class DemoClientTests(base.TestCase):
     def test_a_server_that_stands_still_is_silent_for_so_long(self) -> None:
         running, server = self.start()
         with Probe(server, self.directory) as probe:
+            # Enough of them that their median is not the silence itself
+            wait_until(lambda: len(probe.answers()) > 10, "it has answered for a while")
             begin = time.monotonic()
             os.kill(running.pid, signal.SIGSTOP)
             stopped = time.monotonic()
