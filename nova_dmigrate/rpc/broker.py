@@ -50,7 +50,8 @@ _AMQP_PORT = 5672
 _RETRY_INTERVAL = 2.0  # seconds between attempts to serve at a broker that refuses
 _STOP_PATIENCE = 5.0
 _MOMENT = 0.25  # seconds that an error of oslo.messaging takes to come from its thread
-_RESTART = 2.0  # seconds for which a broker that is gone is looked for again
+# Seconds for which, and between which, a broker that is gone is looked for
+_RESTART, _LOOK = 2.0, 0.25
 _REFUSALS = (oslo_messaging.RemoteError, oslo_messaging.RPCDispatcherError)
 _SERVED = (*_REFUSALS, oslo_messaging.MessageUndeliverable)  # errors with which the broker serves
 
@@ -184,7 +185,7 @@ class BrokerTransport(Transport):
             except self._protocol.unreachable:
                 if not self._known or time.monotonic() > end:
                     raise
-                time.sleep(_MOMENT)
+                time.sleep(_LOOK)
             else:
                 return
 
