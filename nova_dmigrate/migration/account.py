@@ -32,6 +32,7 @@ class Account:
         self._began = datetime.now(timezone.utc)
         self._findings: tuple[Finding, ...] = ()
         self._mapping_s: float | None = None
+        self._completed = False
         self._without_volumes: exception.FallBack | None = None
         self._relays: dict[str, Report] = {}
         self._database: tuple[DatabaseSample, ...] = ()
@@ -52,16 +53,14 @@ class Account:
 
         :param completed: the guest has moved.
         """
-        self._findings = relayed.findings
         self._mapping_s = relayed.mapping_seconds
-        if completed:
-            self._without_volumes = relayed.without_volumes()
+        self._completed = completed
 
     def note_relays(self, relayed: RelayedMigration) -> None:
         """It has been left: what its relays have told, and the database meanwhile."""
         self._relays, self.relay_failure = relayed.reports, relayed.failure
-        if self._without_volumes is not None:
-            # Perhaps nothing was heard any more when they came into use
+        self._findings = relayed.findings
+        if self._completed:
             self._without_volumes = relayed.without_volumes()
         self._database = relayed.database_samples
 

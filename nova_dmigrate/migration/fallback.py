@@ -30,6 +30,7 @@ class Reason(enum.Enum):
     NO_AGENT = ("no-agent", "the guest has no agent that could be asked")
     NO_AGENT_PORT = ("no-agent-port", "the domain has no port for the agent ({port})")
     NO_VOLUMES = ("no-volumes", "no disk can be read at the destination: {disks}")
+    VOLUMES_UNREADABLE = ("volumes-unreadable", "host {host} can read none of the volumes: {why}")
     HOST_UNREACHABLE = ("host-unreachable", "{error}")
     HOST_REFUSED = ("host-refused", "{error}")
     HOST_DRAINING = ("host-draining", "the service of host {host} is being shut down")

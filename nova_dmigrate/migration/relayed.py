@@ -16,12 +16,12 @@ from typing import Any
 
 from nova_dmigrate import exception
 from nova_dmigrate.buffermap import PAGE_SIZE, MapLimits
-from nova_dmigrate.findings import Finding
+from nova_dmigrate.findings import Finding, Severity
 from nova_dmigrate.migration.database_series import DatabaseSample, DatabaseSeries
 from nova_dmigrate.migration.fallback import Reason, because
 from nova_dmigrate.migration.guest_map import GuestMapFetch
 from nova_dmigrate.migration.prepared_database import PreparedDatabase
-from nova_dmigrate.migration.sessions import RelaySessions, Terms
+from nova_dmigrate.migration.sessions import RelaySessions, Terms, volume_troubles
 from nova_dmigrate.migration.settings import OrchestrationSettings
 from nova_dmigrate.migration.waiting import Question, answer_of, answer_within
 from nova_dmigrate.retention import Retention
@@ -200,8 +200,14 @@ class RelayedMigration:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What the agent has found when it made the map."""
-        return self._mapping.findings if self._mapping is not None else ()
+        """What the agent has found when it made the map, and the destination with the volumes; of
+        them it is known when it has been left.
+        """
+        made = self._mapping.findings if self._mapping is not None else ()
+        return made + tuple(
+            Finding("volume-unreadable", Severity.PROBLEM, f"{why} (at the destination)")
+            for why in volume_troubles(self.reports.get("destination", {})).values()
+        )
 
     @property
     def database_samples(self) -> tuple[DatabaseSample, ...]:
@@ -263,13 +269,21 @@ class RelayedMigration:
         told = {**self._told, **self.reports.get("source", {})}
         state = told.get("map")
         if state == "taken" and told.get("mapped_pages"):
-            return None
+            return self._unread()
         if self._given is False or state in ("refused", "taken"):
             return because(Reason.MAP_REFUSED, self._instance)
         undelivered = self._undelivered()
         if undelivered is not None and state in (None, "none") and not self._mapping.late:
             return undelivered
         return because(Reason.LATE_MAP, self._instance)
+
+    def _unread(self) -> exception.FallBack | None:
+        """Why nothing could be read of a map that was in use; None if something was."""
+        report = self.reports.get("destination", {})
+        troubles = volume_troubles(report)
+        if not troubles or report.get("hits"):
+            return None
+        return self._sessions.unreadable(troubles)
 
     def _undelivered(self) -> exception.FallBack | None:
         """Why it is not known whether the source's host has taken the map; None if it is."""

@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,7 @@ class RelaySessions:
         :raises FallBack: one of them cannot be had.
         """
         ready = self._ready(self._destination, waiting)
+        self._check_volumes(ready)
         order = host_messages.OpenSource(
             **self._common,
             host=self._terms.address or ready.host or self._destination.host,
@@ -165,13 +166,9 @@ class RelaySessions:
         When a relay has failed, ``failure`` says why.
         """
         state = self._renew(self._source)
-        if state is None or not state.progress:
+        if state is None:
             return None
-        try:
-            progress = json.loads(state.progress)
-        except ValueError:
-            return None
-        return progress if isinstance(progress, dict) else None
+        return _progress(state) or None
 
     def note_failure(self, why: str) -> None:
         """A relay has failed; the first one counts."""
@@ -227,6 +224,24 @@ class RelaySessions:
             raise because(
                 Reason.NO_ROOM, self._instance, host=host.host, detail=state.message or "all busy"
             )
+
+    def _check_volumes(self, ready: SessionState) -> None:
+        """See that the destination relay could open one of the volumes.
+
+        :raises FallBack: it has said why it cannot read any.
+        """
+        troubles = volume_troubles(_progress(ready))
+        if troubles and all(each.volume_id in troubles for each in self._volumes):
+            raise self.unreadable(troubles)
+
+    def unreadable(self, troubles: Mapping[str, str]) -> exception.FallBack:
+        """The reason that there is where the destination can read no volume."""
+        return because(
+            Reason.VOLUMES_UNREADABLE,
+            self._instance,
+            host=self._destination.host,
+            why="; ".join(troubles.values()),
+        )
 
     def _ready(self, host: HostClient, waiting: Waiting) -> SessionState:
         """Wait until a relay that was ordered runs."""
@@ -288,3 +303,23 @@ class RelaySessions:
     def _note(self, state: SessionState) -> None:
         if state.state == "failed":
             self.note_failure(f"{state.role} relay: {state.message}")
+
+
+def volume_troubles(report: Mapping[str, Any]) -> dict[str, str]:
+    """Why the destination relay cannot read volumes, by volume, in what it has told of itself.
+
+    One of an older version tells nothing of that.
+    """
+    told = report.get("volume_troubles")
+    if not isinstance(told, dict):
+        return {}
+    return {volume: why for volume, why in told.items() if isinstance(why, str)}
+
+
+def _progress(state: SessionState) -> dict[str, Any]:
+    """What a relay has told of itself; empty if it has not."""
+    try:
+        progress = json.loads(state.progress or "{}")
+    except ValueError:
+        return {}
+    return progress if isinstance(progress, dict) else {}

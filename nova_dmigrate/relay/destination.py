@@ -35,6 +35,8 @@ from nova_dmigrate.volumes.base import VolumeReader
 LOG = log.getLogger(__name__)
 
 _MAX_CONNECTIONS = 16
+#: Characters of what is told of each volume that cannot be read.
+_MAX_TROUBLE = 300
 
 
 class DestinationRelay:
@@ -59,6 +61,7 @@ class DestinationRelay:
         self._bucket = TokenBucket(settings.volume_bandwidth)
         self._outlet = QemuOutlet(session.qemu_socket, session.instance)
         self._readers: dict[str, VolumeReader] = {}
+        self._unopened: dict[str, str] = {}
         self._stages = Stages("preparing")
         self._sampler = Sampler(self._sample)
         self._core = Assembler(
@@ -88,6 +91,7 @@ class DestinationRelay:
             try:
                 self._readers[spec.volume_id] = open_volume(spec, self._settings.volume_access)
             except exception.VolumeError as error:
+                self._unopened[spec.volume_id] = str(error)
                 LOG.warning(
                     "Instance %s: pages of this volume will travel over the network: %s",
                     self._session.instance,
@@ -302,6 +306,11 @@ class DestinationRelay:
             "qemu_bytes": self._outlet.bytes,
         }
 
+    def _troubles(self) -> dict[str, str]:
+        """Why volumes could not be opened, or not be read, by volume."""
+        prefetch = self._core.prefetch
+        return {**self._unopened, **(prefetch.troubles if prefetch else {})}
+
     def progress(self) -> Report:
         """How far the migration is: cumulative figures, bytes and pages."""
         table, prefetch = self._core.table, self._core.prefetch
@@ -318,6 +327,9 @@ class DestinationRelay:
             "volume_bandwidth": self._bucket.rate,
             "volume_reads": prefetch.reads if prefetch else 0,
             "volume_errors": prefetch.errors if prefetch else 0,
+            "volume_troubles": {
+                volume: why[:_MAX_TROUBLE] for volume, why in self._troubles().items()
+            },
             "hits": table.hits,
             "speculated_pages": table.speculated,
             "replaced_pages": table.replaced,

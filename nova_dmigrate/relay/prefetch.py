@@ -95,6 +95,8 @@ class Prefetch:
         self.bytes = 0
         self.reads = 0
         self.errors = 0
+        #: The last error of each volume that had one.
+        self.troubles: dict[str, str] = {}
 
     def work(self) -> None:
         """Read until nothing is left or :meth:`stop` is called; one thread of ``depth``."""
@@ -213,18 +215,16 @@ class Prefetch:
 
     def _count_error(self, volume: int, error: exception.VolumeError, quiet: bool) -> None:
         """:param quiet: another error of the same plan has been logged."""
+        volume_id = self._map.volumes[volume].volume_id
         with self._lock:
             self.errors += 1
             self._errors[volume] += 1
             count = self._errors[volume]
+            self.troubles[volume_id] = str(error)
         if not quiet:
             LOG.warning("Blocks will travel over the network instead: %s", error)
         if count == self._error_limit:
-            LOG.error(
-                "Volume %s is not read any more after %d errors",
-                self._map.volumes[volume].volume_id,
-                count,
-            )
+            LOG.error("Volume %s is not read any more after %d errors", volume_id, count)
 
     def _begin(self) -> None:
         with self._lock:

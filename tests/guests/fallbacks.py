@@ -167,6 +167,17 @@ def _destination(**options: object) -> Callable[[Place], AbstractContextManager[
 
 
 @contextlib.contextmanager
+def _volume_out_of_reach(place: Place) -> Iterator[Options]:
+    """Something else is at its place at the destination."""
+    volume = str(place.domain.volume)
+    place.destination.run(["mount", "--bind", "/dev/null", volume])
+    try:
+        yield {}
+    finally:
+        place.destination.run(["umount", volume])
+
+
+@contextlib.contextmanager
 def _in_the_clear(place: Place) -> Iterator[Options]:
     """Relays do not encrypt, and QEMU shall."""
     with contextlib.ExitStack() as stack:
@@ -328,6 +339,7 @@ CASES: Mapping[str, Case] = {
     "no-agent": Case(_no_agent),
     "no-agent-port": _refused(_other_domain(_CACHED_DISK)),
     "no-volumes": _refused(_other_domain(_PORT + _CACHED_DISK)),
+    "volumes-unreadable": _refused(_volume_out_of_reach),
     "host-unreachable": Case(_no_service),
     "host-refused": Case(_destination(host__volume_directories="/nowhere")),
     "host-draining": Case(_draining),

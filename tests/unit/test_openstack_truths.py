@@ -22,6 +22,7 @@ def move(status: str = COMPLETED, host: str = "b", **told: Any) -> Move:
         "fallback_reason": None,
         "pages_referenced": 7,
         "misses": 0,
+        "volume_bytes": 7 << 12,
         "mapping_s": 1.5,
     }
     return Move(status, "a", host, {**summary, **told})
@@ -70,6 +71,10 @@ class TruthTest(base.TestCase):
         self.assertEqual(["0 pages were references"], VOLUME.lies(move(pages_referenced=0)))
         (wrong,) = NO_AGENT.lies(move(fallback_reason="agent-unreachable"))
         self.assertEqual("7 pages were references", wrong)
+
+    def test_one_that_was_aborted_has_come_as_far_as_the_volume(self) -> None:
+        (wrong,) = ABORTED.lies(move(CANCELLED, "a", volume_bytes=0, pages_referenced=0))
+        self.assertEqual("nothing was read of the volume", wrong)
 
     def test_references_that_did_not_match_are_no_pages_from_the_volume(self) -> None:
         some = Truth(Way.VOLUME, matched=0)

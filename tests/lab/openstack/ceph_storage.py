@@ -83,6 +83,14 @@ class CephStorage:
             "volume": {"rbd_user": _READER, "rbd_configuration": self.ceph.configuration},
         }
 
+    def wrong_key(self, keyring: Path) -> Options:
+        """Options of DMigrate with a key that is not its own.
+
+        :param keyring: is written.
+        """
+        keyring.write_text(f"[client.{_READER}]\nkey = {self.ceph.key(_USER)}\n")
+        return {"volume": {"rbd_keyring": keyring}}
+
     def prepare_host(self, host: LibvirtHost) -> None:
         connection = host.connect()
         try:

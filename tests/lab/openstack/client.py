@@ -11,6 +11,7 @@ from openstack import exceptions
 from tests.lab.openstack.move import CANCELLED, COMPLETED
 from tests.lab.openstack.service import PATIENCE
 from tests.lab.openstack.site import ADMIN, REGION, Site
+from tests.lab.openstack.venv import program
 
 #: Of Nova's API: shows the details of events.
 _MICROVERSION = "2.90"
@@ -27,6 +28,7 @@ class Client:
     """``sdk``: the administrator's connection."""
 
     def __init__(self, site: Site) -> None:
+        self._site = site
         self.sdk = openstack.connect(
             auth_url=site.url("keystone"),
             username=ADMIN,
@@ -41,6 +43,24 @@ class Client:
 
     def close(self) -> None:
         self.sdk.close()
+
+    def command(self, *argv: str) -> str:
+        """Give a command, as operators do: ``openstack ARGV...``; what it prints.
+
+        :raises ServiceError: it failed.
+        """
+        account = {
+            "OS_AUTH_URL": self._site.url("keystone"),
+            "OS_USERNAME": ADMIN,
+            "OS_PASSWORD": self._site.password,
+            "OS_PROJECT_NAME": ADMIN,
+            "OS_USER_DOMAIN_ID": "default",
+            "OS_PROJECT_DOMAIN_ID": "default",
+            "OS_REGION_NAME": REGION,
+            "OS_IDENTITY_API_VERSION": "3",
+            "OS_COMPUTE_API_VERSION": _MICROVERSION,
+        }
+        return self._site.services.run("openstack", [program("openstack"), *argv], account)
 
     def wait_for_computes(self, names: list[str], check: Callable[[], None]) -> None:
         """Wait until hosts can have servers.
@@ -203,7 +223,7 @@ class Order:
         self.source = client.host_of(server)
         self._client, self._server = client, server
         self._known = {each.uuid for each in client.migrations(server)}
-        client.sdk.compute.live_migrate_server(server.id, host=None, block_migration="auto")
+        client.command("server", "migrate", "--live-migration", server.id)
 
     def over(self) -> bool:
         """Whether it has ended, however."""

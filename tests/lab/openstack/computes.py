@@ -7,7 +7,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nova_dmigrate import exception
@@ -57,6 +57,7 @@ class Compute:
         for each in (_RUN, self._history):
             host.run(["mkdir", "-p", str(each)])
         dmigrate = self._configure_dmigrate()
+        self._more.touch()
         self._site.configure(
             self._nova_conf,
             nova.asks_others(self._site),
@@ -74,13 +75,26 @@ class Compute:
         services, host = self._site.services, self.host
         if not host.runs_libvirtd:
             host.start_libvirtd()
-        conf = self._site.directory / self._nova_conf
-        for name, argv in (
-            (self.host_service, [program("nova-dmigrate-host"), "--config-file", self._dmigrate]),
-            (self.nova_compute, [program("nova-compute"), "--config-file", conf]),
+        for name, command, files in (
+            (self.host_service, "nova-dmigrate-host", (self._dmigrate, self._more)),
+            (self.nova_compute, "nova-compute", (self._site.directory / self._nova_conf,)),
         ):
             if not services.runs(name):
-                services.start(name, [str(each) for each in argv], host)
+                options = (f"--config-file={file}" for file in files)
+                services.start(name, [program(command), *options], host)
+
+    @contextlib.contextmanager
+    def other_options(self, options: Options) -> Iterator[None]:
+        """Its host service, which may not be reached yet, has other options meanwhile."""
+        write(self._more, options)
+        self._site.services.stop(self.host_service)
+        try:
+            self.ensure_running()
+            yield
+        finally:
+            self._more.write_text("")
+            self._site.services.stop(self.host_service)
+            self.ensure_running()
 
     def die(self) -> None:
         """Kill all that serves here, and all guests. The network of the guests stays, and what is
@@ -139,6 +153,11 @@ class Compute:
     def _dmigrate(self) -> Path:
         """The configuration of DMigrate."""
         return self._directory / "nova-dmigrate.conf"
+
+    @property
+    def _more(self) -> Path:
+        """More of that, which its host service alone has."""
+        return self._directory / "more.conf"
 
     @property
     def _nova_conf(self) -> str:
@@ -208,6 +227,7 @@ class Compute:
         broker = self._site.broker
         # Agents' virtual hosts are named by their instances
         agents, _, _ = broker.services_url().rpartition("/")
+        certificate, key = self._site.authority.issue(self.name)
         return write(
             self._dmigrate,
             {
@@ -216,10 +236,14 @@ class Compute:
                     "name": self.name,
                     "socket_directory": _RUN,
                     "state_directory": self._directory / "dmigrate",
-                    "volume_directories": "/",
                     "drain_timeout": 1,
                 },
-                "wire": {"tls": False, "listen_address": self.host.address},
+                "wire": {
+                    "ca_file": self._site.authority.certificate,
+                    "certificate_file": certificate,
+                    "key_file": key,
+                    "listen_address": self.host.address,
+                },
                 "migration": {
                     "agent_transport": "broker",
                     "agent_url": f"{agents}/",

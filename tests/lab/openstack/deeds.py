@@ -12,7 +12,7 @@ from tests.lab.openstack.move import COMPLETED
 from tests.lab.openstack.scene import Scene
 from tests.lab.openstack.troubles import Trouble, no_trouble
 from tests.lab.openstack.truths import Truth
-from tests.lab.openstack.working import Run
+from tests.lab.openstack.working import Migration, Run
 
 #: MB/s of networks on which there is time in mid-migration for something to happen, and on which a
 #: server that changes its memory comes over although all of it is sent.
@@ -66,32 +66,38 @@ class Migrated:
 
 @dataclasses.dataclass(frozen=True)
 class Emptied:
-    """All servers of the host are live-migrated at once: the database server, and another one that
-    is not to use the relays.
+    """All servers of the host are live-migrated at once: the database server, another one with a
+    database, and one that has nothing that could be asked.
 
-    :ivar truth: about the database server.
+    :ivar truth: about both database servers.
     """
 
     mode: str
     truth: Truth
 
     def __str__(self) -> str:
-        return f"the host is empty; the database server: {self.truth}; the other one: completed"
+        return f"the host is empty; both database servers: {self.truth}; the other one: completed"
 
     def __call__(self, scene: Scene) -> Done:
         client, source = scene.cloud.client, scene.here
-        with scene.neighbour() as other:
+        with scene.neighbour() as other, scene.companion() as companion:
+            migrations: list[Migration] = []
             orders: list[Order] = []
+
+            def order_others() -> None:
+                migrations.append(Migration(scene.cloud, companion.server))
+                orders.append(Order(client, other))
+
             move, _ = scene.working.migrate(
-                self.mode,
-                f"Nova, {scene.storage}",
-                ordered=lambda: orders.append(Order(client, other)),
+                self.mode, f"Nova, {scene.storage}", ordered=order_others
             )
+            second = migrations[0].end(told=True)
             status = orders[0].wait()
             wrong = self.truth.lies(move) + self._other_lies(scene, other, status)
+            wrong += [f"the second database server: {each}" for each in self.truth.lies(second)]
             if source.guests():
                 wrong.append(f"there are still servers on {source.name}")
-        return Done(f"{move}; the other one: {status}", wrong)
+        return Done(f"{move}; {second}; the other one: {status}", wrong)
 
     @staticmethod
     def _other_lies(scene: Scene, other: Any, status: str) -> list[str]:

@@ -62,7 +62,7 @@ def tiny_server(cloud: OpenStack, name: str, host: str) -> Any:
         flavor_id=flavor.id,
         image_id=found.id,
         networks="none",
-        availability_zone=f"nova:{host}",
+        availability_zone=_zone(host),
     )
     return cloud.client.wait_for_server(ordered, "ACTIVE")
 
@@ -102,11 +102,13 @@ class DatabaseServer:
         load: str = "oltp_read_write",
         storage: str | None = None,
         release: Release = MARIADB,
+        host: str | None = None,
         **specs: str,
     ) -> None:
         """:param number: of its address.
         :param load: whose tables it has.
         :param storage: that its volume is on, by name; the cloud's first one if None.
+        :param host: that it starts on; Nova chooses if None.
         :param specs: extra specs of its flavor, with ``__`` for the colon.
         """
         self.address = guest_address(number)
@@ -115,6 +117,7 @@ class DatabaseServer:
         self._ram_mb, self._pool_mb, self._load = ram_mb, pool_mb, load
         self._storage = storage or next(iter(cloud.storages))
         self._release = at_broker(release)
+        self._host = host
         self._specs = specs
         self.account = AgentAccount(cloud.broker)
 
@@ -130,7 +133,9 @@ class DatabaseServer:
         )
         volume = self._filled_volume()
         flavor = seed.flavor(self._cloud.client, self._name, self._ram_mb, 3, **self._specs)
-        ordered = _order(self._cloud, self._name, flavor, uploaded, volume, self.address)
+        ordered = _order(
+            self._cloud, self._name, flavor, uploaded, volume, self.address, self._host
+        )
         self.account.make(ordered.id)
         self.server = self._cloud.client.wait_for_server(ordered, "ACTIVE")
         return self
@@ -241,7 +246,13 @@ def _upload(
 
 
 def _order(
-    cloud: OpenStack, name: str, flavor: Any, uploaded: Any, volume: Any, address: str
+    cloud: OpenStack,
+    name: str,
+    flavor: Any,
+    uploaded: Any,
+    volume: Any,
+    address: str,
+    host: str | None,
 ) -> Any:
     """Order a server, whose disks are a copy of an image and a volume."""
     disks = [
@@ -265,7 +276,13 @@ def _order(
         image_id=uploaded.id,
         networks=[{"port": _port(cloud, name, address).id}],
         block_device_mapping=disks,
+        **({"availability_zone": _zone(host)} if host else {}),
     )
+
+
+def _zone(host: str) -> str:
+    """That makes Nova start a server on a host."""
+    return f"nova:{host}"
 
 
 def _port(cloud: OpenStack, name: str, address: str) -> Any:

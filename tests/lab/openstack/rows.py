@@ -67,6 +67,9 @@ _TROUBLES: dict[str, Deed] = {
     "host service missing": _in_trouble(
         troubles.no_host_service, Truth(Way.ORDINARY, "host-unreachable"), FAST
     ),
+    "Ceph refuses DMigrate": _in_trouble(
+        troubles.wrong_keyring, Truth(Way.ORDINARY, "volumes-unreadable"), FAST
+    ),
     "Ceph slow": _in_trouble(troubles.slow_ceph, _SOME_OF_IT, SLOW),
     "OSD restarted": _in_trouble(troubles.osd_restarted, _SOME_OF_IT, SLOW),
     "broker isolation": Isolated(),

@@ -17,6 +17,8 @@ from tests.lab.openstack.working import Run, Shape, WorkingServer
 CEPH, NFS = CephStorage.name, SharedDirectory.name
 #: Seconds in which a database that is at work acknowledges a commit, also when its machine is busy.
 _COMMIT = 180.0
+#: MiB of another server, and of its pool.
+_COMPANION = (640, 256)
 
 
 def server_name(storage: str) -> str:
@@ -97,6 +99,23 @@ class Scene:
             yield server
         finally:
             self._delete(server)
+
+    @contextlib.contextmanager
+    def companion(self) -> Iterator[DatabaseServer]:
+        """Another database server on the same host, with an agent and without clients, whose flavor
+        prefers the relays.
+        """
+        database = DatabaseServer(
+            self.cloud, "companion", len(self.cloud.storages), *_COMPANION, self._shape.load,
+            self.storage, self._shape.release, self.here.name, dmigrate__policy="preferred",
+        ).create()  # fmt: skip
+        try:
+            wait_until_filled(database.sql_server)
+            self.cloud.client.wait(database.account.served, "the companion's agent is there")
+            yield database
+        finally:
+            self._delete(database.server)
+            database.account.remove()
 
     @contextlib.contextmanager
     def network(self, mb_per_s: float | None) -> Iterator[None]:

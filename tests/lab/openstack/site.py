@@ -11,6 +11,7 @@ from tests.lab.openstack.configuration import Options
 from tests.lab.openstack.database import Database
 from tests.lab.openstack.service import Services
 from tests.lab.openstack.venv import VENV, program
+from tests.unit.relay.wire.certificates import Authority
 
 REGION = "lab"
 ADMIN = "admin"
@@ -36,6 +37,7 @@ class Site:
 
     :ivar directory: for the files of all services.
     :ivar password: of all accounts.
+    :ivar authority: of hosts' certificates.
     :ivar ports: of the APIs, by the service's name.
     """
 
@@ -44,6 +46,7 @@ class Site:
     broker: Broker
     database: Database
     password: str
+    authority: Authority
     ports: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -55,7 +58,10 @@ class Site:
         # It ends when nobody needs it any more
         database = Database(Services(directory / "logs"), directory / "mariadb", port, password)
         ports_by_name = dict(zip(PATHS, ports, strict=True))
-        return cls(directory, services, broker, database, password, ports_by_name)
+        certificates = directory / "certificates"
+        certificates.mkdir()
+        authority = Authority(certificates)
+        return cls(directory, services, broker, database, password, authority, ports_by_name)
 
     def url(self, name: str) -> str:
         """Of an API, on this machine and on each host."""

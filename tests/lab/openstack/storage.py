@@ -104,7 +104,7 @@ class SharedDirectory:
         return {"libvirt": {"nfs_mount_point_base": self._mounts}}
 
     def dmigrate_options(self) -> Options:
-        return {}
+        return {"host": {"volume_directories": self._mounts}}
 
     def prepare_host(self, host: LibvirtHost) -> None:
         host.run(["sh", "-c", self._private])

@@ -17,8 +17,8 @@ from tests.lab.openstack.scene import Scene
 
 Trouble = Callable[[Scene], AbstractContextManager[None]]
 
-#: Bytes of memory that make the middle of a migration; and of a volume, more than opening it takes.
-_MIDDLE, _READ = 24e6, 4e6
+#: Bytes of a volume, more than opening it takes.
+_READ = 4e6
 #: Seconds for which storage is slow, and in turn hangs and serves; and for which it is gone.
 _SLOW, _HANGS, _SERVES, _GONE = 20.0, 0.4, 0.1, 3.0
 
@@ -60,15 +60,27 @@ def no_host_service(scene: Scene) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def wrong_keyring(scene: Scene) -> Iterator[None]:
+    """DMigrate's host service at the destination has a key that Ceph does not take."""
+    there, client = scene.there, scene.cloud.client
+    keyring = scene.cloud.directory / "wrong.keyring"
+    with there.other_options(_storage(scene).wrong_key(keyring)):
+        client.wait(there.serves, f"the host service of {there.name} answers")
+        yield
+    client.wait(there.serves, f"the host service of {there.name} answers")
+
+
+@contextlib.contextmanager
 def abort(scene: Scene) -> Iterator[None]:
-    """Whoever has ordered the migration has it aborted."""
-    compute, server = scene.cloud.client.sdk.compute, scene.server
+    """Whoever has ordered the migration has it aborted, while the destination reads."""
+    client, server = scene.cloud.client, scene.server
+    _, has_read = _ceph(scene)
 
     def order(over: threading.Event) -> None:
-        for each in compute.server_migrations(server.id):
-            compute.abort_server_migration(each.id, server.id, ignore_missing=False)
+        for each in client.sdk.compute.server_migrations(server.id):
+            client.command("server", "migration", "abort", server.id, str(each.id))
 
-    with midway(scene.cloud.hosts.link.carried, _MIDDLE, order):
+    with midway(has_read, _READ, order):
         yield
 
 
@@ -106,6 +118,11 @@ def osd_restarted(scene: Scene) -> Iterator[None]:
 
 def _ceph(scene: Scene) -> tuple[Ceph, Callable[[], int]]:
     """The cluster, and how many bytes the destination has read of it."""
+    storage = _storage(scene)
+    return storage.ceph, functools.partial(storage.network.carried_to, scene.there.host)
+
+
+def _storage(scene: Scene) -> CephStorage:
     storage = scene.cloud.storages[scene.storage]
     assert isinstance(storage, CephStorage)
-    return storage.ceph, functools.partial(storage.network.carried_to, scene.there.host)
+    return storage

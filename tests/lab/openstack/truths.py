@@ -63,7 +63,9 @@ class Truth:
         wanted = {Way.VOLUME: "dmigrate", Way.ORDINARY: "ordinary"}.get(self.way, mode)
         if mode != wanted:
             found.append(f"the mode is {mode}")
-        # One that is not completed may not have come so far
+        # One that is not completed may not have come so far as to use what it has read
+        if self.status != COMPLETED and self.way is Way.VOLUME and not told["volume_bytes"]:
+            found.append("nothing was read of the volume")
         if bool(pages) != (self.way is Way.VOLUME) and self.status == COMPLETED:
             found.append(f"{pages} pages were references")
         elif pages and self.status == COMPLETED and pages - told["misses"] <= self.matched * pages:

@@ -35,9 +35,10 @@ class RelayedMigrationTest(base.TestCase):
         enter: Callable[[str], None] = lambda phase: None,
         summary: dict[str, Any] | None = None,
         agent: Callable[[], AgentClient] = agent,
+        arrived: dict[str, Any] | None = None,
     ) -> RelayedMigration:
         self.source = Host("one", "source", summary)
-        self.destination = Host("two", "destination")
+        self.destination = Host("two", "destination", arrived)
         return RelayedMigration(
             "20261125-170301-abcdef",
             "i",
@@ -85,10 +86,18 @@ class RelayedMigrationTest(base.TestCase):
     def account(self) -> Account:
         return Account("20261125-170301-abcdef", "i", "i", "one", "two")
 
-    def summary_of(self, last: dict[str, Any], summary: dict[str, Any]) -> Any:
-        """Of a migration whose source's service cannot be asked after it has told ``last``."""
+    def summary_of(
+        self,
+        last: dict[str, Any],
+        summary: dict[str, Any],
+        arrived: dict[str, Any] | None = None,
+    ) -> Any:
+        """Of a migration whose source's service cannot be asked after it has told ``last``.
+
+        :param arrived: the destination relay's summary.
+        """
         account = self.account()
-        with self.make(summary=summary) as relayed:
+        with self.make(summary=summary, arrived=arrived) as relayed:
             self.source.changes["progress"] = json.dumps(last)
             end = time.monotonic() + PATIENCE
             while relayed.follow(None) != last:
@@ -107,6 +116,20 @@ class RelayedMigrationTest(base.TestCase):
     def test_what_it_has_told_counts_where_it_says_nothing_at_its_end(self) -> None:
         self.assertIsNone(self.summary_of(USED, {}).fallback_reason)
         self.assertEqual("late-map", self.summary_of({"map": "offered"}, {}).fallback_reason)
+
+    def test_volumes_that_could_not_be_read_are_told_of(self) -> None:
+        why = {"v": "Volume v: at 4096: Input/output error"}
+        told = self.summary_of(USED, USED, {"hits": 0, "volume_troubles": why})
+        self.assertEqual("volumes-unreadable", told.fallback_reason)
+        self.assertIn("host two can read none of the volumes: Volume v", told.fallback_message)
+        told = self.summary_of(USED, USED, {"hits": 1, "volume_troubles": why})
+        self.assertIsNone(told.fallback_reason)
+        (finding,) = told.findings
+        self.assertEqual(("volume-unreadable", "problem"), (finding.code, finding.severity.value))
+        self.assertEqual(f"{why['v']} (at the destination)", finding.message)
+        for nothing in ({}, {"hits": 0, "volume_troubles": {}}):
+            told = self.summary_of(USED, USED, nothing)
+            self.assertEqual((None, ()), (told.fallback_reason, told.findings))
 
     def undelivered(self, answer: Any, **last: Any) -> Any:
         """Of a migration whose map is there, while the source's service gives that answer when it

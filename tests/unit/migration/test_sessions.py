@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The relays of a migration as its caller sees them."""
 
+import json
 from pathlib import Path
 
 from nova_dmigrate import exception
 from nova_dmigrate.migration.sessions import RelaySessions, Terms
 from nova_dmigrate.rpc import host_messages
+from nova_dmigrate.volumes import VolumeSpec
 from tests import base
 from tests.unit.migration.scripted import Host
 
@@ -51,6 +53,22 @@ class RelaySessionsTest(base.TestCase):
 
         self.destination.answers["renew"] = fail
         return self.assertRaises(exception.FallBack, self.open)
+
+    def test_a_destination_that_can_read_no_volume_is_not_migrated_to_through_relays(self) -> None:
+        volumes = [VolumeSpec(name, "block", f"/dev/{name}") for name in ("v", "w")]
+        why = {each.volume_id: f"Volume {each.volume_id}: no access" for each in volumes}
+        for troubles, told in ((why, True), ({"v": why["v"]}, False), ({}, False), (None, False)):
+            self.destination.changes["progress"] = json.dumps({"volume_troubles": troubles})
+            self.sessions.order_destination(volumes, waiting=lambda: None)
+            try:
+                self.sessions.order_source(None, connected=False, waiting=lambda: None)
+            except exception.FallBack as reason:
+                self.assertTrue(told, troubles)
+                self.assertEqual("volumes-unreadable", reason.kwargs["code"])
+                self.assertIn("host two can read none of the volumes: Volume v: no", str(reason))
+                self.assertIn("Volume w: no access", str(reason))
+            else:
+                self.assertFalse(told, troubles)
 
     def test_who_waited_for_all_the_time_had_no_room(self) -> None:
         reason = self.in_vain(f"{host_messages.NO_ROOM}: 4 destination relays run")

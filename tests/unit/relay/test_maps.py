@@ -345,6 +345,9 @@ class TestVolumes(MapTestCase):
         guest = self.guest()
         pair = self.migrate(guest, volumes=[VolumeSpec("volume", "block", "/does/not/exist")])
         self.assertEqual(0, pair.destination_summary["hits"])
+        told = pair.destination_summary["volume_troubles"]
+        self.assertEqual({"volume"}, set(told))
+        self.assertIn("/does/not/exist cannot be opened: No such file", told["volume"])
         self.assertIn("pages of this volume will travel over the network", self.log.output)
 
     def test_a_volume_that_is_cut_off_when_it_has_been_opened(self) -> None:
@@ -376,6 +379,7 @@ class TestVolumes(MapTestCase):
         pair = self.with_reader(guest, make, destination_settings=settings)
         self.assertEqual(3, pair.destination_summary["volume_errors"])
         self.assertEqual(0, pair.destination_summary["volume_bytes"])
+        self.assertIn("Volume volume: ", pair.destination_summary["volume_troubles"]["volume"])
         self.assertIn("is not read any more after 3 errors", self.log.output)
 
     def test_a_volume_that_never_answers(self) -> None:
