@@ -2,8 +2,10 @@
 """Sessions of host services: how they begin and end, their leases, and the room that there is."""
 
 import dataclasses
+import json
 import os
 import signal
+import time
 import uuid
 from pathlib import Path
 
@@ -69,6 +71,19 @@ class SessionsTest(Hosts):
             other.order, session_id=str(uuid.uuid4()), qemu_socket=pair.order.qemu_socket
         )
         self.assert_refused("in-use", other.open_destination)
+
+    def test_a_relay_says_what_it_cannot_read_as_soon_as_it_runs(self) -> None:
+        gone = self.place / "volumes" / "gone"
+        gone.parent.mkdir(exist_ok=True)
+        pair = self.pair(volumes={"volume-1": gone})
+        state = pair.open_destination()
+        end = time.monotonic() + PATIENCE
+        while state.state == "starting" and time.monotonic() < end:
+            state = pair.destination.renew()
+        self.assertEqual("running", state.state, state.message)
+        # Whoever migrates does not look a second time
+        why = json.loads(state.progress)["volume_troubles"]["volume-1"]
+        self.assertIn(f"{gone} cannot be opened: No such file or directory", why)
 
     def test_the_token_is_on_no_disk_while_a_relay_runs(self) -> None:
         pair = self.pair().open()

@@ -82,8 +82,9 @@ class ServicesTest(Hosts):
         self.assertEqual((code, True), (result.code, words in str(result.details)), result.details)
 
     def test_a_service_that_answers_tells_its_versions(self) -> None:
-        words = f"host one answers: requests {HOST.version}, wire {VERSIONS[0]}"
+        words = f"host one answers: requests {HOST.version}, wire {VERSIONS[0]}, reads volumes"
         self.assert_told(Code.SUCCESS, words, services.own, self.host(self.one))
+        self.assert_told(Code.SUCCESS, " by block", services.own, self.host(self.one))
 
     def test_a_host_without_its_service_is_told(self) -> None:
         words = "Host three: no host service is connected"

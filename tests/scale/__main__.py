@@ -20,7 +20,7 @@ from tests.scale import evacuations, mapping, messages, synthetic, tables
 from tests.scale.cluster import Cluster
 
 PARTS = ("map", "messages", "evacuation")
-DEFAULT_POOLS = "64,256,3072"
+DEFAULT_POOLS = "64,256,1024,3072"
 _CALLS, _CHUNKS = 200, 50
 
 

@@ -40,10 +40,9 @@ _STALL = 600
 _FIRST = 256
 #: Of the memory that is there so much may be asked for.
 _MOST = 0.9
-#: Bytes that the agent takes for each frame, and the orchestration for each page, at most, as was
-#: measured.
+#: Bytes that the agent takes for each frame, at most, as was measured. Who fetches a map holds a
+#: chunk of it, whatever its size.
 _FRAME_NEEDS = 40
-_FETCH_NEEDS = {synthetic.HUGE: 5, synthetic.SCATTERED: 22}
 #: And the relays for each page, the destination's as its host reckons.
 _SOURCE_NEEDS = {synthetic.HUGE: 21, synthetic.SCATTERED: 23}
 _DESTINATION_NEEDS = product_limits().page_memory
@@ -55,8 +54,7 @@ _BESIDES = 64
 
 def measure(directory: Path, shape: synthetic.Shape) -> Report:
     """All that one pool gives; what there is no room for here says so in ``refused``."""
-    pages = shape.frames * synthetic.PER_FRAME
-    need = max(shape.frames * _FRAME_NEEDS, pages * _FETCH_NEEDS[shape.layout])
+    need = shape.frames * _FRAME_NEEDS
     return {
         "pool_gib": shape.bytes / (1 << 30),
         "guest_gib": shape.guest_bytes / (1 << 30),
@@ -70,7 +68,11 @@ def excesses(row: Report) -> list[str]:
     if "refused" in row:
         return []
     pages, program, layout = row["host"]["pages"], row["host"]["program_mb"], row["layout"]
-    took = {"fetching": (row["host"]["peak_mb"] - program, _FETCH_NEEDS[layout])}
+    per_frame = _FRAME_NEEDS // synthetic.PER_FRAME
+    took = {
+        "agent": (row["agent"]["peak_mb"] - program, per_frame),
+        "fetching": (row["host"]["peak_mb"] - program, 0),
+    }
     for role, need in {"source": _SOURCE_NEEDS[layout], "destination": _DESTINATION_NEEDS}.items():
         if "refused" not in row[role]:
             took[role] = row[role]["peak_mb"] - row[role]["program_mb"], need

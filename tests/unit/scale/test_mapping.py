@@ -22,9 +22,9 @@ class MappingTest(base.TestCase):
         self.assertGreater(row["agent"]["wire_bytes"], row["host"]["chunk_bytes"])
         self.assertIn("0.125  scattered", tables.render({"maps": [row]}))
         self.assertEqual([], mapping.excesses(row))
-        for part, key in (("host", "peak_mb"), ("source", "peak_mb"), ("destination", "peak_mb"),
-                          ("relays", "source_peak_mb"), ("relays", "destination_peak_mb"),
-                          ("source", "map_bytes")):  # fmt: skip
+        for part, key in (("agent", "peak_mb"), ("host", "peak_mb"), ("source", "peak_mb"),
+                          ("destination", "peak_mb"), ("relays", "source_peak_mb"),
+                          ("relays", "destination_peak_mb"), ("source", "map_bytes")):  # fmt: skip
             more = {**row, part: {**row[part], key: row[part][key] + (1 << 20)}}
             (told,) = mapping.excesses(more)
             self.assertTrue(told.startswith("0.125 GiB, scattered: "), told)
