@@ -98,9 +98,11 @@ class Client:
 
     def wait_for_server(self, server: Any, status: str) -> Any:
         """:raises CloudError: a server does not come to have a status."""
+        # Of one that is known already it believes what was known then
+        now = self.sdk.compute.get_server(server.id)
         try:
             return self.sdk.compute.wait_for_server(
-                server, status=status, failures=["ERROR"], interval=1, wait=PATIENCE
+                now, status=status, failures=["ERROR"], interval=1, wait=PATIENCE
             )
         except Exception as error:
             fault = self.sdk.compute.get_server(server.id).fault

@@ -11,14 +11,20 @@ from tests.lab.demo.tables import SCHEMAS
 
 #: Seconds that a statement may take: the check of a table reads all of it.
 _PATIENCE = 1800
+#: And the question of a state, which may be lost with a server that is just being started anew.
+_SHORT = 30
+_LOADED = "SHOW STATUS LIKE 'Innodb_buffer_pool_load_status'"
 
 
-def rows(server: Server, statement: str) -> list[list[str]]:
+def rows(server: Server, statement: str, patience: int = _PATIENCE) -> list[list[str]]:
     """What a statement answers.
 
+    :param patience: seconds that the server may take.
     :raises ClientError: the server does not, or refuses.
     """
-    found: list[list[str]] = server.ask_module(__name__, statement, timeout=_PATIENCE)
+    found: list[list[str]] = server.ask_module(
+        __name__, f"--patience={patience}", statement, timeout=2 * patience
+    )
     return found
 
 
@@ -49,7 +55,7 @@ def wait_until_filled(server: Server) -> None:
     deadline = time.monotonic() + _PATIENCE
     while True:
         try:
-            ((_, status),) = rows(server, "SHOW STATUS LIKE 'Innodb_buffer_pool_load_status'")
+            ((_, status),) = rows(server, _LOADED, _SHORT)
             if "completed" in status:
                 return
             error = ClientError(f"the buffer pool is not filled: {status}")
@@ -73,6 +79,7 @@ def _tables(server: Server) -> str:
 def main() -> None:
     made = parser("Print what a server answers to a statement.")
     made.add_argument("statement")
+    made.add_argument("--patience", type=int, required=True, help="seconds for the answer")
     arguments = made.parse_args()
     server = server_of(arguments)
     connection = pymysql.connect(
@@ -80,7 +87,7 @@ def main() -> None:
         user=server.user,
         password=server.password,
         connect_timeout=10,
-        read_timeout=_PATIENCE,
+        read_timeout=arguments.patience,
     )
     with connection, connection.cursor() as cursor:
         cursor.execute(arguments.statement)
