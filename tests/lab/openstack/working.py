@@ -43,8 +43,8 @@ class Shape:
 
     ram_mb: int = 1280
     pool_mb: int = 512
-    network: float = 20
-    rate: float = 5
+    network: float = 16
+    rate: float = 4
     load: str = "oltp_read_write"
     release: Release = MARIADB
 
