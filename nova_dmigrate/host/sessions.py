@@ -182,8 +182,6 @@ class Sessions:
         :raises RequestRefused: there is no such session.
         """
         session = self._find(session_id)
-        with self._lock:
-            session.look()  # one that has just come to run tells how far it is
         session.ask_progress()
         with self._lock:
             session.look()

@@ -49,7 +49,7 @@ class Account:
         return self.relay_failure is not None or sent == 0
 
     def note_map(self, relayed: RelayedMigration, completed: bool) -> None:
-        """libvirt is done: what became of the buffer map.
+        """libvirt is done: when the buffer map was there.
 
         :param completed: the guest has moved.
         """
@@ -57,7 +57,9 @@ class Account:
         self._completed = completed
 
     def note_relays(self, relayed: RelayedMigration) -> None:
-        """It has been left: what its relays have told, and the database meanwhile."""
+        """It has been left: what its relays have told, what became of the buffer map and of the
+        volumes, and the database meanwhile.
+        """
         self._relays, self.relay_failure = relayed.reports, relayed.failure
         self._findings = relayed.findings
         if self._completed:

@@ -200,12 +200,12 @@ class RelayedMigration:
 
     @property
     def findings(self) -> tuple[Finding, ...]:
-        """What the agent has found when it made the map, and the destination with the volumes; of
-        them it is known when it has been left.
+        """What the agent has found when it made the map, and the destination when it read volumes,
+        the latter only once it has been left.
         """
         made = self._mapping.findings if self._mapping is not None else ()
         return made + tuple(
-            Finding("volume-unreadable", Severity.PROBLEM, f"{why} (at the destination)")
+            Finding("volume-unreadable", Severity.NOTE, f"{why} (at the destination)")
             for why in volume_troubles(self.reports.get("destination", {})).values()
         )
 
@@ -269,21 +269,14 @@ class RelayedMigration:
         told = {**self._told, **self.reports.get("source", {})}
         state = told.get("map")
         if state == "taken" and told.get("mapped_pages"):
-            return self._unread()
+            # What was in use can have come to nothing
+            return self._sessions.unreadable(self.reports.get("destination", {}))
         if self._given is False or state in ("refused", "taken"):
             return because(Reason.MAP_REFUSED, self._instance)
         undelivered = self._undelivered()
         if undelivered is not None and state in (None, "none") and not self._mapping.late:
             return undelivered
         return because(Reason.LATE_MAP, self._instance)
-
-    def _unread(self) -> exception.FallBack | None:
-        """Why nothing could be read of a map that was in use; None if something was."""
-        report = self.reports.get("destination", {})
-        troubles = volume_troubles(report)
-        if not troubles or report.get("hits"):
-            return None
-        return self._sessions.unreadable(troubles)
 
     def _undelivered(self) -> exception.FallBack | None:
         """Why it is not known whether the source's host has taken the map; None if it is."""

@@ -27,6 +27,8 @@ _POLL = 0.2  # seconds
 _AGAIN = 2.0  # seconds after which a lease is renewed again that was not
 #: What a relay that was just started may take to be ready, in seconds.
 _START_PATIENCE = 20.0
+#: How often one that runs is asked what it can read: its host waits a second for it each time.
+_QUESTIONS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,10 @@ class RelaySessions:
         :raises FallBack: one of them cannot be had.
         """
         ready = self._ready(self._destination, waiting)
-        self._check_volumes(ready)
+        with self._translated(self._destination):
+            reason = self.unreadable(self._first_word(ready, waiting))
+        if reason is not None:
+            raise reason
         order = host_messages.OpenSource(
             **self._common,
             host=self._terms.address or ready.host or self._destination.host,
@@ -169,6 +174,22 @@ class RelaySessions:
         if state is None:
             return None
         return _progress(state) or None
+
+    def unreadable(self, told: Mapping[str, Any]) -> exception.FallBack | None:
+        """Why the destination can read no volume, as far as its relay has told of itself; None if
+        it can.
+        """
+        troubles = volume_troubles(told)
+        if told.get("volume_bytes") or not troubles:
+            return None
+        if any(each.volume_id not in troubles for each in self._volumes):
+            return None
+        return because(
+            Reason.VOLUMES_UNREADABLE,
+            self._instance,
+            host=self._destination.host,
+            why="; ".join(troubles.values()),
+        )
 
     def note_failure(self, why: str) -> None:
         """A relay has failed; the first one counts."""
@@ -225,24 +246,6 @@ class RelaySessions:
                 Reason.NO_ROOM, self._instance, host=host.host, detail=state.message or "all busy"
             )
 
-    def _check_volumes(self, ready: SessionState) -> None:
-        """See that the destination relay could open one of the volumes.
-
-        :raises FallBack: it has said why it cannot read any.
-        """
-        troubles = volume_troubles(_progress(ready))
-        if troubles and all(each.volume_id in troubles for each in self._volumes):
-            raise self.unreadable(troubles)
-
-    def unreadable(self, troubles: Mapping[str, str]) -> exception.FallBack:
-        """The reason that there is where the destination can read no volume."""
-        return because(
-            Reason.VOLUMES_UNREADABLE,
-            self._instance,
-            host=self._destination.host,
-            why="; ".join(troubles.values()),
-        )
-
     def _ready(self, host: HostClient, waiting: Waiting) -> SessionState:
         """Wait until a relay that was ordered runs."""
         with self._translated(host):
@@ -265,6 +268,17 @@ class RelaySessions:
             time.sleep(_POLL)
             state = answer_of(lambda: self._renewed(host), waiting)
         return state
+
+    def _first_word(self, state: SessionState, waiting: Waiting) -> dict[str, Any]:
+        """What the destination relay, which runs, tells of itself; empty if it does not.
+
+        :param state: the first in which it has run; its host may not have asked it by then.
+        """
+        for _ in range(_QUESTIONS):
+            if state.progress:
+                break
+            state = answer_of(lambda: self._renewed(self._destination), waiting)
+        return _progress(state)
 
     def _renewed(self, host: HostClient) -> SessionState:
         return host.renew(self._common["session_id"], self._lease)

@@ -95,7 +95,7 @@ class Prefetch:
         self.bytes = 0
         self.reads = 0
         self.errors = 0
-        #: The last error of each volume that had one.
+        #: Why blocks stayed unread, the last error of each volume of which some did.
         self.troubles: dict[str, str] = {}
 
     def work(self) -> None:
@@ -185,6 +185,7 @@ class Prefetch:
             told = True
             if length > 1 and not isinstance(error, exception.VolumeTimeoutError):
                 error = self._read_singly(reader, start, view, place, good[place : place + length])
+            self._note_trouble(plan.volume, error)
             if isinstance(error, exception.VolumeTimeoutError):
                 break  # the others of the plan would be waited for as long, one after the other
         return good
@@ -215,16 +216,27 @@ class Prefetch:
 
     def _count_error(self, volume: int, error: exception.VolumeError, quiet: bool) -> None:
         """:param quiet: another error of the same plan has been logged."""
-        volume_id = self._map.volumes[volume].volume_id
         with self._lock:
             self.errors += 1
             self._errors[volume] += 1
             count = self._errors[volume]
-            self.troubles[volume_id] = str(error)
         if not quiet:
             LOG.warning("Blocks will travel over the network instead: %s", error)
         if count == self._error_limit:
-            LOG.error("Volume %s is not read any more after %d errors", volume_id, count)
+            LOG.error(
+                "Volume %s is not read any more after %d errors",
+                self._map.volumes[volume].volume_id,
+                count,
+            )
+
+    def _note_trouble(self, volume: int, error: exception.VolumeError | None) -> None:
+        """:param error: why blocks stay unread; None if none do.
+
+        What a map says of blocks that there are not is no trouble of the volume's.
+        """
+        if error is not None and not isinstance(error, exception.VolumeBoundsError):
+            with self._lock:
+                self.troubles[self._map.volumes[volume].volume_id] = str(error)
 
     def _begin(self) -> None:
         with self._lock:

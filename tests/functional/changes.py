@@ -40,6 +40,15 @@ def relay(host: str, state: str, message: str = "") -> Change:
     return change
 
 
+def unreadable(why: str) -> Change:
+    """The destination's relay can read no volume."""
+
+    def change(test: base.MigrationTest) -> None:
+        test.hosts["dest"].trouble = why
+
+    return change
+
+
 def refused(host: str, request: str, code: str) -> Change:
     """A host service does not do what it is asked."""
 

@@ -39,6 +39,7 @@ class Host:
 
     :ivar orders: of relays, in their order.
     :ivar state: what a relay that was ordered is: ``running``, ``queued``, ``failed``, ...
+    :ivar trouble: why its relay can read no volume; empty if it can.
     :ivar hello_changes: fields of `HostState` that are different.
     :ivar refused: what is answered instead, by the method's name.
     """
@@ -50,6 +51,7 @@ class Host:
         self.maps: list[bytes] = []
         self.state, self.message = "running", ""
         self.progress: dict[str, Any] = dict(PROGRESS)
+        self.trouble = ""
         self.hello_changes: dict[str, Any] = {}
         self.refused: dict[str, exception.RequestRefused] = {}
         self._socket_directory = socket_directory
@@ -101,6 +103,12 @@ class Host:
     def agent(self, request: Any) -> Any:
         raise exception.RequestRefused(reason="there is none", code="agent-unreachable")
 
+    def _arriving(self, order: host_messages.OpenDestination) -> dict[str, Any]:
+        """What a destination relay that was ordered tells of itself."""
+        volumes = [each.volume_id for each in order.volumes] if self.trouble else []
+        troubles = {volume: f"Volume {volume}: {self.trouble}" for volume in volumes}
+        return {"stage": "waiting", "volume_bytes": 0, "volume_troubles": troubles}
+
     def _state(self, session_id: str) -> host_messages.SessionState:
         order = next(each for each in self.orders if each.session_id == session_id)
         source = isinstance(order, host_messages.OpenSource)
@@ -115,7 +123,7 @@ class Host:
             port=None if source else 49200,
             queue_position=1 if self.state == "queued" else 0,
             lease_remaining=30.0,
-            progress=json.dumps(self.progress) if source else "",
+            progress=json.dumps(self.progress if source else self._arriving(order)),
             summary_path="/nowhere/summary.json",
         )
 

@@ -30,6 +30,7 @@ from tests.functional.changes import (
     refused,
     relay,
     state_directory_is_a_file,
+    unreadable,
 )
 
 #: Reasons that there are not in Nova's way, and why.
@@ -63,6 +64,7 @@ ROWS: dict[str, tuple[Change, str]] = {
     "wire_differs": (changed("dest", wire_versions=(2,)), "wire-differs"),
     "sockets_differ": (changed("dest", socket_directory="/elsewhere"), "sockets-differ"),
     "no_driver": (changed("dest", drivers=("rbd",)), "no-volumes"),
+    "no_volume_can_be_opened": (unreadable("no key"), "volumes-unreadable"),
     "no_room": (relay("dest", "queued"), "no-room"),
     "no_room_says_the_host": (relay("dest", "failed", host_messages.NO_ROOM), "no-room"),
     "destination_relay_fails": (relay("dest", "failed", "no port"), "relay-failed"),

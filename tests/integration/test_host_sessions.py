@@ -78,10 +78,9 @@ class SessionsTest(Hosts):
         pair = self.pair(volumes={"volume-1": gone})
         state = pair.open_destination()
         end = time.monotonic() + PATIENCE
-        while state.state == "starting" and time.monotonic() < end:
+        while not state.progress and time.monotonic() < end:
             state = pair.destination.renew()
         self.assertEqual("running", state.state, state.message)
-        # Whoever migrates does not look a second time
         why = json.loads(state.progress)["volume_troubles"]["volume-1"]
         self.assertIn(f"{gone} cannot be opened: No such file or directory", why)
 

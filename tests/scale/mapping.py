@@ -68,9 +68,8 @@ def excesses(row: Report) -> list[str]:
     if "refused" in row:
         return []
     pages, program, layout = row["host"]["pages"], row["host"]["program_mb"], row["layout"]
-    per_frame = _FRAME_NEEDS // synthetic.PER_FRAME
     took = {
-        "agent": (row["agent"]["peak_mb"] - program, per_frame),
+        "agent": (row["agent"]["peak_mb"] - program, _FRAME_NEEDS // synthetic.PER_FRAME),
         "fetching": (row["host"]["peak_mb"] - program, 0),
     }
     for role, need in {"source": _SOURCE_NEEDS[layout], "destination": _DESTINATION_NEEDS}.items():

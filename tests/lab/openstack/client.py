@@ -217,7 +217,8 @@ class Client:
 class Order:
     """A live migration that has been ordered.
 
-    ``source``: the host that the server is on.
+    ``source``: the host that the server is on. ``began``: when the command for it had returned,
+    monotonic seconds.
     """
 
     def __init__(self, client: Client, server: Any) -> None:
@@ -226,6 +227,7 @@ class Order:
         self._client, self._server = client, server
         self._known = {each.uuid for each in client.migrations(server)}
         client.command("server", "migrate", "--live-migration", server.id)
+        self.began = time.monotonic()
 
     def over(self) -> bool:
         """Whether it has ended, however."""

@@ -108,14 +108,16 @@ class Scene:
         database = DatabaseServer(
             self.cloud, "companion", len(self.cloud.storages), *_COMPANION, self._shape.load,
             self.storage, self._shape.release, self.here.name, dmigrate__policy="preferred",
-        ).create()  # fmt: skip
+        )  # fmt: skip
         try:
+            database.create()
             wait_until_filled(database.sql_server)
             self.cloud.client.wait(database.account.served, "the companion's agent is there")
             yield database
         finally:
-            self._delete(database.server)
-            database.account.remove()
+            for server in self.cloud.client.sdk.compute.servers(name="^companion$"):
+                self._delete(server)
+                database.account.remove()
 
     @contextlib.contextmanager
     def network(self, mb_per_s: float | None) -> Iterator[None]:

@@ -2,6 +2,7 @@
 """Questions to a database server, asked from among its clients, in whose network it is."""
 
 import json
+import subprocess
 import time
 
 import pymysql
@@ -22,9 +23,12 @@ def rows(server: Server, statement: str, patience: int = _PATIENCE) -> list[list
     :param patience: seconds that the server may take.
     :raises ClientError: the server does not, or refuses.
     """
-    found: list[list[str]] = server.ask_module(
-        __name__, f"--patience={patience}", statement, timeout=2 * patience
-    )
+    try:
+        found: list[list[str]] = server.ask_module(
+            __name__, f"--patience={patience}", statement, timeout=2 * patience
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ClientError(f"{statement}: {error}") from error
     return found
 
 

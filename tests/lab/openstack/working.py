@@ -130,9 +130,9 @@ class WorkingServer:
         client, server, link = self._cloud.client, self.database.server, self._cloud.hosts.link
         self.choose(mode)
         time.sleep(CALM)
+        migration = Migration(self._cloud, server)
+        begin = migration.order.began
         with network_series(link) as network:
-            begin = time.monotonic()
-            migration = Migration(self._cloud, server)
             ordered()
             client.wait(migration.order.over, f"the migration of {server.name} is over", 0.5)
             end = time.monotonic()

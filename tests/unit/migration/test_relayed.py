@@ -119,15 +119,18 @@ class RelayedMigrationTest(base.TestCase):
 
     def test_volumes_that_could_not_be_read_are_told_of(self) -> None:
         why = {"v": "Volume v: at 4096: Input/output error"}
-        told = self.summary_of(USED, USED, {"hits": 0, "volume_troubles": why})
+        told = self.summary_of(USED, USED, {"volume_bytes": 0, "volume_troubles": why})
         self.assertEqual("volumes-unreadable", told.fallback_reason)
         self.assertIn("host two can read none of the volumes: Volume v", told.fallback_message)
-        told = self.summary_of(USED, USED, {"hits": 1, "volume_troubles": why})
+        told = self.summary_of(USED, USED, {"volume_bytes": 4096, "volume_troubles": why})
         self.assertIsNone(told.fallback_reason)
         (finding,) = told.findings
-        self.assertEqual(("volume-unreadable", "problem"), (finding.code, finding.severity.value))
+        self.assertEqual(("volume-unreadable", "note"), (finding.code, finding.severity.value))
         self.assertEqual(f"{why['v']} (at the destination)", finding.message)
-        for nothing in ({}, {"hits": 0, "volume_troubles": {}}):
+        # Of another volume nothing is known that would be wrong
+        other = {"volume_bytes": 0, "volume_troubles": {"w": "Volume w: no access"}}
+        self.assertIsNone(self.summary_of(USED, USED, other).fallback_reason)
+        for nothing in ({}, {"volume_bytes": 0, "volume_troubles": {}}):
             told = self.summary_of(USED, USED, nothing)
             self.assertEqual((None, ()), (told.fallback_reason, told.findings))
 
