@@ -33,6 +33,8 @@ LOG = logging.getLogger(__name__)
 _MODULES = ("rados", "rbd")
 #: Ceph's own time limits come first: they end the operation as well.
 _LAST_RESORT = 1.5
+#: Seconds after which an OSD that does not answer may be elsewhere.
+_LAGGY = "1"
 
 
 def usable() -> bool:
@@ -232,6 +234,10 @@ def _options(
         "client_mount_timeout": seconds,
         "rados_mon_op_timeout": seconds,
         "rados_osd_op_timeout": seconds,
+        # Only of an operation that takes longer than that the monitors are asked where OSDs are by
+        # now: by default 10 seconds, which none is given here
+        "objecter_timeout": _LAGGY,
+        "objecter_tick_interval": _LAGGY,
     }
     if with_monitors:
         options["mon_host"] = place.monitors
