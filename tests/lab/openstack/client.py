@@ -10,7 +10,7 @@ from openstack import exceptions
 
 from tests.lab.openstack.move import CANCELLED, COMPLETED
 from tests.lab.openstack.service import PATIENCE
-from tests.lab.openstack.site import ADMIN, REGION, Site
+from tests.lab.openstack.site import REGION, Site
 from tests.lab.openstack.venv import program
 
 #: Of Nova's API: shows the details of events.
@@ -30,12 +30,7 @@ class Client:
     def __init__(self, site: Site) -> None:
         self._site = site
         self.sdk = openstack.connect(
-            auth_url=site.url("keystone"),
-            username=ADMIN,
-            password=site.password,
-            project_name=ADMIN,
-            user_domain_id="default",
-            project_domain_id="default",
+            **site.administrator(),
             region_name=REGION,
             compute_default_microversion=_MICROVERSION,
             app_name="lab",
@@ -49,18 +44,14 @@ class Client:
 
         :raises ServiceError: it failed.
         """
-        account = {
-            "OS_AUTH_URL": self._site.url("keystone"),
-            "OS_USERNAME": ADMIN,
-            "OS_PASSWORD": self._site.password,
-            "OS_PROJECT_NAME": ADMIN,
-            "OS_USER_DOMAIN_ID": "default",
-            "OS_PROJECT_DOMAIN_ID": "default",
-            "OS_REGION_NAME": REGION,
-            "OS_IDENTITY_API_VERSION": "3",
-            "OS_COMPUTE_API_VERSION": _MICROVERSION,
+        known = {
+            **self._site.administrator(),
+            "region_name": REGION,
+            "identity_api_version": "3",
+            "compute_api_version": _MICROVERSION,
         }
-        return self._site.services.run("openstack", [program("openstack"), *argv], account)
+        variables = {f"OS_{name.upper()}": value for name, value in known.items()}
+        return self._site.services.run("openstack", [program("openstack"), *argv], variables)
 
     def wait_for_computes(self, names: list[str], check: Callable[[], None]) -> None:
         """Wait until hosts can have servers.

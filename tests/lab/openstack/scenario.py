@@ -20,7 +20,7 @@ from tests.lab.openstack.ceph_storage import CephStorage
 from tests.lab.openstack.cloud import OpenStack
 from tests.lab.openstack.guest import tiny_image
 from tests.lab.openstack.scene import CEPH, Scene, server_name
-from tests.lab.openstack.site import ADMIN, REGION, Site
+from tests.lab.openstack.site import REGION, Site
 from tests.lab.openstack.venv import ROOT, VENV, program
 from tests.lab.openstack.working import Shape
 from tests.lab.processes import workspace
@@ -47,15 +47,8 @@ _TESTS = {
 
 def write_clouds(site: Site, path: Path) -> None:
     """Write what clients of the cloud's have to know, as JSON, which is YAML as well."""
-    user = {
-        "auth_url": site.url("keystone"),
-        "username": ADMIN,
-        "password": site.password,
-        "project_name": ADMIN,
-        "user_domain_id": "default",
-        "project_domain_id": "default",
-    }
-    path.write_text(json.dumps({"clouds": {_CLOUD: {"auth": user, "region_name": REGION}}}))
+    cloud = {"auth": site.administrator(), "region_name": REGION}
+    path.write_text(json.dumps({"clouds": {_CLOUD: cloud}}))
 
 
 def run(regex: str, settings: dict[str, str], directory: Path) -> None:

@@ -92,6 +92,17 @@ class Site:
             "region_name": REGION,
         }
 
+    def administrator(self) -> dict[str, str]:
+        """What a client has to know to be the administrator, by openstacksdk's names."""
+        return {
+            "auth_url": self.url("keystone"),
+            "username": ADMIN,
+            "password": self.password,
+            "project_name": ADMIN,
+            "user_domain_id": "default",
+            "project_domain_id": "default",
+        }
+
     def checks_tokens(self) -> Options:
         """The part of an API's configuration for the tokens that it is shown."""
         return {
