@@ -6,11 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
+
+import amqp
 
 from nova_dmigrate import exception
 from nova_dmigrate.rpc import isolation
+from nova_dmigrate.rpc.host_messages import HOST
 from tests.integration import host_base
-from tests.lab import processes
+from tests.lab import broker, processes
 from tests.lab.host_services import ServedRelay
 from tests.lab.relays import wait_until
 
@@ -134,27 +139,37 @@ class OutageTest(host_base.Hosts):
         pair.destination.client.renew(pair.order.session_id, LEASE)
         self.assert_nothing_left()
 
+    @contextlib.contextmanager
+    def channel(self) -> Iterator[Any]:
+        """To the broker, as another one of the host services."""
+        user = broker.HOST_USER
+        with (
+            amqp.Connection(
+                f"127.0.0.1:{self.broker.port}", user, user, virtual_host=isolation.SERVICES
+            ) as connection,
+            connection.channel() as channel,
+        ):
+            yield channel
+
     def test_who_had_no_queue_for_an_answer_is_answered_when_it_asks_again(self) -> None:
         argv = [sys.executable, "-W", "ignore", "-c", ASKER, "two", self.broker.services_url()]
         asker = processes.spawn(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.addCleanup(processes.end, asker)
         assert asker.stdin and asker.stdout and self.two.process
         answers = asker.stdout.readline().decode().strip()
-        vhost = isolation.SERVICES
+        self.assertTrue(answers, "the first question had no answer")
         self.two.process.send_signal(signal.SIGSTOP)
         self.addCleanup(self.two.process.send_signal, signal.SIGCONT)
-        asker.stdin.write(b"\n")
-        asker.stdin.flush()
-
-        def asked() -> bool:
-            lines = self.broker.control("list_queues", "-p", vhost, "name", "messages").splitlines()
-            queues = map(str.split, lines)
-            return any(name.endswith(".two") and int(count) for name, count in queues)
-
-        wait_until(asked, "the question is at the broker")
-        # As when the broker is back, and the queue is not yet
-        asker.send_signal(signal.SIGSTOP)
-        self.broker.control("delete_queue", "-p", vhost, answers)
+        with self.channel() as channel:
+            # Gets what the stopped service gets
+            overheard, _, _ = channel.queue_declare(f"{HOST.topic}.overheard", exclusive=True)
+            channel.queue_bind(overheard, HOST.exchange, f"{HOST.topic}.two")
+            asker.stdin.write(b"\n")
+            asker.stdin.flush()
+            wait_until(lambda: channel.basic_get(overheard), "the question is at the broker")
+            # As when the broker is back, and the queue is not yet
+            asker.send_signal(signal.SIGSTOP)
+            channel.queue_delete(answers)
         self.two.process.send_signal(signal.SIGCONT)
         dropped = f"{answers} doesn't exist, drop reply"
         wait_until(lambda: dropped in self.two.log_file.read_text(), "the answer is dropped")
