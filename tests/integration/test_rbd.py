@@ -268,17 +268,21 @@ class RbdTest(base.TestCase):
         self.assertLess(time.monotonic() - begun, 30)
         return results
 
-    def assert_recovers(self, data: bytes, reader: volumes.VolumeReader) -> None:
-        """Reads come to work again, with the same reader. An OSD that has hung may hang on by
-        itself, for all of its clients: it is started anew then.
+    def assert_recovers(
+        self, data: bytes, reader: volumes.VolumeReader, hung: bool = False
+    ) -> None:
+        """Reads come to work again, with the same reader.
+
+        :param hung: the OSD has hung, and may hang on by itself, for all of its clients: it is
+            started anew then.
         """
-        begun, anew = time.monotonic(), False
+        begun = time.monotonic()
         while any(self.reads(reader, 1)):
             waited = time.monotonic() - begun
-            if waited > 60 and not anew:
+            if waited > 60 and hung:
                 self.ceph.kill_osd()
                 self.ceph.start_osd()
-                anew = True
+                hung = False
             self.assertLess(waited, 180, "the reader does not recover")
         self.assert_reads(data, reader)
 
@@ -291,7 +295,7 @@ class RbdTest(base.TestCase):
                 self.assertIsInstance(error, exception.VolumeTimeoutError)
                 self.assertIn("Ceph has not answered in time", str(error))
             self.assertRaises(exception.VolumeOpenError, self.open, timeout=SHORT)
-        self.assert_recovers(data, reader)
+        self.assert_recovers(data, reader, hung=True)
 
     def test_an_osd_that_is_killed_in_mid_read_fails_reads_until_it_is_back(self) -> None:
         data = content()
@@ -318,6 +322,20 @@ class RbdTest(base.TestCase):
             self.ceph.start_osd()
         self.assertIsNone(results[0])
         self.assertIsInstance(results[-1], exception.VolumeReadError)
+        self.assert_recovers(data, reader)
+
+    def test_an_osd_that_is_elsewhere_after_a_crash_is_found_again(self) -> None:
+        data = content()
+        self.image(data)
+        reader = self.open(timeout=SHORT)
+        self.assertIsNone(self.reads(reader, 1)[0])
+        self.ceph.kill_osd(noticed=False)
+        # A broken connection has the reader ask for the next map, which knows nothing yet
+        self.assertIsInstance(self.reads(reader, 1)[0], exception.VolumeTimeoutError)
+        self.ceph.command("osd set", key="noout")
+        self.addCleanup(self.ceph.command, "osd unset", key="noout")
+        self.assertIsInstance(self.reads(reader, 1)[0], exception.VolumeTimeoutError)
+        self.ceph.start_osd()
         self.assert_recovers(data, reader)
 
     def test_closing_does_not_hang_with_ceph_nor_disturb_reads_under_way(self) -> None:

@@ -119,13 +119,18 @@ class Ceph:
 
     # What tests do to it
 
-    def kill_osd(self) -> None:
-        """End the OSD as a crash does."""
+    def kill_osd(self, noticed: bool = True) -> None:
+        """End the OSD as a crash does.
+
+        :param noticed: whether the monitors know at once, as those of a larger cluster do.
+        """
         daemon = self._daemons.pop("osd")
         daemon.kill()
         processes.end(daemon)
-        # Otherwise what it had promised to its clients (read leases) holds up the next one for 16 s
-        self.command("osd down", ids=["0"], definitely_dead=True)
+        if noticed:
+            # Otherwise what it had promised to its clients (read leases) may hold up the next one
+            # for 16 s
+            self.command("osd down", ids=["0"], definitely_dead=True)
 
     def start_osd(self) -> None:
         """Start the OSD, and wait until it serves."""
