@@ -33,13 +33,15 @@ from nova_dmigrate.rpc.host_messages import HOST
 
 transport = BrokerTransport(sys.argv[1], sys.argv[2], HOST)
 with HostClient(sys.argv[1], transport, timeout=12) as client:
-    client.hello(60)
+    def ask():
+        try:
+            client.session("none")
+        except exception.HostRefused as error:
+            return error
+    ask()
     print(transport._requesters._current._transport._driver._reply_q, flush=True)
     sys.stdin.readline()
-    try:
-        client.session("none")
-    except exception.HostRefused as error:
-        print(error, flush=True)
+    print(ask(), flush=True)
 """
 
 
