@@ -19,16 +19,21 @@ stage() {
     times+=("$name $((SECONDS - began)) s")
 }
 
-# Run something beside the next stages: beside NAME SECONDS COMMAND..., which then is ended. It takes
-# what of the processors they leave, and a tenth of what they have where they leave nothing: in a
-# session of its own, for Linux shares out among sessions first
+# Run something beside the next stages: beside NAME SECONDS COMMAND..., which then is ended. It is in a
+# session of its own, for Linux shares out the processors among sessions first: it has its half
 beside() {
     local name=$1 seconds=$2
     shift 2
-    # shellcheck disable=SC2016 # the inner shell expands them
-    setsid nice -n 10 bash -c 'echo 10 2>/dev/null >/proc/self/autogroup; exec "$@"' beside \
-        timeout --kill-after=30 "$seconds" "$@" >"$STATE/$name.log" 2>&1 &
+    setsid timeout --kill-after=30 "$seconds" "$@" >"$STATE/$name.log" 2>&1 &
     beside[$name]=$!
+}
+
+# The same, of what of the processors the stages leave: a tenth of what they have where they leave
+# nothing
+behind() {
+    # shellcheck disable=SC2016 # the inner shell expands them
+    beside "$1" "$2" nice -n 10 bash -c \
+        'echo 10 2>/dev/null >/proc/self/autogroup; exec "$@"' behind "${@:3}"
 }
 
 # What that has said, once it has ended
@@ -47,19 +52,22 @@ trap 'kill "${beside[@]}" 2>/dev/null || true' EXIT
 rm -f "${results[@]}"
 
 # What later stages are run in: the first ones leave some of the processors idle
-beside environments 900 bash -c 'tools/nova_tests/venv.sh 34 && tools/openstack/venv.sh'
+behind environments 900 bash -c 'tools/nova_tests/venv.sh 34 && tools/openstack/venv.sh'
 stage style tools/check_style.sh
 stage docs tools/build_docs.sh
 stage unit tools/run_suite.sh unit
 stage environments await environments
-for suite in functional integration guests; do
-    stage "$suite" tools/run_suite.sh "$suite"
-done
+# A cloud waits half of the time: for its services, for a guest that boots, for its migrations
+beside openstack 1600 tools/run_suite.sh openstack
+stage functional tools/run_suite.sh functional
 # All of Nova's processes at once, which wait more than they work. One that hangs ends long before the
 # limit of all, and its results count
-beside nova 2400 env CONCURRENCY="${CONCURRENCY:-4}" "$VENV/bin/python" -m tools.nova_tests --short 34
-stage openstack tools/run_suite.sh openstack
+behind nova 2400 env CONCURRENCY="${CONCURRENCY:-4}" "$VENV/bin/python" -m tools.nova_tests --short 34
+stage openstack await openstack
 stage nova await nova
+for suite in integration guests; do
+    stage "$suite" tools/run_suite.sh "$suite"
+done
 say "Summary: $(printf '%s; ' "${times[@]}")total $SECONDS s"
 if [ "${#failed[@]}" -gt 0 ]; then echo "Failed stages: ${failed[*]}"; fi
 status=0
