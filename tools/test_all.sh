@@ -20,7 +20,8 @@ stage() {
 }
 
 # Run something beside the next stages: beside NAME SECONDS COMMAND..., which then is ended. It is in a
-# session of its own, for Linux shares out the processors among sessions first: it has its half
+# session of its own, for Linux shares out the processors among sessions first: it has its half. All of
+# the session ends with it, for timeout's own processes have groups of their own
 beside() {
     local name=$1 seconds=$2
     shift 2
@@ -36,17 +37,26 @@ behind() {
         'echo 10 2>/dev/null >/proc/self/autogroup; exec "$@"' behind "${@:3}"
 }
 
+# What is left of such sessions
+# shellcheck disable=SC2329 # the trap calls it
+finish() {
+    local session
+    for session in "$@"; do pkill -TERM -s "$session" || true; done
+}
+
 # What that has said, once it has ended
 # shellcheck disable=SC2329 # the stage calls it
 await() {
     local status=0
     wait "${beside[$1]}" || status=$?
+    finish "${beside[$1]}"
+    unset "beside[$1]"
     cat "$STATE/$1.log"
     return "$status"
 }
 
 declare -A beside=()
-trap 'kill "${beside[@]}" 2>/dev/null || true' EXIT
+trap 'finish "${beside[@]}"' EXIT
 
 # A count of an earlier run must never stand for this one
 rm -f "${results[@]}"

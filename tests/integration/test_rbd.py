@@ -328,14 +328,16 @@ class RbdTest(base.TestCase):
         data = content()
         self.image(data)
         reader = self.open(timeout=SHORT)
-        self.assertIsNone(self.reads(reader, 1)[0])
+        wait_until(lambda: not any(self.reads(reader, 1)), "the reader reads")
         self.ceph.kill_osd(noticed=False)
-        # A broken connection has the reader ask for the next map, which knows nothing yet
-        self.assertIsInstance(self.reads(reader, 1)[0], exception.VolumeTimeoutError)
-        self.ceph.command("osd set", key="noout")
-        self.addCleanup(self.ceph.command, "osd unset", key="noout")
-        self.assertIsInstance(self.reads(reader, 1)[0], exception.VolumeTimeoutError)
-        self.ceph.start_osd()
+        try:
+            # A broken connection has the reader ask for the next map, which knows nothing yet
+            self.assertIsInstance(self.reads(reader, 1)[0], exception.VolumeTimeoutError)
+            self.ceph.command("osd set", key="noout")
+            self.addCleanup(self.ceph.command, "osd unset", key="noout")
+            self.assertIsInstance(self.reads(reader, 1)[0], exception.VolumeTimeoutError)
+        finally:
+            self.ceph.start_osd()
         self.assert_recovers(data, reader)
 
     def test_closing_does_not_hang_with_ceph_nor_disturb_reads_under_way(self) -> None:
