@@ -20,8 +20,7 @@ stage() {
 }
 
 # Run something beside the next stages: beside NAME SECONDS COMMAND..., which then is ended. It is in a
-# session of its own, for Linux shares out the processors among sessions first: it has its half. All of
-# the session ends with it, for timeout's own processes have groups of their own
+# session of its own, for Linux shares out the processors among sessions first: it has its share
 beside() {
     local name=$1 seconds=$2
     shift 2
@@ -37,7 +36,8 @@ behind() {
         'echo 10 2>/dev/null >/proc/self/autogroup; exec "$@"' behind "${@:3}"
 }
 
-# What is left of such sessions
+# End all of such sessions: signals for a process or its group do not reach what a timeout within them
+# has started
 # shellcheck disable=SC2329 # the trap calls it
 finish() {
     local session
@@ -49,7 +49,9 @@ finish() {
 await() {
     local status=0
     wait "${beside[$1]}" || status=$?
-    finish "${beside[$1]}"
+    # Of what was ended by its limit something may be left; the number of what ended by itself may be
+    # somebody else's by now
+    if [ "$status" -ge 124 ]; then finish "${beside[$1]}"; fi
     unset "beside[$1]"
     cat "$STATE/$1.log"
     return "$status"
