@@ -4,7 +4,8 @@
 # DMIGRATE_PREPARE of tests/scenario wants. Runs on the node with RabbitMQ, as the user of devstack.
 #
 # Of the environment: SERVER_ID and SERVER_ADDRESS; GUEST_USER (debian), GUEST_KEY (a private key),
-# BROKER (HOST:PORT by which guests reach RabbitMQ) and PATIENCE (seconds, 600).
+# BROKER (HOST:PORT by which guests reach RabbitMQ), HOSTS_USER (of the host services there,
+# nova-dmigrate) and PATIENCE (seconds, 600).
 set -euo pipefail
 
 : "${SERVER_ID:?}" "${SERVER_ADDRESS:?}" "${GUEST_KEY:?}" "${BROKER:?}"
@@ -30,7 +31,8 @@ function until_it_works {
 }
 
 until_it_works in_guest true </dev/null
-"${PYTHON:-python3}" "$here/broker_credentials.py" add "$SERVER_ID" --broker "$BROKER" |
+"${PYTHON:-python3}" "$here/broker_credentials.py" add "$SERVER_ID" --broker "$BROKER" \
+    --host-user "${HOSTS_USER:-nova-dmigrate}" |
     in_guest "sudo install -m 0600 /dev/stdin $configuration"
 in_guest sudo systemctl restart nova-dmigrate-agent </dev/null
 # It finds a server that runs; what it lacks, as the SQL user, is no matter here

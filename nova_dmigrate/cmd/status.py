@@ -94,6 +94,7 @@ class Commands(upgradecheck.UpgradeCommands):
         ("Release of Nova", _of(nova.release)),
         ("Driver of Nova", _of(nova.driver)),
         ("Configuration of Nova", _of(nova.own_options)),
+        ("Directories of Nova", _of(nova.directories)),
     )
 
 

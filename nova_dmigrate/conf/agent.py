@@ -204,7 +204,8 @@ from it, hottest pages first.
         max=1,
         help="""
 The most, as a share of the buffer pool, that is on the list. A page takes some
-12 bytes, so that the list of 64 GiB has 45 MB.
+12 bytes, so that the list of 64 GiB has 45 MB. A list has 8 388 608 pages at
+most, 128 GiB of the usual size.
 """,
     ),
     cfg.IntOpt(

@@ -24,7 +24,8 @@ AGENT = [
             ("broker", "The message broker, see ``agent_url``"),
         ],
         help="""
-How agents in guests are asked.
+How ``nova-dmigrate migrate`` asks agents in guests. Nova's driver takes the
+port where a domain has one, and ``agent_url`` otherwise.
 """,
     ),
     cfg.StrOpt(
@@ -33,8 +34,8 @@ How agents in guests are asked.
         secret=True,
         help="""
 Transport URL of the broker for agents, without a virtual host: each instance
-has its own, named ``dmigrate-UUID``. Used only with ``agent_transport =
-broker``.
+has its own, named ``dmigrate-UUID``. Nova's driver asks no agent without it,
+unless a domain has the port.
 """,
     ),
     cfg.FloatOpt(

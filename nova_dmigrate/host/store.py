@@ -83,8 +83,10 @@ class Store:
         self._summaries = state / "summaries"
         self.sockets = sockets
         try:
-            for path in (state, self._sessions, self._summaries):
-                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # Whoever migrates has directories of its own in it
+            state.mkdir(mode=0o711, parents=True, exist_ok=True)
+            for path in (self._sessions, self._summaries):
+                path.mkdir(mode=0o700, exist_ok=True)
             sockets.mkdir(mode=0o711, parents=True, exist_ok=True)
             # QEMU has to find its socket; who may connect is said by the socket itself
             sockets.chmod(0o711)

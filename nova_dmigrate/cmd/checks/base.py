@@ -86,7 +86,11 @@ class CheckedHost:
             return None
         config = cfg.ConfigOpts()
         config.register_opts(
-            [cfg.StrOpt("host", default=socket.gethostname()), cfg.StrOpt("compute_driver")]
+            [
+                cfg.StrOpt("host", default=socket.gethostname()),
+                cfg.StrOpt("compute_driver"),
+                cfg.StrOpt("state_path", default="/var/lib/nova"),
+            ]
         )
         broker.set_defaults(config)
         configuration.register(config)

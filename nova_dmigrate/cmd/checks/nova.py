@@ -5,7 +5,11 @@ Nova is not imported: these checks run where there is none, and tell so.
 """
 
 import importlib.util
+import os
+import pwd
+import subprocess
 import sys
+from pathlib import Path
 
 from oslo_config import cfg
 from oslo_upgradecheck.upgradecheck import Result
@@ -13,6 +17,7 @@ from oslo_upgradecheck.upgradecheck import Result
 from nova_dmigrate import exception
 from nova_dmigrate.cmd.checks.base import CheckedHost, failure, warning, well
 from nova_dmigrate.conf import nova as options
+from nova_dmigrate.migration import peers
 from nova_dmigrate.virt import configuration
 from nova_dmigrate.virt.configuration import COMPUTE_DRIVER, NEWEST_NOVA, OLDEST_NOVA
 
@@ -80,6 +85,66 @@ def own_options(host: CheckedHost) -> Result:
                 " nova.conf, than the host service answers at, see [DEFAULT]transport_url"
             )
     return well(f"[dmigrate]default_policy of nova.conf is {host.nova.dmigrate.default_policy}")
+
+
+def directories(host: CheckedHost) -> Result:
+    """nova-compute reads our configuration, and writes where it has to.
+
+    Its user is the owner of ``[DEFAULT]state_path`` of nova.conf.
+    """
+    if host.nova is None:
+        return well(_NO_NOVA)
+    if not _has_driver(host):
+        return well("nova-compute does not have our driver: it needs no directories of ours")
+    try:
+        ours = configuration.load(host.nova)
+    except exception.ConfigurationError:
+        return warning("Not checked. [dmigrate]config_file of nova.conf cannot be used")
+    try:
+        user = os.stat(host.nova.state_path).st_uid
+    except OSError as error:
+        return warning(
+            f"Not checked. Whose nova-compute is, is not known: [DEFAULT]state_path of nova.conf:"
+            f" {error}"
+        )
+    if os.geteuid() not in (0, user):
+        return warning(f"Not checked. It takes root to see what user {user} may do")
+    for path in map(Path, ours.config_file):
+        if not _may(user, "-r", path):
+            return failure(f"nova-compute, as user {user}, cannot read {path}")
+    maps = peers.settings_from(ours).state_directory
+    past = Path(ours.migration.history_directory)
+    for option, directory, without in (
+        ("[host]state_directory", maps, "migrations are ordinary ones"),
+        ("[migration]history_directory", past, "migrations are not remembered"),
+    ):
+        # What is missing is made when it is wanted
+        there = next(each for each in (directory, *directory.parents) if each.exists())
+        if not _may(user, "-w", there) or not _may(user, "-x", there):
+            return failure(
+                f"{option}: nova-compute, as user {user}, cannot write to {directory}: {without}"
+            )
+    return well(f"nova-compute, as user {user}, can write to {maps} and {past}")
+
+
+def _may(user: int, what: str, path: Path) -> bool:
+    """Whether a user may do what ``test`` has that letter for."""
+    if user == os.geteuid():
+        return subprocess.run(["test", what, str(path)], check=False).returncode == 0
+    try:
+        entry = pwd.getpwuid(user)
+        group, groups = entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid)
+    except KeyError:
+        group, groups = user, []
+    done = subprocess.run(
+        ["test", what, str(path)],
+        check=False,
+        cwd="/",
+        user=user,
+        group=group,
+        extra_groups=groups,
+    )
+    return done.returncode == 0
 
 
 def _has_driver(host: CheckedHost) -> bool:

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from nova_dmigrate.agent import database, describe
+from nova_dmigrate.conf import buffer_map
 from nova_dmigrate.rpc import isolation
 from tests import base
 
@@ -54,6 +55,14 @@ class UnitFileTest(base.TestCase):
         security = (ROOT / "doc/source/admin/security.rst").read_text()
         for name in granted:
             self.assertIn(f"``{name}``", security)
+
+    def test_the_largest_map_that_hosts_take_fits(self) -> None:
+        allowed = {"M": 20, "G": 30}
+        limit = self.service["MemoryMax"]
+        bytes_allowed = int(limit[:-1]) << allowed[limit[-1]]
+        pages = {option.name: option.default for option in buffer_map.OPTIONS}["max_pages"]
+        # As measured (scale.rst): 24 bytes a frame of 16 KiB, and the program's 75 MB; twice that
+        self.assertGreater(bytes_allowed, 2 * (24 * pages // 4 + 75_000_000))
 
     def test_a_dead_agent_comes_back_and_a_stopped_one_has_time_to_restore(self) -> None:
         self.assertEqual("always", self.service["Restart"])

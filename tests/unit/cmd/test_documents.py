@@ -54,6 +54,17 @@ class ReferenceTest(base.TestCase):
                 known |= set(_OPTION.findall(help_of(module, command)))
             self.assertEqual(set(), known - told - FOREIGN, module)
 
+    def test_whoever_starts_the_agent_says_what_it_shall_do(self) -> None:
+        lines = [
+            line.partition("nova-dmigrate-agent")[2].split()
+            for path in (ROOT / "README.rst", *(ROOT / "doc/source").rglob("*.rst"))
+            for line in path.read_text().splitlines()
+            if re.match(r"\s+([#$] )?nova-dmigrate-agent [^[]", line)
+        ]
+        self.assertGreater(len(lines), 3)
+        for words in lines:
+            self.assertIn(words[:1], [[command] for command in COMMANDS["agent"]])
+
     def test_the_keys_of_a_migration_are_those_of_the_table(self) -> None:
         table = CHAPTER.read_text().partition("A migration as JSON has these keys")[2]
         table = table.partition("The files of the history")[0]

@@ -7,6 +7,7 @@ Host services and libvirt that answer: tests/integration/test_status.py.
 import configparser
 import json
 import os
+import pwd
 import shutil
 import subprocess
 import sys
@@ -146,7 +147,7 @@ class NovaTest(StatusTestCase):
     OWN = f"[DEFAULT]\n{URL}[host]\nname = one\n"
 
     def test_where_there_is_no_nova_nothing_is_amiss(self) -> None:
-        for check in (nova.release, nova.driver, nova.own_options):
+        for check in (nova.release, nova.driver, nova.own_options, nova.directories):
             self.assert_told(Code.SUCCESS, "no Nova", check, self.host())
 
     def test_releases_that_the_driver_is_for(self) -> None:
@@ -205,6 +206,48 @@ class NovaTest(StatusTestCase):
             (f"{self.OURS}transport_url = rabbit://x/\n", Code.FAILURE, "[DEFAULT]transport_url"),
         ):
             self.assert_told(code, words, nova.own_options, self.host(self.OWN, text))
+
+    def test_nova_compute_has_to_reach_its_directories(self) -> None:
+        """As a user of its own, below a directory of the host service's."""
+        base.require(None if os.geteuid() == 0 else "only root can act as nova-compute's user")
+        self.directory.chmod(0o711)
+        nobody = pwd.getpwnam("nobody")
+        novas = self.directory / "nova"
+        novas.mkdir()
+        os.chown(novas, nobody.pw_uid, nobody.pw_gid)
+        state = self.directory / "state"
+        state.mkdir(mode=0o711)
+        own = self.directory / "own.conf"
+        host = self.host(
+            f"{self.OWN}state_directory = {state}\n"
+            f"[migration]\nhistory_directory = {state}/history\n",
+            f"{self.OURS}state_path = {novas}\n[dmigrate]\nconfig_file = {own}\n",
+        )
+
+        def check(code: Code, words: str) -> None:
+            self.assert_told(code, words, nova.directories, host)
+
+        own.chmod(0o600)
+        check(Code.FAILURE, f"cannot read {own}")
+        own.chmod(0o640)
+        os.chown(own, 0, nobody.pw_gid)
+        check(Code.FAILURE, f"[host]state_directory: nova-compute, as user {nobody.pw_uid}")
+        for name in ("maps", "history"):
+            (state / name).mkdir(mode=0o700)
+        os.chown(state / "maps", nobody.pw_uid, nobody.pw_gid)
+        check(Code.FAILURE, "[migration]history_directory")
+        os.chown(state / "history", nobody.pw_uid, nobody.pw_gid)
+        check(Code.SUCCESS, str(state / "maps"))
+        state.chmod(0o700)
+        check(Code.FAILURE, "[host]state_directory")
+
+    def test_whose_nova_compute_is_may_not_be_known(self) -> None:
+        text = f"{self.OURS}state_path = {self.directory}/none\n"
+        self.assert_told(Code.WARNING, "state_path", nova.directories, self.host(self.OWN, text))
+
+    def test_without_our_driver_nova_needs_no_directory(self) -> None:
+        host = self.host(self.OWN, "[DEFAULT]\n")
+        self.assert_told(Code.SUCCESS, "does not have our driver", nova.directories, host)
 
     def test_no_password_is_told(self) -> None:
         text = f"{self.OURS}transport_url = rabbit://u:secret@x/\n"

@@ -68,6 +68,13 @@ class PrepareGuestTest(base.TestCase):
         self.assertIn(f"transport_url = rabbit://dmigrate-{INSTANCE}:", text)
         self.assertIn(f"@172.24.5.1:5672/dmigrate-{INSTANCE}", text)
 
+    def test_the_hosts_may_enter_whoever_they_are(self) -> None:
+        self.environment["HOSTS_USER"] = "somebody"
+        self.assertEqual(0, self.prepare().returncode)
+        calls = (self.guest / "calls").read_text()
+        self.assertIn("somebody", calls)
+        self.assertNotIn("\x1fnova-dmigrate\x1f", calls)
+
     def test_a_guest_that_never_comes_is_given_up(self) -> None:
         self.environment |= {"FAILURES": "1000000", "PATIENCE": "0"}
         done = self.prepare()

@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ceph and NFS as Cinder's backends, by devstack's own plugins for them."""
 
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests import base
@@ -88,6 +93,34 @@ class NFSTest(base.TestCase):
         self.node.run("unstack")
         self.assertFalse(self.exports.exists())
         self.assertIn(("-ra",), self.node.called("exportfs"))
+
+    def test_volumes_outlive_novas_directory(self) -> None:
+        """Which devstack removes, with all that is below it, after the plugin's phase."""
+        base.require(None if os.geteuid() == 0 else "only root can mount")
+        share = self.make_directory()
+        (share / "volume-1").write_text("of all nodes")
+        mnt = Path(self.node.path("data/nova/mnt"))
+        (mnt / "5f3c9f6e").mkdir(parents=True)
+        (mnt / "unmounted").mkdir()
+        self.node.variables["ENABLED_SERVICES"] = COMPUTE
+        self.node.stack()
+        # As guests' volumes are that still run
+        with self._mounted(share, mnt / "5f3c9f6e") as mounted, (mounted / "volume-1").open():
+            self.node.run("unstack")
+            self.assertIn(("umount", "-l", str(mounted)), self.node.called("sudo"))
+            shutil.rmtree(self.node.path("data/nova"))
+        self.assertEqual("of all nodes", (share / "volume-1").read_text())
+        # Where no volume is mounted there is nothing to do
+        self.node.run("unstack")
+        self.assertNotIn("umount", [call[0] for call in self.node.called("sudo")])
+
+    @contextlib.contextmanager
+    def _mounted(self, source: Path, place: Path) -> Iterator[Path]:
+        subprocess.run(["mount", "--bind", source, place], check=True)
+        try:
+            yield place
+        finally:
+            subprocess.run(["umount", "-l", place], capture_output=True, check=False)
 
     def test_without_it_nothing_is_exported(self) -> None:
         self.node.variables["DEVSTACK_PLUGINS"] = "nova-dmigrate"

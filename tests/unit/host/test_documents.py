@@ -20,7 +20,8 @@ class ChapterTest(base.TestCase):
             for line in text.splitlines()
             if line.strip().startswith("# rabbitmqctl ")
         ]
-        self.assertEqual(isolation.service_commands("nova-dmigrate"), commands)
+        user = ["add_user", "nova-dmigrate", "PASSWORD"]
+        self.assertEqual([user, *isolation.service_commands("nova-dmigrate")], commands)
 
 
 class UnitFileTest(base.TestCase):

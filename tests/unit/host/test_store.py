@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a service knows of its predecessor."""
 
+import configparser
 import dataclasses
 import json
 import os
+import pwd
 import stat
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -38,6 +41,30 @@ class StoreTest(base.TestCase):
         self.assertEqual([None, Identity(1, "boot/1")], [each.identity for each in (RECORD, later)])
         self.store.remove(RECORD)
         self.assertEqual([later], self.store.load())
+
+    def test_others_reach_their_own_directories_and_nothing_of_the_services(self) -> None:
+        base.require(None if os.geteuid() == 0 else "only root can act as nova-compute's user")
+        self.store.save(RECORD)
+        self.directory.chmod(0o711)
+        nobody = pwd.getpwnam("nobody")
+        state = self.directory / "state"
+        maps = state / "maps"
+        maps.mkdir(mode=0o700)
+        os.chown(maps, nobody.pw_uid, nobody.pw_gid)
+
+        def carried_out(*command: str) -> bool:
+            done = subprocess.run(
+                command, user=nobody.pw_uid, group=nobody.pw_gid, extra_groups=[], check=False
+            )
+            return done.returncode == 0
+
+        self.assertTrue(carried_out("touch", str(maps / "one.map")))
+        for letter, path in (("-r", state), ("-w", state), ("-x", state / "sessions")):
+            self.assertFalse(carried_out("test", letter, str(path)), (letter, path))
+        unit = configparser.ConfigParser(strict=False, interpolation=None)
+        unit.read(Path(__file__).parents[3] / "etc/systemd/nova-dmigrate-host.service")
+        mode = unit["Service"]["StateDirectoryMode"]
+        self.assertEqual(int(mode, 8), stat.S_IMODE(state.stat().st_mode))
 
     def test_only_the_service_can_read_them(self) -> None:
         self.store.save(RECORD)
