@@ -77,6 +77,7 @@ _TROUBLES: dict[str, Deed] = {
     "memory and volume": Compared(_VOLUME),
     "evacuation": Evacuated(STARTS),
     "evacuation, started by hand": Evacuated(STOPS),
+    "memory and volume after evacuations": Compared(_VOLUME),
 }
 #: Those of one storage come together: a server is made for them.
 ROWS = (
