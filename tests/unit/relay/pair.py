@@ -165,9 +165,16 @@ class Pair:
         control = self.directory / "source.control"
         paths = {"buffer_map": str(self.map_path), "memory_layout": str(self._layout)}
         assert ask(control, "map", **paths) == {"loading": True}
+        self._wait_for(lambda told: told["map"] != "none", "the map is not loaded")
+
+    def _wait_until_taken(self, count: int) -> None:
+        """Until the source has so many bytes of the stream, not only the socket."""
+        self._wait_for(lambda told: told["guest_bytes"] >= count, "the stream is not taken")
+
+    def _wait_for(self, enough: Callable[[Report], bool], otherwise: str) -> None:
         deadline = time.monotonic() + HANGS
-        while ask(control, "progress")["map"] == "none":
-            assert time.monotonic() < deadline, "the map is not loaded"
+        while not enough(ask(self.directory / "source.control", "progress")):
+            assert time.monotonic() < deadline, otherwise
             time.sleep(0.01)
 
     def join(self) -> None:
@@ -210,7 +217,9 @@ class Pair:
                     if self.map_after is None:
                         qemu.sendall(chunk)
                         continue
-                    qemu.sendall(chunk[: self.map_after])
+                    begin = chunk[: self.map_after]
+                    qemu.sendall(begin)
+                    self._wait_until_taken(len(begin))
                     self.offer_map()
                     qemu.sendall(chunk[self.map_after :])
                 while len(self.answered) < len(self.answer):
