@@ -6,6 +6,8 @@ guest's memory is compared with its block of the volume, of which the guest alon
 partition table, the logical volumes and the file system.
 """
 
+import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 from nova_dmigrate.rpc import messages
@@ -14,6 +16,8 @@ from tests.guests.guests import HEAVIER, LIGHT
 from tests.lab import database_image
 from tests.lab.guest import GuestError
 from tests.lab.relays import wait_until
+
+ROOT = Path(__file__).parents[2]
 
 
 class LayoutTests(guests.DatabaseGuestTestCase):
@@ -28,6 +32,15 @@ class LayoutTests(guests.DatabaseGuestTestCase):
         self.assertGreater(server.filled_share, 0.4)
         self.assertNotIn("problem", [finding.severity for finding in description.findings])
         self.assertTrue(client.health().servers[0].healthy)
+
+    def test_the_port_has_the_driver_that_the_unit_allows(self) -> None:
+        unit = (ROOT / "etc/systemd/nova-dmigrate-agent.service").read_text()
+        (allowed,) = re.findall(r"(?m)^DeviceAllow=char-(\S+) rw$", unit)
+        majors = self.guest.run(
+            f"sed -n 's/^ *\\([0-9]*\\) {allowed}$/\\1/p' /proc/devices"
+        ).split()
+        port = self.guest.run("stat -L -c %t /dev/virtio-ports/org.openstack.dmigrate.0")
+        self.assertIn(int(port, 16), [int(each) for each in majors])
 
     def test_mapped_pages_equal_the_volume_without_a_flush(self) -> None:
         with self.work(HEAVIER):

@@ -4,12 +4,14 @@
 import json
 import os
 import re
+import shlex
 import stat
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import yaml
 
 from nova_dmigrate.agent import database
@@ -18,6 +20,7 @@ from tests import base
 ROOT = Path(__file__).parents[2]
 ELEMENT = ROOT / "elements" / "nova-dmigrate-agent"
 CLOUD_CONFIG = ROOT / "etc" / "cloud-init" / "nova-dmigrate-agent.yaml"
+INSTANCE = "01234567-89ab-cdef-0123-456789abcdef"
 UNIT = ROOT / "etc" / "systemd" / "nova-dmigrate-agent.service"
 
 
@@ -75,17 +78,25 @@ class CloudConfigTest(base.TestCase):
     def setUp(self) -> None:
         super().setUp()
         self.text = CLOUD_CONFIG.read_text()
-        self.config: dict[str, Any] = yaml.safe_load(self.text)
+        # As cloud-init does it
+        rendered = jinja2.Template(self.text, undefined=jinja2.StrictUndefined).render(
+            v1={"instance_id": INSTANCE}
+        )
+        self.config: dict[str, Any] = yaml.safe_load(rendered)
+        _, _, self.sql_script = self.config["runcmd"][0]
 
     def test_cloud_init_recognises_it(self) -> None:
-        self.assertTrue(self.text.startswith("#cloud-config\n"))
+        self.assertTrue(self.text.startswith("## template: jinja\n#cloud-config\n"))
 
     def test_the_file_that_the_agent_waits_for_is_written_and_only_root_can_read_it(self) -> None:
         files = {each["path"]: each for each in self.config["write_files"]}
         condition = "nova-dmigrate-agent.conf.d/instance.conf"
         (path,) = [path for path in files if path.endswith(condition)]
         self.assertEqual("0600", files[path]["permissions"])
-        self.assertIn("transport_url = rabbit://dmigrate-UUID:", files[path]["content"])
+        name = f"dmigrate-{INSTANCE}"
+        url = f"rabbit://{name}:PASSWORD@broker.example.org:5671/{name}"
+        self.assertIn(f"transport_url = {url}\n", files[path]["content"])
+        self.assertEqual("0600", files["/etc/nova-dmigrate/client.key"]["permissions"])
         script = (ELEMENT / "install.d" / "60-nova-dmigrate-agent").read_text()
         self.assertIn(f"ConditionPathExists=$etc/{condition}", script)
         # Whatever else that file names is written too
@@ -93,17 +104,20 @@ class CloudConfigTest(base.TestCase):
             self.assertIn(name, list(files) + [self.password_file()])
 
     def password_file(self) -> str:
-        (found,) = re.findall(r"^file=(\S+)$", self.config["runcmd"][0], re.MULTILINE)
+        (found,) = re.findall(r"^file=(\S+)$", self.sql_script, re.MULTILINE)
         return str(found)
 
     def test_the_sql_user_is_made_with_a_password_that_no_argument_shows(self) -> None:
-        for answer, flavour, version in (
-            ("10.11.6-MariaDB-0+deb12u1", "mariadb", (10, 11)),
-            ("8.4.3", "mysql", (8, 4)),
+        for client, answer, flavour, version in (
+            ("mysql", "10.11.6-MariaDB-0+deb12u1", "mariadb", (10, 11)),
+            ("mariadb", "11.8.2-MariaDB-1", "mariadb", (11, 8)),
+            ("mysql", "8.4.3", "mysql", (8, 4)),
         ):
             with self.subTest(answer):
                 directory = self.make_directory()
-                arguments, sql = self.run_command(directory, answer)
+                self.assertEqual("", self.run_commands(directory, client, answer))
+                arguments = (directory / "arguments").read_text()
+                sql = (directory / "sql").read_text()
                 path = directory / "sql-password"
                 password = path.read_text()
                 self.assertRegex(password, r"^[A-Za-z0-9]{40}$")
@@ -116,16 +130,36 @@ class CloudConfigTest(base.TestCase):
                 self.assertEqual(expected, sql.splitlines())
                 self.assertEqual([], list(directory.glob("*.sql")))
 
-    def run_command(self, directory: Path, version: str) -> tuple[str, str]:
-        """Run the script with a client that notes what it gets: its arguments, its SQL."""
+    def test_an_agent_without_an_sql_user_is_started_too(self) -> None:
+        for client, version in (("", ""), ("mysql", "")):
+            with self.subTest(client):
+                directory = self.make_directory()
+                said = self.run_commands(directory, client, version)
+                self.assertEqual(bool(client), "no database server answers" in said, said)
+                # Which its configuration names
+                self.assertEqual(40, (directory / "sql-password").stat().st_size)
+                self.assertEqual([], list(directory.glob("*.sql")))
+
+    def run_commands(self, directory: Path, client: str, version: str) -> str:
+        """Run the commands with a client that notes what it gets: its arguments, its SQL. What is
+        told of errors; the agent was started.
+
+        :param version: of the server; empty if it lets nobody in.
+        """
         programs = directory / "bin"
         programs.mkdir()
+        # Nothing else: this machine may have a client
+        for name in ("seq", "tr", "head", "cat", "rm", "sh"):
+            (programs / name).symlink_to(f"/usr/bin/{name}")
         for name, text in (
             (
-                "mysql",
+                client or "none",
                 f'echo "$@" >>{directory}/arguments\n'
+                f'if [ -z "{version}" ]; then exit 1; fi\n'
                 f'if [ "$1" = -N ]; then echo {version}; else cat >{directory}/sql; fi',
             ),
+            ("sleep", ":"),
+            ("systemctl", f'echo "$@" >{directory}/started'),
             ("sed", f'echo "$@" >>{directory}/arguments; exec /usr/bin/env -i /bin/sed "$@"'),
             (
                 "nova-dmigrate-agent",
@@ -134,12 +168,20 @@ class CloudConfigTest(base.TestCase):
         ):
             (programs / name).write_text(f"#!/bin/sh\n{text}\n")
             (programs / name).chmod(0o755)
-        script = self.config["runcmd"][0].replace("/etc/nova-dmigrate", str(directory))
-        subprocess.run(
-            ["sh", "-c", script],
+        # As cloud-init puts them into one script
+        script = "\n".join(
+            each if isinstance(each, str) else shlex.join(each) for each in self.config["runcmd"]
+        )
+        done = subprocess.run(
+            ["/bin/sh", "-c", script.replace("/etc/nova-dmigrate", str(directory))],
             check=True,
             stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
             cwd=ROOT,
-            env={**os.environ, "PATH": f"{programs}:/usr/bin:/bin"},
+            env={**os.environ, "PATH": str(programs)},
         )
-        return (directory / "arguments").read_text(), (directory / "sql").read_text()
+        self.assertEqual(
+            "restart nova-dmigrate-agent.service\n", (directory / "started").read_text()
+        )
+        return done.stderr

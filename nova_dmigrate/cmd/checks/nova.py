@@ -109,7 +109,7 @@ def directories(host: CheckedHost) -> Result:
         )
     if os.geteuid() not in (0, user):
         return warning(f"Not checked. It takes root to see what user {user} may do")
-    for path in map(Path, ours.config_file):
+    for path in map(Path, [*ours.config_file, *_broker_files(ours)]):
         if not _may(user, "-r", path):
             return failure(f"nova-compute, as user {user}, cannot read {path}")
     maps = peers.settings_from(ours).state_directory
@@ -125,6 +125,13 @@ def directories(host: CheckedHost) -> Result:
                 f"{option}: nova-compute, as user {user}, cannot write to {directory}: {without}"
             )
     return well(f"nova-compute, as user {user}, can write to {maps} and {past}")
+
+
+def _broker_files(config: cfg.ConfigOpts) -> list[str]:
+    """With which nova-compute connects to the broker."""
+    rabbit = config.oslo_messaging_rabbit
+    files = (rabbit.ssl_ca_file, rabbit.ssl_cert_file, rabbit.ssl_key_file)
+    return [path for path in files if rabbit.ssl and path]
 
 
 def _may(user: int, what: str, path: Path) -> bool:

@@ -241,6 +241,29 @@ class NovaTest(StatusTestCase):
         state.chmod(0o700)
         check(Code.FAILURE, "[host]state_directory")
 
+    def test_nova_compute_has_to_read_its_key_for_the_broker(self) -> None:
+        base.require(None if os.geteuid() == 0 else "only root can act as nova-compute's user")
+        self.directory.chmod(0o711)
+        key, own = self.write("client.key", "a key"), self.directory / "own.conf"
+        nobody = pwd.getpwnam("nobody").pw_uid
+        for ssl, mode, code in (
+            ("true", 0o600, Code.FAILURE),
+            ("true", 0o644, Code.SUCCESS),
+            ("false", 0o600, Code.SUCCESS),
+        ):
+            key.chmod(mode)
+            novas = self.make_directory()
+            os.chown(novas, nobody, -1)
+            host = self.host(
+                f"{self.OWN}state_directory = {novas}\n"
+                f"[migration]\nhistory_directory = {novas}/history\n"
+                f"[oslo_messaging_rabbit]\nssl = {ssl}\nssl_key_file = {key}\n",
+                f"{self.OURS}state_path = {novas}\n[dmigrate]\nconfig_file = {own}\n",
+            )
+            own.chmod(0o644)
+            words = str(key) if code is Code.FAILURE else str(novas)
+            self.assert_told(code, words, nova.directories, host)
+
     def test_whose_nova_compute_is_may_not_be_known(self) -> None:
         text = f"{self.OURS}state_path = {self.directory}/none\n"
         self.assert_told(Code.WARNING, "state_path", nova.directories, self.host(self.OWN, text))

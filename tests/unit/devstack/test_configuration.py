@@ -86,6 +86,10 @@ class ConfigurationTest(base.TestCase):
         self.assertEqual(broker, config.migration.agent_url)
         self.assertEqual("broker", config.migration.agent_transport)
 
+    def test_maps_of_small_servers_are_used(self) -> None:
+        self.node.stack()
+        self.assertEqual(0, self.own().migration.min_mapped_share)
+
     def test_the_service_has_what_it_needs(self) -> None:
         self.node.stack()
         config = self.own()
