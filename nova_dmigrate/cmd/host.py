@@ -16,6 +16,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 from oslo_config import cfg
 from oslo_log import log
@@ -23,7 +24,7 @@ from oslo_log import log
 from nova_dmigrate import conf, exception, version
 from nova_dmigrate.cmd import extras
 from nova_dmigrate.cmd.signals import Signals
-from nova_dmigrate.host import qemu_account
+from nova_dmigrate.host import downtime, qemu_account
 from nova_dmigrate.host.capacity import Limits, Load, Rates, shortage
 from nova_dmigrate.host.hypervisor import UNKNOWN, HypervisorVersions, Versions
 from nova_dmigrate.host.presence import Presence
@@ -128,13 +129,18 @@ def disks_from(config: cfg.ConfigOpts) -> Disks | None:
 
     :raises ConfigurationError: it needs what is not installed.
     """
-    if not config.host.libvirt_uri:
-        return None
-    try:
-        from nova_dmigrate.migration import disks
-    except ImportError as error:
-        raise _without_libvirt(error) from error
-    return functools.partial(disks.of_domain, config.host.libvirt_uri)
+    libvirt = _libvirt_of(config)
+    return functools.partial(libvirt.of_domain, config.host.libvirt_uri) if libvirt else None
+
+
+def downtime_from(config: cfg.ConfigOpts) -> downtime.Ask | None:
+    """What tells how long a guest of this host stood still when it came; None if libvirt shall not
+    be asked.
+
+    :raises ConfigurationError: it needs what is not installed.
+    """
+    libvirt = _libvirt_of(config)
+    return functools.partial(libvirt.downtime, config.host.libvirt_uri) if libvirt else None
 
 
 def versions_from(config: cfg.ConfigOpts) -> Callable[[], Versions]:
@@ -142,23 +148,26 @@ def versions_from(config: cfg.ConfigOpts) -> Callable[[], Versions]:
 
     :raises ConfigurationError: it needs what is not installed.
     """
-    uri = config.host.libvirt_uri
-    if not uri:
+    libvirt = _libvirt_of(config)
+    if libvirt is None:
         return lambda: UNKNOWN
-    try:
-        from nova_dmigrate.migration import disks
-    except ImportError as error:
-        raise _without_libvirt(error) from error
-    versions = HypervisorVersions(functools.partial(disks.versions, uri))
+    versions = HypervisorVersions(functools.partial(libvirt.versions, config.host.libvirt_uri))
     versions.known()  # so that they are when somebody asks
     return versions.known
 
 
-def _without_libvirt(error: ImportError) -> exception.ConfigurationError:
-    return exception.ConfigurationError(
-        reason="[host]libvirt_uri needs the Python binding of libvirt, of the extra 'host':"
-        f" {error}"
-    )
+def _libvirt_of(config: cfg.ConfigOpts) -> ModuleType | None:
+    """What asks this host's libvirt, the URI before all else; None if that shall not be asked."""
+    if not config.host.libvirt_uri:
+        return None
+    try:
+        from nova_dmigrate.migration import disks
+    except ImportError as error:
+        raise exception.ConfigurationError(
+            reason="[host]libvirt_uri needs the Python binding of libvirt, of the extra 'host':"
+            f" {error}"
+        ) from error
+    return disks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -182,6 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
         name = config.host.name or socket.gethostname()
         settings = session_settings_from(config, name)
         disks, versions = disks_from(config), versions_from(config)
+        downtime_of = downtime_from(config)
         store = Store(Path(config.host.state_directory), Path(config.host.socket_directory))
         presence = Presence(lambda: _own_client(config, name))
         sessions = Sessions(settings, store, presence.seen)
@@ -190,7 +200,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return _WRONG_CONFIGURATION
     service = HostService(
-        service_settings_from(config, name, settings.owner), sessions, store, disks, versions
+        service_settings_from(config, name, settings.owner),
+        sessions,
+        store,
+        disks,
+        versions,
+        downtime_of,
     )
     _serve(config, name, service, sessions, presence)
     store.close()

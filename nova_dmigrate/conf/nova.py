@@ -49,7 +49,8 @@ having no agent in it.
 nova-dmigrate's own configuration, the files that the host service has too. Read
 at the first live migration that shall use it. Of them nova-compute uses the
 groups ``migration``, ``host`` and ``buffer_map``, and the broker's URL; if that is
-empty, Nova's own ``[DEFAULT]/transport_url`` is taken.
+empty, Nova's own ``[DEFAULT]/transport_url`` is taken. Where a file has a
+directory beside it, of its name with ``.d``, the files in that are read as well.
 
 The default may be missing, others may not.
 """,

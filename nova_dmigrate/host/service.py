@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from nova_dmigrate import exception
-from nova_dmigrate.host import confinement, permissions, vouching
+from nova_dmigrate.host import confinement, downtime, permissions, vouching
 from nova_dmigrate.host.agents import AgentProxy
 from nova_dmigrate.host.hypervisor import UNKNOWN, Versions
 from nova_dmigrate.host.sessions import Sessions
@@ -23,6 +23,8 @@ from nova_dmigrate.rpc.host_messages import (
     NEEDED,
     AgentAnswer,
     AgentRequest,
+    DowntimeArguments,
+    GuestDowntime,
     HelloArguments,
     HostState,
     OpenDestination,
@@ -79,6 +81,7 @@ class HostService:
 
     :param disks: of a guest of this host; None where they are not known, and not looked at.
     :param versions: of its libvirt and QEMU, at once.
+    :param downtime_of: a guest that has come here; None where libvirt shall not be asked.
     """
 
     def __init__(
@@ -88,10 +91,12 @@ class HostService:
         store: Store,
         disks: vouching.Disks | None = None,
         versions: Callable[[], Versions] = lambda: UNKNOWN,
+        downtime_of: downtime.Ask | None = None,
     ) -> None:
         self._settings = settings
         self._versions = versions
         self._disks = disks
+        self._downtime_of = downtime_of
         self._sessions = sessions
         self._store = store
         self._agents = AgentProxy(settings.channel_directories)
@@ -185,6 +190,10 @@ class HostService:
         return SummaryChunk(
             size=len(data), offset=arguments.offset, data=base64.b64encode(part).decode()
         )
+
+    def downtime(self, arguments: DowntimeArguments) -> GuestDowntime:
+        ask = self._downtime_of
+        return GuestDowntime(None if ask is None else downtime.of_domain(arguments.domain, ask))
 
     def agent(self, request: AgentRequest) -> AgentAnswer:
         return self._agents.ask(request)

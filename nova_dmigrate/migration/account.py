@@ -79,7 +79,8 @@ class Account:
         :param fallback: why it was the ordinary migration in the end; None if it was not.
         :param job: the last that libvirt has told.
         """
-        source = self._relays.get("source", {}) if fallback is None else {}
+        relays = self._relays if fallback is None else {}
+        source, destination = relays.get("source", {}), relays.get("destination", {})
         reason = fallback or self._without_volumes
         return MigrationSummary(
             id=self._id,
@@ -94,7 +95,7 @@ class Account:
             error=error,
             started=self._began.isoformat(timespec="seconds"),
             total_s=self.phases.elapsed,
-            downtime_ms=job.downtime_ms,
+            downtime_ms=destination.get("downtime_ms", job.downtime_ms),
             guest_bytes=source.get("guest_bytes", job.transferred),
             wire_bytes=source.get("wire_bytes", job.transferred),
             saved_bytes=source.get("saved_bytes", 0),

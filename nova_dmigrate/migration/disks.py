@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the host's service has to know of its libvirt: the disks of a running domain, for which it
-vouches, and versions.
+vouches, how long one stood still that has come, and versions.
 """
 
 from nova_dmigrate.migration import preflight
@@ -16,6 +16,17 @@ def of_domain(connect: str, name: str) -> tuple[VolumeSpec, ...]:
     """
     with LibvirtGuest(connect, name) as guest:
         return preflight.volumes_of(guest.facts, tuple(DRIVERS))
+
+
+def downtime(connect: str, name: str) -> float | None:
+    """Milliseconds for which a domain stood still when it came here; None if libvirt does not tell.
+
+    :param connect: URI of this host's libvirt. :param name: the domain's name or UUID.
+    :raises MigrationError: libvirt cannot be reached, or there is no such domain.
+    """
+    with LibvirtGuest(connect, name) as guest:
+        job = guest.completed_job()
+        return None if job is None else job.downtime_ms
 
 
 def versions(connect: str) -> tuple[int, int | None]:

@@ -13,6 +13,7 @@ _LIMIT = 3600
 class Job:
     """How far a migration is, as QEMU tells it; bytes, and milliseconds.
 
+    :ivar downtime_ms: for so long the guest stood still; None while it is QEMU's forecast.
     :ivar statistics: all of it, by libvirt's own names.
     """
 

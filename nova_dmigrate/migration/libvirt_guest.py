@@ -173,12 +173,14 @@ class LibvirtGuest:
         return _job(stats)
 
     def completed_job(self) -> Job | None:
-        """The same of the migration that has ended; None if libvirt has forgotten."""
+        """The same of the last migration that was completed; None if libvirt has forgotten."""
         try:
             stats = self._domain.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED)
         except libvirt.libvirtError:
             return None
-        return _job(stats)
+        # Without the way of libvirt's last words, for which both hosts' clocks would have to agree
+        downtime_ms = stats.get("downtime_net", stats.get("downtime"))
+        return dataclasses.replace(_job(stats), downtime_ms=downtime_ms)
 
     def abort(self) -> None:
         """Cancel the migration, if there is one, sooner or later."""
@@ -337,7 +339,6 @@ def _job(stats: dict[str, Any]) -> Job:
         transferred=int(stats.get("memory_processed", 0)),
         total=int(stats.get("memory_total", 0)),
         passes=int(stats.get("memory_iteration", 0)),
-        downtime_ms=stats.get("downtime_net", stats.get("downtime")),
         statistics=stats,
     )
 

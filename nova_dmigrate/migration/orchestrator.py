@@ -202,7 +202,7 @@ class Migration:
         running = self._begin(
             Order(
                 request.destination_uri,
-                uri=f"tcp:{request.migration_address}" if request.migration_address else None,
+                uri=_tcp(request.migration_address) if request.migration_address else None,
                 bandwidth=request.network_bandwidth,
                 auto_converge=request.auto_converge,
                 post_copy=request.post_copy,
@@ -341,7 +341,14 @@ class Migration:
             self._on_progress = lambda progress: None
 
     def _summary(self, fallback: exception.FallBack | None, error: str | None) -> MigrationSummary:
-        job = self._guest.completed_job() or self._job or Job()
+        # One that has not completed may have an earlier one before it, in which the guest came here
+        completed = self._guest.completed_job() if error is None else None
+        job = completed or self._job or Job()
         cancelled = self._cancelled.is_set() and self._ended
         state = COMPLETED if error is None else CANCELLED if cancelled else FAILED
         return self._account.summary(state, error, fallback, job)
+
+
+def _tcp(address: str) -> str:
+    """The way of libvirt's own stream to a name or an address."""
+    return f"tcp:[{address}]" if ":" in address else f"tcp:{address}"

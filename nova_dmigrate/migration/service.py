@@ -77,7 +77,12 @@ def _host_of(uri: str, patience: float) -> str | None:
 
     :param patience: seconds that it gets to tell.
     """
-    name = urllib.parse.urlsplit(uri).hostname
+    parts = urllib.parse.urlsplit(uri)
+    name = parts.hostname
+    if name:
+        # As it is written: a queue at the broker has the name, where "A" is not "a"
+        start = parts.netloc.lower().rindex(name)
+        name = parts.netloc[start : start + len(name)]
     try:
         ipaddress.ip_address(name or "")
     except ValueError:

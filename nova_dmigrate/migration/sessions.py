@@ -89,6 +89,7 @@ class RelaySessions:
         self._terms = terms
         self._volumes: tuple[host_messages.Volume, ...] = ()
         self._closed = threading.Event()
+        self._domain = instance
         self.failure: str | None = None
         #: Why it is not known whether the source relay's host has taken the map that it was handed.
         self.map_pending: exception.HostError | None = None
@@ -117,6 +118,7 @@ class RelaySessions:
         :param connected: the destination has connected the volumes itself.
         :raises FallBack: one of them cannot be had.
         """
+        self._domain = domain or self._domain
         ready = self._ready(self._destination, waiting)
         with self._translated(self._destination):
             reason = self.unreadable(self._first_word(ready, waiting))
@@ -221,7 +223,18 @@ class RelaySessions:
                 )
             if summary is not None:
                 summaries[state.role] = summary
+                if (state.role, state.state) == ("destination", "delivered"):
+                    summary["downtime_ms"] = self._downtime(host)
         return summaries
+
+    def _downtime(self, host: HostClient) -> float | None:
+        """Milliseconds for which the guest stood still, as the host knows to which it has come."""
+        try:
+            return host.downtime(self._domain)
+        except exception.HostError as error:
+            # Before 1.4 it cannot be asked
+            LOG.info("Instance %s: the downtime is not known: %s", self._instance, error)
+            return None
 
     def _start(self, host: HostClient, order: host_messages.Order, waiting: Waiting) -> None:
         """Order a relay, and keep it; returns when it is not queued any more."""

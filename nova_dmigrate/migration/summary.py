@@ -55,8 +55,8 @@ class MigrationSummary:
     :ivar state: ``completed``, ``failed`` or ``cancelled``.
     :ivar started: ISO 8601 with a time zone.
     :ivar total_s: seconds from the request to the end, preparation included.
-    :ivar downtime_ms: milliseconds for which the guest stood still, as QEMU reckons it; None if it
-        does not tell.
+    :ivar downtime_ms: milliseconds for which the guest stood still, as libvirt reckons it at the
+        destination; None if its service did not tell, or had no part in it.
     :ivar fallback_reason: stable code for why it did not go through the relays, or did so without
         the use of volumes.
     :ivar fallback_message: the same as a sentence.

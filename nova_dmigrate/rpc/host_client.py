@@ -113,6 +113,15 @@ class HostClient:
             raise self._caller.nonsense("summary", "it is no summary")
         return summary
 
+    def downtime(self, domain: str) -> float | None:
+        """Milliseconds for which a guest stood still when it came to the host; None if its libvirt
+        does not tell.
+        """
+        told: host_messages.GuestDowntime = self._caller.call(
+            "downtime", host_messages.DowntimeArguments(domain)
+        )
+        return told.milliseconds
+
     def agent(self, request: host_messages.AgentRequest) -> Any:
         """The answer of an agent to one request, as JSON gives it, unchecked."""
         answer: host_messages.AgentAnswer = self._caller.call(

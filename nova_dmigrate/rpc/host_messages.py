@@ -28,7 +28,7 @@ from nova_dmigrate.rpc.fields import (
 )
 from nova_dmigrate.rpc.protocol import Method, Protocol
 
-VERSION = "1.3"
+VERSION = "1.4"
 #: The least that a migration through relays needs of both services; what is newer has another way.
 NEEDED = "1.1"
 
@@ -175,6 +175,13 @@ class UseMap:
 
 
 @dataclasses.dataclass(frozen=True)
+class DowntimeArguments:
+    """How long did a guest stand still that has come to the host? ``domain``: libvirt's UUID."""
+
+    domain: str = checked(token())
+
+
+@dataclasses.dataclass(frozen=True)
 class SummaryArguments:
     """``offset``: in the compressed summary, bytes."""
 
@@ -305,6 +312,13 @@ class SavedChunks:
     size: int = checked(_MEMORY)
 
 
+@dataclasses.dataclass(frozen=True)
+class GuestDowntime:
+    """``milliseconds``: None if libvirt does not tell."""
+
+    milliseconds: float | None = checked(optional(number(0, 1 << 40)), default=None)
+
+
 METHODS = {
     "hello": Method(HelloArguments, HostState),
     # Opening is repeated without harm: the session's identifier makes it the same one
@@ -321,6 +335,7 @@ METHODS = {
     # Repeated without harm: it says where in the file the chunks belong
     # Since 1.3 it says how large that may become; 1.2 takes no request that does
     "save_chunks": Method(SaveChunks, SavedChunks, since="1.3"),
+    "downtime": Method(DowntimeArguments, GuestDowntime, since="1.4"),
 }
 
 HOST = Protocol(

@@ -41,7 +41,12 @@ def load(nova: cfg.ConfigOpts) -> cfg.ConfigOpts:
     conf.register_opts(config)
     broker.set_defaults(config)
     try:
-        config([], project="nova-dmigrate", default_config_files=files, default_config_dirs=[])
+        # As whoever has this configuration by default: the file first, then those in its directory
+        beside = (f"{path}.d" for path in nova.dmigrate.config_file)
+        directories = [path for path in beside if os.path.isdir(path)]
+        config(
+            [], project="nova-dmigrate", default_config_files=files, default_config_dirs=directories
+        )
     except (cfg.Error, ValueError) as error:
         raise exception.ConfigurationError(reason=str(error)) from error
     conf.check(config)

@@ -265,7 +265,7 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
             if instance.system_metadata.pop(_EVACUATED, None) is not None:
                 self._warm_up(instance)
             elif self._evacuations is not None:
-                self._evacuations.powered_on(instance.uuid, instance.host, self._facts(instance))
+                self._evacuations.powered_on(instance.uuid, CONF.host, self._facts(instance))
         except Exception:  # noqa: BLE001 - it is started
             LOG.exception(_NOT_WARMED, instance.uuid)
         return result
@@ -285,7 +285,8 @@ class DMigrateDriver(driver.LibvirtDriver):  # type: ignore[misc]
 
         if self._evacuations is None:
             self._evacuations = Evacuations(self._configuration)
-        self._evacuations.arrived(instance.uuid, instance.host, self._facts(instance))
+        # Nova notes the instance's new host afterwards
+        self._evacuations.arrived(instance.uuid, CONF.host, self._facts(instance))
 
     def _facts(self, instance: Any) -> Callable[[], Any]:
         """Describes the instance's domain, once there is one."""

@@ -116,7 +116,6 @@ class NovaGuest:
             transferred=info.memory_processed,
             total=info.memory_total,
             passes=info.memory_iteration,
-            downtime_ms=info.downtime or None,
             statistics={
                 name: value
                 for name, value in vars(info).items()

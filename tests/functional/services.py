@@ -4,6 +4,7 @@ records, and note what they are asked. Relays they have none.
 """
 
 import base64
+import dataclasses
 import gzip
 import json
 import threading
@@ -93,12 +94,16 @@ class Host:
 
     def close(self, reference: Any) -> host_messages.SessionState:
         self.closed.append(reference.session_id)
-        return self._state(reference.session_id)
+        state = self._state(reference.session_id)
+        return dataclasses.replace(state, state="delivered") if state.state == "running" else state
 
     def summary(self, arguments: Any) -> host_messages.SummaryChunk:
         data = gzip.compress(json.dumps(self.progress).encode())
         text = base64.b64encode(data[arguments.offset :]).decode()
         return host_messages.SummaryChunk(len(data), arguments.offset, text)
+
+    def downtime(self, arguments: Any) -> host_messages.GuestDowntime:
+        return host_messages.GuestDowntime(87.5)
 
     def agent(self, request: Any) -> Any:
         raise exception.RequestRefused(reason="there is none", code="agent-unreachable")

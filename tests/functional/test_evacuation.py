@@ -41,6 +41,18 @@ class EvacuationTest(LostHostTest):
         told = f"Instance {server['id']} is warm after 12 s: 900 of 900 hot pages"
         self.wait_for(lambda: told in self.stdlog.logger.output)
 
+    def test_its_port_is_that_of_the_new_host(self):
+        self.api.microversion = self.admin_api.microversion = "2.94"
+        hosts = []
+        self.useFixture(
+            fixtures.MockPatch(
+                "nova_dmigrate.virt.evacuation.Evacuations.arrived",
+                side_effect=lambda instance, host, facts: hosts.append(host),
+            )
+        )
+        self._evacuate_server(self.lose(), expected_host="dest", expected_state="ACTIVE")
+        self.assertEqual(["dest"], hosts)
+
     def test_what_keeps_an_agent_from_it_is_told(self):
         self.api.microversion = self.admin_api.microversion = "2.94"
         server = self.lose()

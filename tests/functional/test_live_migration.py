@@ -72,6 +72,7 @@ class RelayedTest(base.MigrationTest):
         self.assertEqual(("dmigrate", "completed"), (summary.mode, summary.state))
         self.assertEqual(("src", "dest"), (summary.source, summary.destination))
         self.assertEqual(600 * MIB, summary.volume_bytes)
+        self.assertEqual(87.5, summary.downtime_ms)
         self.assertIn(f"Instance {server['id']}: {summary.sentence()}", self.stdlog.logger.output)
         told = [
             each for each in self.notifier.notifications if each.event_type.startswith("dmigrate.")

@@ -195,6 +195,8 @@ class TestOrchestration(base.TestCase):
         for phase in ("checking", "waiting", "starting relays", "mapping", "migrating"):
             self.assertIn(phase, summary.phases)
         self.assertGreater(summary.mapping_s, 1)
+        # The destination's libvirt has told its service
+        self.assertTrue(0 < summary.downtime_ms < 1000 * summary.phases["migrating"], summary)
         self.check_database_series(summary)
 
     def check_database_series(self, summary: MigrationSummary) -> None:

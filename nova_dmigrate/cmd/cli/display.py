@@ -3,7 +3,7 @@
 
 import argparse
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cliff.columns import FormattableColumn
 from cliff.display import DisplayCommandBase
@@ -59,7 +59,13 @@ class Findings(FormattableColumn[list[dict[str, str]]]):
         )
 
 
-class Checked(DisplayCommandBase[Any]):
+if TYPE_CHECKING:
+    _WithColumns = DisplayCommandBase[Any]
+else:
+    _WithColumns = DisplayCommandBase  # up to cliff 4.12, which Nova 32 has, it is of no type
+
+
+class Checked(_WithColumns):
     """Mixed in before a command with columns: unknown ones are wrong usage before it does anything.
 
     :cvar COLUMNS: all columns that it can have.

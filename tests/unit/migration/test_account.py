@@ -42,6 +42,14 @@ class OrdinaryTest(base.TestCase):
         rows = self.summary().series["libvirt"]
         self.assertEqual([2 * MIB, 4 * MIB], [row["wire_bytes"] for row in rows])
 
+    def test_the_destination_knows_how_long_the_guest_stood_still(self) -> None:
+        self.account._relays = {"source": {}, "destination": {"downtime_ms": 87.0}}
+        relayed = self.account.summary("completed", None, None, Job())
+        self.assertEqual(87.0, relayed.downtime_ms)
+        self.account._relays = {"source": {}, "destination": {}}
+        relayed = self.account.summary("completed", None, None, Job())
+        self.assertIsNone(relayed.downtime_ms)
+
     def test_a_long_one_has_fewer_rows_a_second(self) -> None:
         self.note(*range(3 * job._LIMIT))
         rows = self.summary().series["libvirt"]

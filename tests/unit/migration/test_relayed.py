@@ -102,6 +102,9 @@ class RelayedMigrationTest(base.TestCase):
             end = time.monotonic() + PATIENCE
             while relayed.follow(None) != last:
                 self.assertLess(time.monotonic(), end)
+            # One that is still being fetched when it is left has come too late
+            assert relayed._mapping is not None
+            self.assertTrue(relayed._mapping.wait(PATIENCE))
             self.source.answers["renew"] = LOST
             account.note_map(relayed, completed=True)
         account.note_relays(relayed)

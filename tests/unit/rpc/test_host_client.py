@@ -148,6 +148,11 @@ class HostClientTest(base.TestCase):
         self.assertEqual("running", made.renew("s").state)
         self.assertEqual(1, len(self.slept))
 
+    def test_a_downtime_may_not_be_known(self) -> None:
+        for answer, known in (({"milliseconds": 87.5}, 87.5), ({}, None)):
+            made = self.make(downtime={"result": answer})
+            self.assertEqual(known, made.downtime("d"))
+
     def test_hello_asks_for_no_more_than_every_migration_needs(self) -> None:
         made = self.make(hello={"result": HELLO})
         self.assertEqual("1.1", made.hello().needs)
@@ -155,7 +160,8 @@ class HostClientTest(base.TestCase):
         older = dataclasses.replace(HOST, version="1.1")
         self.assertTrue(older.speaks(arguments["version"]))
         for method, each in HOST.methods.items():
-            self.assertEqual(method != "save_chunks", older.speaks(each.since), method)
+            newer = method in ("save_chunks", "downtime")
+            self.assertEqual(not newer, older.speaks(each.since), method)
 
     def test_a_session_of_each_role_is_opened_by_its_own_method(self) -> None:
         answer = {"result": STATE}

@@ -43,6 +43,19 @@ class ConfigurationTest(base.TestCase):
         self.assertEqual(17, own.migration.lease)
         self.assertEqual("fake://own/", own.transport_url)
 
+    def test_so_do_files_in_the_directory_beside_one(self):
+        file = self.make_directory() / "own.conf"
+        file.write_text("[migration]\nlease = 17\nmap_time = 18\n")
+        directory = file.with_name("own.conf.d")
+        directory.mkdir()
+        (directory / "more.conf").write_text("[migration]\nmap_time = 19\n")
+        own = configuration.load(nova_conf(file))
+        self.assertEqual((17, 19), (own.migration.lease, own.migration.map_time))
+        # The host service reads it, too, where there is no such file
+        file.unlink()
+        self.patch_default(file)
+        self.assertEqual(19, configuration.load(nova_conf(file)).migration.map_time)
+
     def test_without_a_broker_of_our_own_it_is_novas(self):
         file = self.make_directory() / "own.conf"
         for text in ("", "[DEFAULT]\ntransport_url =\n"):
