@@ -34,4 +34,6 @@ def of_domain(name: str, ask: Ask, patience: float = _PATIENCE) -> float | None:
     thread = threading.Thread(target=look, name="downtime", daemon=True)
     thread.start()
     thread.join(patience)
+    if thread.is_alive():
+        LOG.warning("The downtime of %s is not known: libvirt does not answer", name)
     return found[0] if found else None

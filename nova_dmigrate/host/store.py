@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a host's service has started, on disk: one file a session, readable for the service only."""
 
+import contextlib
 import dataclasses
 import fcntl
 import json
 import logging
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +85,12 @@ class Store:
         self._summaries = state / "summaries"
         self.sockets = sockets
         try:
-            # Whoever migrates has directories of its own in it
-            state.mkdir(mode=0o711, parents=True, exist_ok=True)
+            state.mkdir(parents=True, exist_ok=True)
+            # Whoever migrates has directories of its own in it, whatever the umask is. One that is
+            # somebody else's is as they want it
+            if not state.stat().st_mode & stat.S_IXOTH:
+                with contextlib.suppress(PermissionError):
+                    state.chmod(0o711)
             for path in (self._sessions, self._summaries):
                 path.mkdir(mode=0o700, exist_ok=True)
             sockets.mkdir(mode=0o711, parents=True, exist_ok=True)

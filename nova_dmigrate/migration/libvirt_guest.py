@@ -175,7 +175,10 @@ class LibvirtGuest:
     def completed_job(self) -> Job | None:
         """The same of the last migration that was completed; None if libvirt has forgotten."""
         try:
-            stats = self._domain.jobStats(libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED)
+            # Others may ask as well: as a rule libvirt tells only once
+            stats = self._domain.jobStats(
+                libvirt.VIR_DOMAIN_JOB_STATS_COMPLETED | libvirt.VIR_DOMAIN_JOB_STATS_KEEP_COMPLETED
+            )
         except libvirt.libvirtError:
             return None
         # Without the way of libvirt's last words, for which both hosts' clocks would have to agree

@@ -81,7 +81,7 @@ def _host_of(uri: str, patience: float) -> str | None:
     name = parts.hostname
     if name:
         # As it is written: a queue at the broker has the name, where "A" is not "a"
-        start = parts.netloc.lower().rindex(name)
+        start = parts.netloc.lower().rindex(name.lower())
         name = parts.netloc[start : start + len(name)]
     try:
         ipaddress.ip_address(name or "")

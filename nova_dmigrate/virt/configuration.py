@@ -26,6 +26,15 @@ def register(nova: cfg.ConfigOpts) -> None:
     nova.register_opts(options.OPTIONS, group=options.GROUP.name)
 
 
+def directories(nova: cfg.ConfigOpts) -> list[str]:
+    """With more files of ours, read after the others, as all who have these files by default do.
+
+    :param nova: Nova's, with ``[dmigrate]``.
+    """
+    beside = (f"{path}.d" for path in nova.dmigrate.config_file)
+    return [path for path in beside if os.path.isdir(path)]
+
+
 def load(nova: cfg.ConfigOpts) -> cfg.ConfigOpts:
     """nova-dmigrate's own configuration.
 
@@ -41,11 +50,11 @@ def load(nova: cfg.ConfigOpts) -> cfg.ConfigOpts:
     conf.register_opts(config)
     broker.set_defaults(config)
     try:
-        # As whoever has this configuration by default: the file first, then those in its directory
-        beside = (f"{path}.d" for path in nova.dmigrate.config_file)
-        directories = [path for path in beside if os.path.isdir(path)]
         config(
-            [], project="nova-dmigrate", default_config_files=files, default_config_dirs=directories
+            [],
+            project="nova-dmigrate",
+            default_config_files=files,
+            default_config_dirs=directories(nova),
         )
     except (cfg.Error, ValueError) as error:
         raise exception.ConfigurationError(reason=str(error)) from error

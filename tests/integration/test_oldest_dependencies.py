@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line with the oldest cliff that it may be installed with, as beside Nova 32."""
+"""The command line with the oldest cliff that it may be installed with, as beside Nova 32.
+
+It comes from the index of pip.
+"""
 
 import configparser
 import os

@@ -102,15 +102,15 @@ def directories(host: CheckedHost) -> Result:
         return warning("Not checked. [dmigrate]config_file of nova.conf cannot be used")
     try:
         user = os.stat(host.nova.state_path).st_uid
-    except OSError as error:
+    except (OSError, cfg.Error) as error:
         return warning(
             f"Not checked. Whose nova-compute is, is not known: [DEFAULT]state_path of nova.conf:"
             f" {error}"
         )
     if os.geteuid() not in (0, user):
         return warning(f"Not checked. It takes root to see what user {user} may do")
-    for path in map(Path, [*ours.config_file, *_broker_files(ours)]):
-        if not _may(user, "-r", path):
+    for path in (*_configurations(host.nova, ours), *map(Path, _broker_files(ours))):
+        if not _may(user, "-r", path) or (path.is_dir() and not _may(user, "-x", path)):
             return failure(f"nova-compute, as user {user}, cannot read {path}")
     maps = peers.settings_from(ours).state_directory
     past = Path(ours.migration.history_directory)
@@ -119,12 +119,19 @@ def directories(host: CheckedHost) -> Result:
         ("[migration]history_directory", past, "migrations are not remembered"),
     ):
         # What is missing is made when it is wanted
-        there = next(each for each in (directory, *directory.parents) if each.exists())
+        there = next(each for each in (directory, *directory.parents) if os.path.exists(each))
         if not _may(user, "-w", there) or not _may(user, "-x", there):
             return failure(
                 f"{option}: nova-compute, as user {user}, cannot write to {directory}: {without}"
             )
     return well(f"nova-compute, as user {user}, can write to {maps} and {past}")
+
+
+def _configurations(nova: cfg.ConfigOpts, ours: cfg.ConfigOpts) -> list[Path]:
+    """Our files that nova-compute reads, and the directories that some of them are in."""
+    directories = [Path(path) for path in configuration.directories(nova)]
+    beside = [each for directory in directories for each in sorted(directory.glob("*.conf"))]
+    return [*map(Path, ours.config_file), *directories, *beside]
 
 
 def _broker_files(config: cfg.ConfigOpts) -> list[str]:

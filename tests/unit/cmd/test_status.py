@@ -265,8 +265,32 @@ class NovaTest(StatusTestCase):
             self.assert_told(code, words, nova.directories, host)
 
     def test_whose_nova_compute_is_may_not_be_known(self) -> None:
-        text = f"{self.OURS}state_path = {self.directory}/none\n"
-        self.assert_told(Code.WARNING, "state_path", nova.directories, self.host(self.OWN, text))
+        for path in (f"{self.directory}/none", "$pybasedir/state"):
+            host = self.host(self.OWN, f"{self.OURS}state_path = {path}\n")
+            self.assert_told(Code.WARNING, "state_path", nova.directories, host)
+
+    def test_files_in_the_directory_beside_ours_are_nova_computes_too(self) -> None:
+        base.require(None if os.geteuid() == 0 else "only root can act as nova-compute's user")
+        self.directory.chmod(0o711)
+        own, more = self.directory / "own.conf", self.directory / "own.conf.d"
+        more.mkdir(mode=0o755)
+        secrets = more / "secrets.conf"
+        secrets.write_text("[migration]\nlease = 17\n")
+        novas = self.make_directory()
+        os.chown(novas, pwd.getpwnam("nobody").pw_uid, -1)
+        host = self.host(
+            f"{self.OWN}state_directory = {novas}\n[migration]\nhistory_directory = {novas}/h\n",
+            f"{self.OURS}state_path = {novas}\n[dmigrate]\nconfig_file = {own}\n",
+        )
+        own.chmod(0o644)
+        for path, mode, code in (
+            (secrets, 0o600, Code.FAILURE),
+            (secrets, 0o644, Code.SUCCESS),
+            (more, 0o700, Code.FAILURE),
+        ):
+            path.chmod(mode)
+            words = f"cannot read {path}" if code is Code.FAILURE else str(novas)
+            self.assert_told(code, words, nova.directories, host)
 
     def test_without_our_driver_nova_needs_no_directory(self) -> None:
         host = self.host(self.OWN, "[DEFAULT]\n")

@@ -26,6 +26,8 @@ class StoreTest(base.TestCase):
     def setUp(self) -> None:
         super().setUp()
         self.directory = self.make_directory()
+        # As in the unit
+        self.addCleanup(os.umask, os.umask(0o077))
         self.store = self.make()
 
     def make(self) -> Store:
