@@ -130,7 +130,7 @@ def disks_from(config: cfg.ConfigOpts) -> Disks | None:
     :raises ConfigurationError: it needs what is not installed.
     """
     libvirt = _libvirt_of(config)
-    return functools.partial(libvirt.of_domain, config.host.libvirt_uri) if libvirt else None
+    return functools.partial(libvirt.disks, config.host.libvirt_uri) if libvirt else None
 
 
 def downtime_from(config: cfg.ConfigOpts) -> downtime.Ask | None:
@@ -161,13 +161,13 @@ def _libvirt_of(config: cfg.ConfigOpts) -> ModuleType | None:
     if not config.host.libvirt_uri:
         return None
     try:
-        from nova_dmigrate.migration import disks
+        from nova_dmigrate.migration import host_libvirt
     except ImportError as error:
         raise exception.ConfigurationError(
             reason="[host]libvirt_uri needs the Python binding of libvirt, of the extra 'host':"
             f" {error}"
         ) from error
-    return disks
+    return host_libvirt
 
 
 def main(arguments: list[str] | None = None) -> int:

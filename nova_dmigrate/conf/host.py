@@ -135,10 +135,11 @@ whatever the relays may open.
         default="qemu:///system",
         help="""
 The libvirt of this host. The service asks it for the disks of a guest that
-leaves: volumes that are none of them are not read at the destination. Its
-version and QEMU's are told to other hosts.
+leaves: volumes that are none of them are not read at the destination; and for
+the downtime of one that has come. Its version and QEMU's are told to other
+hosts.
 
-Empty looks at no disks: whoever migrates is believed. That is for hosts whose
+Empty asks nothing: whoever migrates is believed. That is for hosts whose
 guests are not libvirt's.
 """,
     ),

@@ -4,12 +4,14 @@
 Nova is not imported: these checks run where there is none, and tell so.
 """
 
+import contextlib
 import importlib.util
 import os
 import pwd
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from oslo_config import cfg
 from oslo_upgradecheck.upgradecheck import Result
@@ -143,21 +145,14 @@ def _broker_files(config: cfg.ConfigOpts) -> list[str]:
 
 def _may(user: int, what: str, path: Path) -> bool:
     """Whether a user may do what ``test`` has that letter for."""
-    if user == os.geteuid():
-        return subprocess.run(["test", what, str(path)], check=False).returncode == 0
-    try:
-        entry = pwd.getpwuid(user)
-        group, groups = entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid)
-    except KeyError:
-        group, groups = user, []
-    done = subprocess.run(
-        ["test", what, str(path)],
-        check=False,
-        cwd="/",
-        user=user,
-        group=group,
-        extra_groups=groups,
-    )
+    identity: dict[str, Any] = {}
+    if user != os.geteuid():
+        identity = {"user": user, "group": user, "extra_groups": []}
+        with contextlib.suppress(KeyError):  # in a container it may have no name
+            entry = pwd.getpwuid(user)
+            identity["group"] = entry.pw_gid
+            identity["extra_groups"] = os.getgrouplist(entry.pw_name, entry.pw_gid)
+    done = subprocess.run(["test", what, str(path)], check=False, cwd="/", **identity)
     return done.returncode == 0
 
 

@@ -23,5 +23,9 @@ class DowntimeTest(base.TestCase):
     def test_nobody_waits_for_a_libvirt_that_hangs(self) -> None:
         told = threading.Event()
         self.addCleanup(told.set)
-        hangs = lambda name: 1.0 if told.wait(60) else None  # noqa: E731
-        self.assertIsNone(downtime.of_domain("a", hangs, patience=0.05))
+
+        def hang(name: str) -> float:
+            told.wait(60)
+            return 1.0
+
+        self.assertIsNone(downtime.of_domain("a", hang, patience=0.05))

@@ -8,7 +8,7 @@ from nova_dmigrate.migration.libvirt_guest import LibvirtGuest, hypervisor_of
 from nova_dmigrate.volumes import DRIVERS, VolumeSpec
 
 
-def of_domain(connect: str, name: str) -> tuple[VolumeSpec, ...]:
+def disks(connect: str, name: str) -> tuple[VolumeSpec, ...]:
     """Those that relays could read, where this host has them.
 
     :param connect: URI of this host's libvirt. :param name: the domain's name or UUID.
